@@ -1,0 +1,182 @@
+// The CUDA kernels of the mutual likelihood score.
+//
+// Forward: one block of 16 x 16 threads owns 64 x 64 scores, a thread 4 x 4 of them, in registers. The block walks over
+// D in steps of 16 dimensions, whose rows are read once, coalesced, and kept in shared memory as [dimension, row].
+// Two dimensions share a reciprocal and a logarithm. Sums run over D in ascending order.
+//
+// Backward, one side: gradients of rows x from all rows y. A block owns 16 rows and one dimension per thread, with the
+// rows' values and sums in registers; it reads row y once per dimension, and the 16 gradients of each y from shared
+// memory. Sums run over y in ascending order, without atomics: deterministic. The other side is a second launch with the roles
+// exchanged, which recomputes the reciprocals.
+//
+// float32 uses the hardware's reciprocal (2 ulp) and log2 (2^-22 absolute near one): over D terms the score's error stays
+// near 1e-6 of the sum of their magnitudes.
+#pragma once
+
+#include "mls.h"
+
+namespace prcl::cuda::mls {
+
+using prcl::mls::Affine;
+
+constexpr int kTile = 64;
+constexpr int kPerThread = 4;
+constexpr int kThreadsPerSide = kTile / kPerThread;
+constexpr int kDims = 16;  // dimensions per step of the forward kernel
+constexpr int kStride = kTile + 4;  // keeps 16-byte alignment and spreads the stores over the banks
+constexpr int kRows = 16;  // rows per block of the backward kernel
+constexpr int kGrads = 32;  // rows y between two loads of their gradients
+constexpr int kMaxThreads = 128;
+
+__device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double divide(double a, double b) { return a / b; }
+__device__ __forceinline__ float log_base_2(float x) { return __log2f(x); }
+__device__ __forceinline__ double log_base_2(double x) { return log2(x); }
+
+template <class T>
+__device__ __forceinline__ T cut(T variance) {
+  return variance > T(prcl::mls::kMaxVariance) ? T(prcl::mls::kMaxVariance) : variance;
+}
+
+template <class T>
+__device__ __forceinline__ T clamped(T sum) {
+  return sum < T(prcl::mls::kMinVariance) ? T(prcl::mls::kMinVariance) : sum;
+}
+
+template <class T>
+struct Operand {
+  T mu[kDims][kStride];
+  T var[kDims][kStride];
+  int infinite[kTile];
+};
+
+// Reads dimensions first_dim.. of rows first_row.. ; what lies outside is zero with variance one half, so that two such
+// variances sum to one and add nothing to the score.
+template <class T>
+__device__ __forceinline__ void load_operand(Operand<T>& to, const T* mu, const T* var, int64_t first_row, int64_t rows,
+                                             int64_t first_dim, int64_t dims) {
+  const int thread = threadIdx.y * kThreadsPerSide + threadIdx.x;
+#pragma unroll
+  for (int i = thread; i < kTile * kDims; i += kThreadsPerSide * kThreadsPerSide) {
+    const int row = i / kDims, l = i % kDims;
+    const bool real = first_row + row < rows && first_dim + l < dims;
+    const int64_t from = (first_row + row) * dims + first_dim + l;
+    const T variance = real ? var[from] : T(0.5);
+    to.mu[l][row] = real ? mu[from] : T(0);
+    to.var[l][row] = cut(variance);
+    if (isinf(variance)) to.infinite[row] = 1;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreadsPerSide* kThreadsPerSide)
+    forward_kernel(const T* mu_a, const T* var_a, const T* mu_b, const T* var_b, T* out, int64_t m, int64_t n, int64_t dims,
+                   Affine<T> affine) {
+  __shared__ Operand<T> a, b;
+  const int64_t batch = blockIdx.z, first_a = int64_t(blockIdx.y) * kTile, first_b = int64_t(blockIdx.x) * kTile;
+  mu_a += batch * m * dims;
+  var_a += batch * m * dims;
+  mu_b += batch * n * dims;
+  var_b += batch * n * dims;
+  out += batch * m * n;
+  const int thread = threadIdx.y * kThreadsPerSide + threadIdx.x;
+  if (thread < kTile) a.infinite[thread] = b.infinite[thread] = 0;
+
+  T quadratic[kPerThread][kPerThread] = {}, log2_product[kPerThread][kPerThread] = {};
+  const int row = threadIdx.y * kPerThread, column = threadIdx.x * kPerThread;
+  for (int64_t first_dim = 0; first_dim < dims; first_dim += kDims) {
+    __syncthreads();
+    load_operand(a, mu_a, var_a, first_a, m, first_dim, dims);
+    load_operand(b, mu_b, var_b, first_b, n, first_dim, dims);
+    __syncthreads();
+#pragma unroll 2
+    for (int l = 0; l < kDims; l += 2) {
+      T mu[2][kPerThread], var[2][kPerThread];
+#pragma unroll
+      for (int c = 0; c < kPerThread; ++c) {
+        mu[0][c] = b.mu[l][column + c];
+        mu[1][c] = b.mu[l + 1][column + c];
+        var[0][c] = b.var[l][column + c];
+        var[1][c] = b.var[l + 1][column + c];
+      }
+#pragma unroll
+      for (int r = 0; r < kPerThread; ++r) {
+        const T mu0 = a.mu[l][row + r], mu1 = a.mu[l + 1][row + r];
+        const T var0 = a.var[l][row + r], var1 = a.var[l + 1][row + r];
+#pragma unroll
+        for (int c = 0; c < kPerThread; ++c) {
+          const T s0 = clamped(var0 + var[0][c]), s1 = clamped(var1 + var[1][c]);
+          const T d0 = mu0 - mu[0][c], d1 = mu1 - mu[1][c];
+          const T p = s0 * s1;
+          quadratic[r][c] += divide(d0 * d0 * s1 + d1 * d1 * s0, p);
+          log2_product[r][c] += log_base_2(p);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kPerThread; ++r) {
+#pragma unroll
+    for (int c = 0; c < kPerThread; ++c) {
+      if (first_a + row + r >= m || first_b + column + c >= n) continue;
+      const T sum = quadratic[r][c] + log2_product[r][c] * T(0.693147180559945309);
+      T score = sum * affine.scale + affine.offset;
+      if ((a.infinite[row + r] || b.infinite[column + c]) && score == score) score = -T(INFINITY);
+      out[(first_a + row + r) * n + first_b + column + c] = score;
+    }
+  }
+}
+
+// The gradient of pair (x, y) lies at x * stride_x + y * stride_y of its batch entry.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    backward_kernel(const T* grad, const T* mu_x, const T* var_x, const T* mu_y, const T* var_y, T* grad_mu, T* grad_var,
+                    int64_t m, int64_t n, int64_t dims, int64_t stride_x, int64_t stride_y, T scale) {
+  __shared__ T grads[kGrads][kRows];
+  const int64_t batch = blockIdx.z, first = int64_t(blockIdx.x) * kRows;
+  const int64_t dim = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+  const bool real = dim < dims;
+  grad += batch * m * n;
+  mu_y += batch * n * dims + dim;
+  var_y += batch * n * dims + dim;
+  T mu[kRows], var[kRows], sum_mu[kRows], sum_var[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const bool inside = real && first + r < m;
+    const int64_t at = (batch * m + first + r) * dims + dim;
+    mu[r] = inside ? mu_x[at] : T(0);
+    var[r] = inside ? cut(var_x[at]) : T(1);
+    sum_mu[r] = sum_var[r] = T(0);
+  }
+  for (int64_t start = 0; start < n; start += kGrads) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kGrads * kRows; i += blockDim.x) {
+      // The fastest index follows the unit stride, so that the reads coalesce on both sides.
+      const int r = stride_x == 1 ? i % kRows : i / kGrads, j = stride_x == 1 ? i / kRows : i % kGrads;
+      const bool inside = first + r < m && start + j < n;
+      grads[j][r] = inside ? grad[(first + r) * stride_x + (start + j) * stride_y] : T(0);
+    }
+    __syncthreads();
+    const int count = n - start < kGrads ? int(n - start) : kGrads;
+    for (int j = 0; j < count; ++j) {
+      const T mu_j = real ? mu_y[(start + j) * dims] : T(0);
+      const T var_j = real ? cut(var_y[(start + j) * dims]) : T(1);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const T sum = var[r] + var_j, g = grads[j][r];
+        const T reciprocal = divide(T(1), clamped(sum)), t = (mu[r] - mu_j) * reciprocal;
+        sum_mu[r] -= g * t;
+        sum_var[r] += sum < T(prcl::mls::kMinVariance) ? T(0) : g * (t * t - reciprocal);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (!real || first + r >= m) continue;
+    const int64_t at = (batch * m + first + r) * dims + dim;
+    grad_mu[at] = sum_mu[r] * scale;
+    grad_var[at] = sum_var[r] * (scale / 2);
+  }
+}
+
+}  // namespace prcl::cuda::mls

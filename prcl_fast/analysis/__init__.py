@@ -1,0 +1,1 @@
+"""Reading a run afterwards: its metrics, and figures of them."""

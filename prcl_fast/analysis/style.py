@@ -1,0 +1,78 @@
+"""The look that all figures share. Without pyplot: nothing global is touched, no display needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from prcl_fast.data.atomic import replacing
+from prcl_fast.errors import InputError
+
+# Okabe and Ito's colours: distinct for colour-blind readers too.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.constrained_layout.use": True,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The style for everything drawn and saved inside."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, inches."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def iteration_axis(axes: Axes) -> None:
+    """Iterations along x, from 0: few ticks, thousands as 5k."""
+    axes.set_xlabel("iteration")
+    axes.set_xlim(0, 1.02 * axes.dataLim.x1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def legend_above(axes: Axes, columns: int) -> None:
+    """A legend between title and axes, where no data are."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncol=columns,
+        borderpad=0.2,
+        borderaxespad=0.0,
+        columnspacing=1.2,
+        handlelength=1.4,
+    )
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG of 150 dpi, whole or not at all. Raises InputError."""
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None

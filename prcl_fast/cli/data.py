@@ -1,0 +1,85 @@
+"""`prcl data synth|check|split|convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prcl_fast.cli import data_check, data_split
+from prcl_fast.errors import InputError
+
+app = typer.Typer(
+    help="Generate, check, split and convert data sets.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_split.app, name="split")
+app.command("check")(data_check.check)
+
+
+@app.command("synth")
+def synth(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write, new or empty.")],
+    labeled: Annotated[int, typer.Option(help="Labeled images.")] = 12,
+    unlabeled: Annotated[int, typer.Option(help="Unlabeled images.")] = 96,
+    val: Annotated[int, typer.Option(help="Validation images.")] = 48,
+    size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="Height and width, pixels.")] = (
+        96,
+        96,
+    ),
+    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+) -> None:
+    """Write a generated data set in VOC's layout, with splits and a configuration ready to train."""
+    from prcl_fast.data.synthetic import write_synthetic
+
+    write_synthetic(
+        folder, _synthetic_config(size=list(size), labeled=labeled, unlabeled=unlabeled, val=val, seed=seed)
+    )
+    typer.echo(f"{folder}: {labeled} labeled, {unlabeled} unlabeled and {val} validation images")
+    typer.echo(f"train on them: prcl train {folder / 'config.yaml'}")
+
+
+@app.command("convert")
+def convert(
+    masks: Annotated[Path, typer.Argument(help="Folder of masks, searched with its subfolders.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    palette: Annotated[
+        str | None,
+        typer.Option(
+            help="What the colours of RGB masks mean: voc, cityscapes, or a file of lines R G B [ID] [name]."
+        ),
+    ] = None,
+    label_map: Annotated[
+        list[str] | None, typer.Option("--map", metavar="FROM=TO", help="Give an id another one; repeatable.")
+    ] = None,
+    other: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=255, help="Id for colours that the palette does not have; without it an error."
+        ),
+    ] = None,
+) -> None:
+    """Turn RGB masks into masks of ids, or change the ids of masks. OUT appears whole or not at all."""
+    from prcl_fast.cli.tables import counting
+    from prcl_fast.data.mask_convert import convert_masks, parse_label_map, read_colour_code
+
+    if palette is None and not label_map:
+        raise InputError("nothing to convert: give --palette, --map or both")
+    code = None if palette is None else read_colour_code(palette)
+    with counting("convert") as progress:
+        count = convert_masks(
+            masks, out, code=code, label_map=parse_label_map(label_map or ()), other=other, progress=progress
+        )
+    typer.echo(f"{out}: {count} masks")
+
+
+def _synthetic_config(**values: Any) -> Any:
+    from pydantic import ValidationError
+
+    from prcl_fast.config import SyntheticConfig
+
+    try:
+        return SyntheticConfig(**values)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        raise InputError(f"--{mistake['loc'][0]}: {mistake['msg'].lower()}, got {mistake['input']}") from None

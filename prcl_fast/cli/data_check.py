@@ -1,0 +1,136 @@
+"""`prcl data check CONFIG [key.path=value ...]`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prcl_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from prcl_fast.config import DataConfig
+    from prcl_fast.data.scan import LabelScan
+    from prcl_fast.data.source import Source
+
+_SHOWN = 20
+
+
+def check(
+    config: Annotated[Path, typer.Argument(help="Configuration file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Read only the headers of the images, not every pixel.")
+    ] = False,
+) -> None:
+    """Check a data set before training: splits, missing and damaged files, label ids, sizes, class shares.
+
+    Exit status 2 if anything is wrong.
+    """
+    from prcl_fast.cli.tables import counting, print_table
+    from prcl_fast.config import load_config
+    from prcl_fast.data.scan import inspect_labels
+    from prcl_fast.data.source import build_source
+
+    data = load_config(config, overrides or ()).data
+    source = build_source(data)
+    sizes, problems = _read_images(source, fast)
+    with counting("read labels") as progress:
+        scan = inspect_labels(source, workers=_workers(), progress=progress)
+    problems += scan.problems
+    columns = ["subset", "images", "height x width", "hash", "family", "file"]
+    print_table("Images", columns, _subset_rows(data, source, sizes), right=(1,))
+    columns = ["id", "class", "labeled, % of pixels", "in images", "val, % of pixels", "in images"]
+    print_table("Classes", columns, _class_rows(source, scan), right=(0, 2, 3, 4, 5))
+    for name, pixels in zip(source.classes, scan.pixels["labeled"].sum(axis=0), strict=False):
+        if pixels == 0:
+            typer.echo(f"note: no labeled image holds class {name}, so nothing teaches it")
+    for problem in problems[:_SHOWN]:
+        typer.echo(f"wrong: {problem}")
+    if len(problems) > _SHOWN:
+        typer.echo(f"wrong: {len(problems) - _SHOWN} more")
+    if problems:
+        raise InputError(f"{config}: {len(problems)} files are wrong, the first: {problems[0]}")
+    typer.echo("nothing wrong found")
+
+
+def _read_images(source: Source, fast: bool) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Height and width of every image that can be read, and a line for each one that cannot."""
+    from prcl_fast.cli.tables import counting
+    from prcl_fast.data.file_source import FileSource
+    from prcl_fast.data.images import image_size
+
+    def read(name: str) -> tuple[int, int] | str:
+        try:
+            if fast and isinstance(source, FileSource):
+                return image_size(source.images[name])
+            height, width, _ = source.image(name).shape
+            return height, width
+        except InputError as error:
+            return str(error)
+
+    names = [name for split in source.splits.values() for name in split.names]
+    sizes: dict[str, tuple[int, int]] = {}
+    problems: list[str] = []
+    with counting("read images") as progress, ThreadPoolExecutor(_workers()) as pool:
+        for done, (name, result) in enumerate(zip(names, pool.map(read, names), strict=True), start=1):
+            if isinstance(result, str):
+                problems.append(result)
+            else:
+                sizes[name] = result
+            progress(done, len(names))
+    return sizes, problems
+
+
+def _subset_rows(data: DataConfig, source: Source, sizes: dict[str, tuple[int, int]]) -> list[list[str]]:
+    rows = []
+    for subset, split in source.splits.items():
+        if not split.names:
+            continue
+        file = getattr(data, subset) if data.kind != "synthetic" else None
+        found = [sizes[name] for name in split.names if name in sizes]
+        rows.append(
+            [
+                subset,
+                str(len(split.names)),
+                _size_range(found),
+                split.fingerprint,
+                split.family,
+                str(file or "(generated)"),
+            ]
+        )
+    return rows
+
+
+def _size_range(sizes: Sequence[tuple[int, int]]) -> str:
+    if not sizes:
+        return ""
+    heights, widths = zip(*sizes, strict=True)
+    ranges = (f"{min(v)}" if min(v) == max(v) else f"{min(v)}..{max(v)}" for v in (heights, widths))
+    return " x ".join(ranges)
+
+
+def _class_rows(source: Source, scan: LabelScan) -> list[list[str]]:
+    """Share of labeled pixels and number of images of every class; the last row is what is not labeled."""
+    rows = []
+    for index, name in enumerate([*source.classes, "(not labeled, % of all)"]):
+        row = [str(index) if index < len(source.classes) else "255", name]
+        for subset in ("labeled", "val"):
+            pixels = scan.pixels[subset]
+            last = index == len(source.classes)
+            total = pixels.sum() if last else pixels[:, :-1].sum()
+            share = f"{100 * pixels[:, index].sum() / total:.3f}" if total else "-"
+            row += [share, str(int((pixels[:, index] > 0).sum()))]
+        rows.append(row)
+    return rows
+
+
+def _workers() -> int:
+    return min(8, os.cpu_count() or 1)

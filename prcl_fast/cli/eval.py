@@ -1,0 +1,105 @@
+"""`prcl eval RUN_OR_CHECKPOINT [key.path=value ...]`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from prcl_fast.errors import InputError
+
+_OVERRIDABLE = ("data.", "eval.", "train.amp=", "train.threads=")
+
+
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="Run folder (its best.pt, else last.pt) or checkpoint file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY.PATH=VALUE]...",
+            help="Values of data.*, eval.*, train.amp or train.threads that replace the run's.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Evaluate a run's networks on its validation images, as during training unless overridden.
+
+    The table goes to standard error; the last line on standard output is one JSON object.
+    """
+    import torch
+
+    from prcl_fast.config import override_config
+    from prcl_fast.data.source import build_source
+    from prcl_fast.device import choose_device
+    from prcl_fast.engine.checkpoint import load_run
+    from prcl_fast.engine.evaluate import evaluate, format_table
+
+    console = Console(stderr=True)
+    _check_overrides(overrides or ())
+    chosen = choose_device(device)
+    loaded = load_run(run, chosen)
+    config = override_config(loaded.config, overrides or ())
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    source = build_source(config.data)
+    if source.classes != loaded.classes:
+        raise InputError(_other_classes(loaded.path, loaded.classes, source.classes))
+    started = time.monotonic()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluate", total=None)
+        results = evaluate(
+            loaded.networks,
+            source,
+            config.data,
+            config.eval,
+            chosen,
+            amp=config.train.amp,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    seconds = time.monotonic() - started
+    main = next(iter(results.values()))
+    if not main.confusion.any():
+        raise InputError("data.val: no pixel of these images has a label")
+    split = source.splits["val"]
+    console.print(
+        f"{loaded.path}, iteration {loaded.iteration}: val, {len(split.names)} images, {split.family}, "
+        f"list {split.fingerprint}, mode {config.eval.mode}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(format_table(results, source.classes))
+    summary = {
+        "miou": main.miou,
+        "miou_student": results["student"].miou,
+        "iterations": loaded.iteration,
+        "seconds": round(seconds, 1),
+        "output": str(loaded.path),
+        "mode": config.eval.mode,
+        "images": len(split.names),
+        "iou": main.iou_by_class(source.classes),
+        "iou_student": results["student"].iou_by_class(source.classes),
+    }
+    print(json.dumps(summary))
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not override.startswith(_OVERRIDABLE):
+            raise InputError(
+                f"override {override!r}: eval takes data.*, eval.*, train.amp and train.threads; "
+                "the rest belongs to the trained network"
+            )
+
+
+def _other_classes(path: Path, trained: Sequence[str], given: Sequence[str]) -> str:
+    if len(trained) != len(given):
+        return f"{path}: trained on {len(trained)} classes, the data have {len(given)}"
+    index = next(i for i, pair in enumerate(zip(trained, given, strict=True)) if pair[0] != pair[1])
+    return f"{path}: class {index} is {trained[index]!r} in the checkpoint, {given[index]!r} in the data"

@@ -1,0 +1,66 @@
+"""`prcl`: the command line, one module a command.
+
+Exit status: 0 done, 2 a mistake in the input (one line on standard error), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from prcl_fast import __version__
+from prcl_fast.cli import data
+from prcl_fast.cli.demo import demo
+from prcl_fast.cli.doctor import doctor
+from prcl_fast.cli.eval import evaluate_command
+from prcl_fast.cli.figures import figures_command
+from prcl_fast.cli.predict import predict_command
+from prcl_fast.cli.train import train_command
+from prcl_fast.cli.weights import convert_weights
+from prcl_fast.errors import InputError
+
+app = typer.Typer(
+    help="Semi-supervised semantic segmentation with probabilistic representations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+app.command("train")(train_command)
+app.command("eval")(evaluate_command)
+app.command("predict")(predict_command)
+app.command("figures")(figures_command)
+app.command("demo")(demo)
+app.add_typer(data.app, name="data")
+app.command("weights")(convert_weights)
+app.command("doctor")(doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point of the `prcl` script."""
+    try:
+        app()
+    except InputError as error:
+        print(f"prcl: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

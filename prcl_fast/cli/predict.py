@@ -1,0 +1,43 @@
+"""`prcl predict RUN_OR_CHECKPOINT IMAGES... --out DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="Run folder (its best.pt, else last.pt) or checkpoint file.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, and folders whose image files are taken (one level).")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")],
+    network: Annotated[
+        str | None, typer.Option(help="teacher or student; the run's main network where not given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Also write sigma^2 as NAME_variance.npy, float32.")
+    ] = False,
+) -> None:
+    """Segment images at their own size.
+
+    Writes NAME.png (class ids), NAME_overlay.png and, with a probability head, NAME_variance.png.
+    """
+    from prcl_fast.device import choose_device
+    from prcl_fast.engine.checkpoint import load_run
+    from prcl_fast.engine.predict import predict_files
+
+    console = Console(stderr=True)
+    chosen = choose_device(device)
+    loaded = load_run(run, chosen)
+    for written in predict_files(loaded, network, images, out, chosen, raw=raw):
+        line = f"{written.image} -> {', '.join(file.name for file in written.files)}"
+        if written.variance_range is not None:
+            low, high = written.variance_range
+            line += f"; variance {low:.4g} (dark blue) to {high:.4g} (yellow)"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"predictions are in {out}", highlight=False, markup=False, soft_wrap=True)

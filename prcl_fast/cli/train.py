@@ -1,0 +1,44 @@
+"""`prcl train CONFIG [key.path=value ...]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from prcl_fast.config import Config, load_config
+
+
+def train_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
+    ] = None,
+) -> None:
+    """Train, evaluate and draw the figures of one run; an unfinished run in the same output goes on.
+
+    Progress goes to standard error; the last line on standard output is one JSON object.
+    """
+    loaded = load_config(config, overrides or [])
+    print(json.dumps(train(loaded, Console(stderr=True))))
+
+
+def train(config: Config, console: Console) -> dict[str, Any]:
+    """Runs `config` to its end, with its figures; returns the summary. Status 1 where it stopped early."""
+    from prcl_fast.analysis.figures import write_figures
+    from prcl_fast.engine.guard import NonFiniteLossError
+    from prcl_fast.engine.trainer import InterruptedRunError, Trainer
+
+    try:
+        summary = Trainer(config, console).run()
+    except (NonFiniteLossError, InterruptedRunError) as error:
+        print(f"prcl: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    for figure in write_figures(config.output):
+        console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+    return summary

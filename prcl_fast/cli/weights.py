@@ -1,0 +1,19 @@
+"""`prcl weights`: checkpoints of the authors' code as ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert_weights(
+    source: Annotated[Path, typer.Argument(help="Checkpoint of the authors' public PRCL code.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+) -> None:
+    """Convert a DeepLab checkpoint of the authors' public code; every key must be accounted for."""
+    from prcl_fast.models.convert import convert_authors_checkpoint
+
+    convert_authors_checkpoint(source, out)
+    typer.echo(f"{out}: written", err=True)

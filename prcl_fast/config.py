@@ -1,0 +1,337 @@
+"""The configuration of a run: strict models, YAML with `base:` inheritance, `key.path=value` overrides.
+
+Every mistake becomes an InputError of one line that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prcl_fast.config_errors import first_message
+from prcl_fast.config_files import PATH_KEYS, apply_override, read_tree
+from prcl_fast.errors import InputError
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values are never coerced in silence."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Rgb = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
+PathString = Annotated[Path, Field(strict=False)]
+
+
+class SyntheticConfig(Section):
+    """The generated data set of `data.kind: synthetic`: the same images as `prcl data synth` writes."""
+
+    size: Size = Field([96, 96], description="Height and width of every image, 64 to 128 pixels.")
+    labeled: Count = Field(12, description="Number of labeled images.")
+    unlabeled: Count = Field(96, description="Number of unlabeled images.")
+    val: Count = Field(48, description="Number of validation images.")
+    seed: int = Field(0, ge=0, description="Seed of the images, apart from the seed of the run.")
+
+
+class AugmentConfig(Section):
+    """Weak geometric augmentation of all images, strong photometric augmentation of unlabeled ones."""
+
+    scale: list[Positive] = Field(
+        [0.5, 2.0], min_length=2, max_length=2, description="Range of random scaling."
+    )
+    flip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
+    jitter: Fraction = Field(0.8, description="Probability of colour jitter on an unlabeled image.")
+    brightness: Fraction = 0.5
+    contrast: Fraction = 0.5
+    saturation: Fraction = 0.5
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    grayscale: Fraction = Field(0.2, description="Probability of grey on an unlabeled image.")
+    blur: Fraction = Field(0.5, description="Probability of a Gaussian blur on an unlabeled image.")
+    blur_sigma: list[Positive] = Field(
+        [0.1, 2.0], min_length=2, max_length=2, description="Range of the blur's standard deviation, pixels."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        for name in ("scale", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: the lower end {low} is above the upper end {high}")
+        return self
+
+
+class DataConfig(Section):
+    """Which images, which labels, and how they become batches."""
+
+    kind: Literal["voc", "cityscapes", "folder", "synthetic"]
+    root: PathString | None = Field(None, description="Folder of the data set; not for kind synthetic.")
+    labeled: PathString | None = Field(None, description="Split file of the labeled images.")
+    unlabeled: PathString | None = Field(None, description="Split file of the unlabeled images.")
+    val: PathString | None = Field(None, description="Split file of the validation images.")
+    classes: list[str] | PathString | None = Field(
+        None, description="Class names in the order of their ids, or a text file with one name a line."
+    )
+    images: str = Field("images", description="Folder below root, or pattern with {name} (kind folder).")
+    labels: str = Field("labels", description="Folder below root, or pattern with {name} (kind folder).")
+    label_map: dict[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]] | None = Field(
+        None, description="From the ids on disk to class ids; ids not named here stay as they are."
+    )
+    palette: list[Rgb] | None = Field(
+        None, description="A colour per class: for pictures, and to read RGB masks (kind folder)."
+    )
+    ignore: int = Field(255, ge=0, le=255, description="The id on disk that means: not labeled.")
+    synthetic: SyntheticConfig = SyntheticConfig()  # type: ignore[call-arg]
+    crop: Size = Field([512, 512], description="Height and width of a training crop, pixels.")
+    augment: AugmentConfig = AugmentConfig()  # type: ignore[call-arg]
+    mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
+    std: list[Positive] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
+    workers: int = Field(2, ge=0, description="Processes that decode images; 0 decodes in the main process.")
+    scan: bool = Field(True, description="Check every label file for ids out of range before training.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataConfig:
+        needed = {
+            "voc": ("root", "labeled", "val"),
+            "cityscapes": ("root", "labeled", "val"),
+            "folder": ("root", "labeled", "val", "classes"),
+            "synthetic": (),
+        }[self.kind]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: required for kind {self.kind}")
+        if isinstance(self.classes, list) and len(self.classes) < 2:
+            raise ValueError(f"classes: at least 2 are needed, got {len(self.classes)}")
+        return self
+
+
+class ModelConfig(Section):
+    """The network: encoder, DeepLabv3+ decoder, heads."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet101"
+    stem: Literal["plain", "deep"] = "plain"
+    output_stride: Literal[8, 16] = 16
+    width: int = Field(256, ge=16, description="Channels of the decoder.")
+    dim: int = Field(256, ge=2, description="D, channels of the representation.")
+    weights: PathString | None = Field(None, description="Backbone weights with torchvision's key names.")
+
+
+class SupervisedConfig(Section):
+    """Only the labeled images: L_s, eq. (13)."""
+
+    name: Literal["supervised"]
+
+
+class ConsistencyConfig(Section):
+    """What every method with a teacher and pseudo-labels has."""
+
+    mix: Literal["none", "cutout", "cutmix", "classmix"] = "classmix"
+    delta_u: Fraction = Field(0.97, description="Confidence above which a pixel counts for omega, eq. (14).")
+    omega: Literal["batch", "image"] = Field(
+        "batch",
+        description="Weight of L_u: share of confident pixels in the batch, or in each image.",
+    )
+    ema: Fraction = Field(0.99, description="Largest decay of the teacher's exponential moving average.")
+    forward: Literal["concatenated", "separate"] = Field(
+        "concatenated", description="Labeled and unlabeled images in one student pass, or in two."
+    )
+
+
+class MeanTeacherConfig(ConsistencyConfig):
+    """Consistency with an EMA teacher; `mix` makes it ClassMix, CutMix or CutOut."""
+
+    name: Literal["mean_teacher"]
+
+
+class PRCLConfig(ConsistencyConfig):
+    """Probabilistic representation contrastive learning, both papers' switches."""
+
+    name: Literal["prcl"]
+    representation: Literal["probabilistic", "deterministic"] = "probabilistic"
+    prototype: Literal["local", "ema", "global"] = Field(
+        "global", description="Eq. (4), EMA, or GDP, eq. (9)."
+    )
+    prototype_ema: Fraction = Field(0.99, description="Decay of prototype: ema.")
+    virtual_negatives: int = Field(4, ge=0, description="Virtual negatives per class, eq. (10).")
+    beta: NonNegative = Field(1.0, description="Radius of the virtual negatives, eq. (10).")
+    delta_w: Fraction = Field(0.7, description="Confidence from which a pixel is valid.")
+    delta_s: Fraction = Field(0.8, description="Confidence below which a valid pixel is hard.")
+    confidence: Literal["student", "teacher"] = Field(
+        "student", description="Whose probability of the pixel's class picks hard pixels."
+    )
+    tau: Positive = Field(0.1, description="Temperature of the contrast, eq. (15).")
+    reduction: Literal["sum", "mean"] = Field("mean", description="The score over the dimensions, eq. (3).")
+    normalize: bool = Field(False, description="L2-normalise mu inside the score, as the authors' code does.")
+    anchors: Count = Field(256, description="Anchors per class.")
+    negatives: Count = Field(512, description="Negatives per anchor.")
+    lambda_c: NonNegative = Field(1.0, description="Initial weight of the contrast, eq. (12).")
+    alpha: float = Field(-5.0, le=0, description="Decay of that weight, eq. (12); 0 holds it constant.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PRCLConfig:
+        if self.representation == "deterministic" and self.virtual_negatives:
+            raise ValueError(
+                "virtual_negatives: must be 0 with representation deterministic (it has no variance)"
+            )
+        return self
+
+
+MethodConfig = Annotated[SupervisedConfig | MeanTeacherConfig | PRCLConfig, Field(discriminator="name")]
+
+
+class OptimConfig(Section):
+    """SGD with the polynomial schedule base * (1 - iter/total)^power."""
+
+    lr: Positive = Field(6.4e-3, description="Learning rate of decoder and heads.")
+    backbone_lr: Positive | None = Field(None, description="Learning rate of the backbone; null: lr.")
+    probability_lr: NonNegative = Field(
+        5.0e-5, description="Learning rate of the probability head (soft freezing)."
+    )
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 5.0e-4
+    power: NonNegative = 0.9
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    iterations: Count = 40000
+    batch_labeled: Count = Field(8, description="Labeled images of a step, over all processes.")
+    batch_unlabeled: Count = Field(8, description="Unlabeled images of a step, over all processes.")
+    accumulate: Count = Field(1, description="Forward and backward passes that share one optimiser step.")
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    compile: bool = Field(False, description="torch.compile for the networks.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's choice.")
+    log_every: Count = 20
+    eval_every: Count = 1000
+    save_every: Count = 1000
+
+
+class EvalConfig(Section):
+    """How a network is evaluated, during training and by `prcl eval`."""
+
+    mode: Literal["whole", "center", "sliding"] = "whole"
+    crop: Size | None = Field(None, description="Size of the centre crop (mode center); null: data.crop.")
+    window: Size | None = Field(None, description="Size of the sliding window; null: data.crop.")
+    stride: Fraction = Field(2 / 3, gt=0, description="Stride of the window as a share of its size.")
+    average: Literal["logits", "softmax"] = Field(
+        "softmax", description="What overlapping windows and scales average."
+    )
+    scales: list[Positive] = Field([1.0], min_length=1, description="Image scales that are averaged.")
+    flip: bool = Field(False, description="Average with the mirrored image.")
+    batch: Count = Field(4, description="Images, or windows, of one forward pass.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0)
+    output: PathString = Field(description="Folder for everything that the run writes.")
+    data: DataConfig
+    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    method: MethodConfig
+    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        stride = self.model.output_stride
+        if min(self.data.crop) < stride:
+            raise ValueError(f"data.crop: {self.data.crop} is smaller than model.output_stride {stride}")
+        for key, size in (("eval.window", self.eval.window), ("eval.crop", self.eval.crop)):
+            if size is not None and min(size) < stride:
+                raise ValueError(f"{key}: {size} is smaller than model.output_stride {stride}")
+        if isinstance(self.method, ConsistencyConfig):
+            if self.data.kind != "synthetic" and self.data.unlabeled is None:
+                raise ValueError(f"data.unlabeled: required for method {self.method.name}")
+            mixes = self.method.mix in ("cutmix", "classmix")
+            if mixes and self.train.batch_unlabeled // self.train.accumulate < 2:
+                raise ValueError(
+                    f"train.batch_unlabeled: mix {self.method.mix} needs at least 2 images in each pass"
+                )
+        for key in ("batch_labeled", "batch_unlabeled"):
+            if getattr(self.train, key) % self.train.accumulate:
+                raise ValueError(
+                    f"train.{key}: must be a multiple of train.accumulate {self.train.accumulate}"
+                )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, its chain of `base:` files and `key.path=value` overrides.
+
+    Relative paths inside `data` and `model` are relative to the file that names them; `output` is relative to
+    the working directory, as is every path in an override.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    tree = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A copy of `config` with `key.path=value` overrides applied. Raises InputError."""
+    tree = dump_config(config)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, "command line")
+
+
+def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
+    """Validates a plain tree; `origin` names its source in messages. Raises InputError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {first_message(error, tree, Config)}") from None
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """A plain tree of YAML types, paths absolute, that `parse_config` reads back."""
+    tree = config.model_dump()
+    for section, key in (("", "output"), *PATH_KEYS):
+        holder = tree[section] if section else tree
+        if isinstance(holder[key], Path):
+            holder[key] = str(holder[key].absolute())
+    return tree
+
+
+def config_fingerprint(config: Config) -> str:
+    """A hash of all that shapes a run's result: two runs of one fingerprint may share an output directory."""
+    tree = dump_config(config)
+    del tree["output"]
+    for key in ("workers", "scan"):
+        del tree["data"][key]
+    for key in ("threads", "log_every", "save_every", "device"):
+        del tree["train"][key]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file, for completion in editors; no key is required in one file."""
+    schema = Config.model_json_schema()
+    schema["properties"]["base"] = {
+        "type": "string",
+        "description": "File to inherit from, relative to this one.",
+    }
+    schema.pop("required", None)
+    for definition in schema["$defs"].values():
+        definition.pop("required", None)
+    return schema
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=1))

@@ -1,0 +1,83 @@
+"""Validation errors in the user's words: one line that names the key as it was written."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+
+def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[BaseModel]) -> str:
+    """One line for the first mistake: unknown keys first, for they often cause the others."""
+    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+    mistake = mistakes[0]
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    location = _location(mistake["loc"], tree)
+    if mistake["type"] == "missing":
+        location.append(str(mistake["loc"][-1]))
+    where = ".".join(location)
+    if mistake["type"] == "extra_forbidden":
+        known = _known_keys(mistake["loc"][:-1], root)
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
+        return f"unknown key {where}; {hint}{more}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "value_error":
+        return f"{where + '.' if where else ''}{message}{more}"
+    if mistake["type"] == "union_tag_not_found":
+        return f"{where}.name: a method's name is required{more}"
+    if mistake["type"] == "union_tag_invalid":
+        tags = mistake["ctx"]["expected_tags"].replace("'", "")
+        return f"{where}.name: unknown method {mistake['ctx']['tag']!r}; known: {tags}{more}"
+    if mistake["type"] == "missing":
+        return f"{where}: this key is required{more}"
+    if mistake["type"] in ("model_type", "dict_type"):
+        message = "a section of keys is expected"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {mistake['input']!r}{more}"
+
+
+def _location(loc: Sequence[int | str], tree: Mapping[str, Any]) -> list[str]:
+    """The key path as the user wrote it, without the names that pydantic adds for members of a union."""
+    location: list[str] = []
+    node: Any = tree
+    for part in loc:
+        if isinstance(node, Mapping):
+            inside = part in node
+        elif isinstance(node, list):
+            inside = isinstance(part, int) and part < len(node)
+        else:
+            inside = False
+        if inside:
+            node = node[part]  # type: ignore[index]
+            location.append(str(part))
+    return location
+
+
+def _known_keys(loc: Sequence[int | str], root: type[BaseModel]) -> list[str]:
+    """The field names of the section at a pydantic location (union members appear in it by tag or type)."""
+    kind: Any = root
+    for part in loc:
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+            kind = kind.model_fields[str(part)].annotation
+            continue
+        members = _members(kind)
+        tagged = (
+            [m for m in members if part in get_args(m.model_fields["name"].annotation)] if members else []
+        )
+        kind = tagged[0] if tagged else kind
+    members = _members(kind)
+    fields = (
+        kind.model_fields if not members and isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    )
+    return list(fields)
+
+
+def _members(kind: Any) -> list[Any]:
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) in (Union, UnionType):
+        return [m for m in get_args(kind) if isinstance(m, type) and "name" in getattr(m, "model_fields", {})]
+    return []

@@ -1,0 +1,138 @@
+"""Weak (geometric) and strong (photometric) augmentation of a batch, on the device that holds it.
+
+All shapes are fixed and nothing is read back to the host: the random choices come as small tensors
+(`prcl_fast.data.draws`), and each function applies them to the whole batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prcl_fast.data.draws import GREY, StrongDraws, WeakDraws
+from prcl_fast.data.source import IGNORE
+
+
+@torch.no_grad()
+def weak_augment(
+    pixels: Tensor, sizes: Tensor, draws: WeakDraws, crop: Sequence[int], fill: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, crops and flips images and labels alike, in one gather from the native pixels.
+
+    Images are interpolated bilinearly with half-pixel centres, without a low-pass filter when shrinking; edge
+    pixels extend to the image's border, and nothing from outside it enters. Labels take the nearest pixel.
+    Positions are computed in integers: without scaling, crops and flips return the native values exactly, and
+    every device takes the same pixels.
+
+    Args:
+        pixels: [B, H, W, 4] uint8, contiguous: red, green, blue and label, images of different sizes padded
+            below and on the right.
+        sizes: [B, 2] int64, each image's height and width.
+        crop: h, w of the result.
+        fill: the colour in [0, 1] outside the image.
+
+    Returns:
+        image [B, 3, h, w] float32 in [0, 1], channels_last; label [B, h, w] uint8, 255 outside the image;
+        inside [B, h, w] bool.
+    """
+    mirrored = torch.zeros_like(draws.flip)
+    rows = _taps(sizes[:, 0], draws.scaled[:, 0], draws.start[:, 0], mirrored, crop[0])
+    columns = _taps(sizes[:, 1], draws.scaled[:, 1], draws.start[:, 1], draws.flip, crop[1])
+    inside = rows.inside[:, :, None] & columns.inside[:, None, :]
+
+    # A pixel with its label is one 32-bit word: a gather moves all four channels at once.
+    words = pixels.view(torch.int32).flatten(1)
+    width = pixels.shape[2]
+
+    def gather(row: Tensor, column: Tensor) -> Tensor:
+        index = (row * width)[:, :, None] + column[:, None, :]
+        found = words.gather(1, index.flatten(1)).view(*index.shape, 1)
+        return found.view(torch.uint8)
+
+    def blend(row: Tensor) -> Tensor:
+        left = gather(row, columns.lower)[..., :3].float()
+        right = gather(row, columns.upper)[..., :3].float()
+        return left.lerp_(right, columns.weight[:, None, :, None])
+
+    image = blend(rows.lower).lerp_(blend(rows.upper), rows.weight[:, :, None, None]).div_(255)
+    label = gather(rows.nearest, columns.nearest)[..., 3]
+    outside = ~inside
+    for channel, value in enumerate(fill):
+        image[..., channel].masked_fill_(outside, value)
+    return image.permute(0, 3, 1, 2), label.masked_fill(outside, IGNORE), inside
+
+
+class _Taps(NamedTuple):
+    """Where the n positions along one axis of the crop lie in the native image; all [B, n]."""
+
+    lower: Tensor  # int64: the two neighbours to blend ...
+    upper: Tensor
+    weight: Tensor  # float32: ... and the share of the upper one
+    nearest: Tensor  # int64
+    inside: Tensor  # bool
+
+
+def _taps(native: Tensor, scaled: Tensor, start: Tensor, flip: Tensor, length: int) -> _Taps:
+    """Position k of the scaled axis has its centre at (k + 1/2) native / scaled on the native axis."""
+    native, scaled, start = native[:, None], scaled[:, None], start[:, None]
+    position = torch.arange(length, device=native.device)
+    position = torch.where(flip[:, None], length - 1 - position, position) + start
+    inside = (position >= 0) & (position < scaled)
+    centre = (2 * torch.minimum(position.clamp(min=0), scaled - 1) + 1) * native  # times 2 scaled
+    nearest = centre // (2 * scaled)
+    below = torch.div(centre - scaled, 2 * scaled, rounding_mode="floor")
+    weight = ((centre - scaled) - below * (2 * scaled)).float() / (2 * scaled).float()
+    return _Taps(below.clamp(min=0), torch.minimum(below + 1, native - 1), weight, nearest, inside)
+
+
+@torch.no_grad()
+def strong_augment(image: Tensor, draws: StrongDraws) -> Tensor:
+    """Colour jitter, random grey and Gaussian blur.
+
+    Colour is one affine map per image, clamped to [0, 1] once at its end. Differences from the usual chain of
+    image operations: the order is brightness, contrast, saturation, hue for every image; no clamping between
+    them; hue turns the chroma plane of YIQ. Where the draws say "off", the values stay as they are, exactly.
+
+    Args:
+        image: [B, 3, h, w] float32 in [0, 1].
+
+    Returns:
+        [B, 3, h, w] float32 in [0, 1], contiguous.
+    """
+    image = image.contiguous()
+    mean = image.mean(dim=(2, 3))
+    mean_grey = sum(mean[:, channel] * weight for channel, weight in enumerate(GREY))
+    color = draws.color[..., None, None]
+    mixed = image[:, 0:1] * color[:, :, 0]
+    mixed = mixed.addcmul_(image[:, 1:2], color[:, :, 1]).addcmul_(image[:, 2:3], color[:, :, 2])
+    mixed = mixed.add_((draws.lift * mean_grey)[:, None, None, None]).clamp_(0, 1)
+    return mixed if draws.blur.shape[1] == 1 else _blur(mixed, draws.blur)
+
+
+def _blur(image: Tensor, kernel: Tensor) -> Tensor:
+    """Blurs image b, [B, 3, h, w], by kernel b, [B, K], along both axes, averaging inside the image only.
+
+    As products with banded matrices: a kernel per image makes a convolution with 3 B groups, and that is
+    several times slower on a CPU.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        along_rows, along_columns = _band(kernel, image.shape[2]), _band(kernel, image.shape[3])
+        return along_rows[:, None] @ (image @ along_columns[:, None].transpose(2, 3))
+
+
+def _band(kernel: Tensor, length: int) -> Tensor:
+    """[B, K] -> [B, n, n]: row i holds the kernel centred at i, cut at the ends and scaled to sum 1."""
+    taps = kernel.shape[1]
+    position = torch.arange(length, device=kernel.device)
+    tap = position - position[:, None] + taps // 2
+    band = kernel[:, tap.clamp(0, taps - 1)] * ((tap >= 0) & (tap < taps))
+    return band / band.sum(dim=2, keepdim=True)
+
+
+def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(image - mean) / std per channel: [B, 3, H, W] floating point -> the same type, channels_last."""
+    channels = [(image[:, c] - shift) / scale for c, (shift, scale) in enumerate(zip(mean, std, strict=True))]
+    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)

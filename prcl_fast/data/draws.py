@@ -1,0 +1,192 @@
+"""Random numbers of the data pipeline, drawn on the host, and what augmentation and mixing make of them.
+
+Every number is a function of (seed, purpose, step): a counter-based generator is started anew for each use,
+so nothing has to be saved to resume, and a step can be drawn without the steps before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prcl_fast.config import AugmentConfig
+
+WEAK_NUMBERS = 4  # uniform numbers per image that `weak_draws` takes
+_COLOR_NUMBERS = (
+    12  # jitter?, brightness, contrast, saturation, hue, grey?, blur?, sigma, box: area, aspect, y, x
+)
+STRONG_NUMBERS = _COLOR_NUMBERS + 256  # uniform numbers per image that `strong_draws` takes
+
+# A box of CutMix or CutOut covers this share of the crop (French et al., "Semi-supervised semantic
+# segmentation needs strong, varied perturbations", BMVC 2020).
+BOX_AREA = (0.25, 0.5)
+
+# The chroma plane of a colour x is I(x), Q(x) of NTSC's YIQ; Y(x) = GREY . x is its grey.
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+GREY = tuple(_YIQ[0])
+
+
+class Purpose(IntEnum):
+    """What random numbers are for: each purpose has its own streams."""
+
+    ORDER_LABELED = 0
+    ORDER_UNLABELED = 1
+    WEAK_LABELED = 2
+    WEAK_UNLABELED = 3
+    STRONG = 4
+    PARTNER = 5
+    RANK = 6
+    SCENE = 7
+
+
+def generator(seed: int, purpose: Purpose, *, step: int = 0, stream: int = 0) -> np.random.Generator:
+    """NumPy's Philox-4x64-10, keyed by (seed, purpose, stream) and with its counter at (step, 0).
+
+    The counter's upper half holds the step, so that the numbers of two steps never overlap.
+    """
+    key = np.array([seed % 2**64, purpose | (stream << 8)], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=step << 128))
+
+
+@dataclass(frozen=True)
+class WeakDraws:
+    """Geometry of a batch's weak augmentation: scaling, then a crop, then a flip.
+
+    The crop is in pixels of the scaled image; a negative start places the image that far inside the crop.
+    """
+
+    scaled: Tensor  # [B, 2] int64: height and width of the scaled image
+    start: Tensor  # [B, 2] int64: first row and column of the crop
+    flip: Tensor  # [B] bool: mirror the crop from left to right
+
+    def to(self, device: torch.device) -> WeakDraws:
+        """The same on another device; asynchronous from pinned memory."""
+        return WeakDraws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+    def pin_memory(self) -> WeakDraws:
+        """The same in page-locked memory."""
+        return WeakDraws(*(value.pin_memory() for value in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class StrongDraws:
+    """Random choices of a batch's strong augmentation and mixing."""
+
+    color: Tensor  # [B, 3, 3] float32: the linear part of brightness, contrast, saturation, hue and grey
+    lift: Tensor  # [B] float32: share of the image's mean grey that contrast adds to every channel
+    blur: Tensor  # [B, K] float32: one-dimensional kernel, K odd, sums to 1
+    box: Tensor  # [B, 4] int64: top, bottom, left, right of the box of CutMix and CutOut, ends excluded
+    class_score: Tensor  # [B, 256] float32 in [0, 1): ClassMix takes the partner's classes of smallest score
+    partner: Tensor  # [B] int64: which image of the batch is mixed in, a cyclic shift; itself only if B = 1
+
+    def to(self, device: torch.device) -> StrongDraws:
+        """The same on another device; asynchronous from pinned memory."""
+        return StrongDraws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+    def pin_memory(self) -> StrongDraws:
+        """The same in page-locked memory."""
+        return StrongDraws(*(value.pin_memory() for value in vars(self).values()))
+
+
+def weak_draws(
+    uniform: np.ndarray, sizes: np.ndarray, crop: Sequence[int], augment: AugmentConfig
+) -> WeakDraws:
+    """The geometry of each image.
+
+    The scale is uniform in `augment.scale`, the crop's place uniform over the scaled image; along an axis
+    where the scaled image is smaller than the crop, the image's place in the crop is uniform.
+
+    Args:
+        uniform: [B, WEAK_NUMBERS] float64 in [0, 1): scale, row, column, flip.
+        sizes: [B, 2] int64, native heights and widths.
+        crop: height and width of the crop.
+    """
+    low, high = augment.scale
+    scale = low + (high - low) * uniform[:, :1]
+    scaled = np.maximum(np.rint(sizes * scale), 1).astype(np.int64)
+    room = scaled - np.asarray(crop, dtype=np.int64)
+    start = np.sign(room) * np.floor(uniform[:, 1:3] * (np.abs(room) + 1)).astype(np.int64)
+    flip = uniform[:, 3] < augment.flip
+    return WeakDraws(torch.from_numpy(scaled), torch.from_numpy(start), torch.from_numpy(flip))
+
+
+def strong_draws(
+    uniform: np.ndarray, shift: float, crop: Sequence[int], augment: AugmentConfig
+) -> StrongDraws:
+    """Colour, blur and mixing of each image.
+
+    Args:
+        uniform: [B, STRONG_NUMBERS] float64 in [0, 1).
+        shift: in [0, 1); becomes the distance 1..B-1 to each image's partner.
+        crop: height and width of the images.
+    """
+    count = len(uniform)
+    color, lift = _color(uniform, augment)
+    distance = 1 + math.floor(shift * (count - 1))
+    return StrongDraws(
+        color=torch.from_numpy(color.astype(np.float32)),
+        lift=torch.from_numpy(lift.astype(np.float32)),
+        blur=torch.from_numpy(_blur(uniform, augment).astype(np.float32)),
+        box=torch.from_numpy(_box(uniform, crop)),
+        class_score=torch.from_numpy(uniform[:, _COLOR_NUMBERS:].astype(np.float32)),
+        partner=(torch.arange(count) + distance) % count,
+    )
+
+
+def _color(uniform: np.ndarray, augment: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness, contrast, saturation and hue in this order as one affine map x -> M x + lift * mean grey.
+
+    Brightness scales the colour, contrast scales its distance from the image's mean grey, saturation its
+    distance from its own grey, and hue turns that distance about the grey axis of YIQ. The last two leave
+    greys as they are, so all four compose exactly. Random grey is saturation 0.
+    """
+    jitter = uniform[:, 0] < augment.jitter
+
+    def factor(column: int, strength: float) -> np.ndarray:
+        return np.where(jitter, 1 + strength * (2 * uniform[:, column] - 1), 1.0)
+
+    brightness = factor(1, augment.brightness)
+    contrast = factor(2, augment.contrast)
+    saturation = factor(3, augment.saturation)
+    turn = 2 * np.pi * (factor(4, augment.hue) - 1)
+    saturation = np.where(uniform[:, 5] < augment.grayscale, 0.0, saturation)
+
+    grey = np.tile(_YIQ[0], (3, 1))
+    chroma = np.eye(3) - grey
+    quarter_turn = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _YIQ
+    cosine, sine = (value[:, None, None] for value in (np.cos(turn), np.sin(turn)))
+    turned = grey + saturation[:, None, None] * (cosine * chroma + sine * quarter_turn)
+    return (contrast * brightness)[:, None, None] * turned, (1 - contrast) * brightness
+
+
+def _blur(uniform: np.ndarray, augment: AugmentConfig) -> np.ndarray:
+    """Sampled Gaussians [B, K], cut at three times the largest sigma; a single 1 where there is no blur."""
+    low, high = augment.blur_sigma
+    radius = math.ceil(3 * high) if augment.blur > 0 else 0
+    sigma = low + (high - low) * uniform[:, 7:8]
+    offset = np.arange(-radius, radius + 1)
+    kernel = np.exp(-0.5 * (offset / sigma) ** 2)
+    kernel /= kernel.sum(axis=1, keepdims=True)
+    return np.where(uniform[:, 6:7] < augment.blur, kernel, (offset == 0).astype(np.float64))
+
+
+def _box(uniform: np.ndarray, crop: Sequence[int]) -> np.ndarray:
+    """Boxes [B, 4]: area uniform in BOX_AREA, aspect log-uniform, place uniform and inside the crop."""
+    low, high = BOX_AREA
+    area = low + (high - low) * uniform[:, 8]
+    height_share = area ** uniform[:, 9]
+    edges = []
+    for length, share, place in (
+        (crop[0], height_share, uniform[:, 10]),
+        (crop[1], area / height_share, uniform[:, 11]),
+    ):
+        extent = np.clip(np.rint(length * share), 1, length).astype(np.int64)
+        first = np.floor(place * (length - extent + 1)).astype(np.int64)
+        edges += [first, first + extent]
+    return np.stack(edges, axis=1)

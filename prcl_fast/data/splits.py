@@ -1,0 +1,219 @@
+"""Split files: which images are labeled, unlabeled or for validation.
+
+Lines of all public forms are read. The part that names the image becomes its id: `2011_000068`,
+`aachen_000013_000019`, or the path without suffix in a data set of one's own.
+
+    form      a line
+    ids       2011_000068
+    stems     aachen_000013_000019_leftImg8bit
+    paths     leftImg8bit/train/hamburg/hamburg_000000_080169_leftImg8bit.png
+    pairs     JPEGImages/2011_000068.jpg SegmentationClass/2011_000068.png
+    tabs      /images/train/jena_000078_000019.png <tab> /segmentation/train/jena_000078_000019_gtFine.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from prcl_fast.data.images import IMAGE_SUFFIXES
+from prcl_fast.data.known_splits import KNOWN_LISTS
+from prcl_fast.errors import InputError
+
+Form = Literal["ids", "stems", "paths", "pairs", "tabs"]
+
+VOC_ID = re.compile(r"\d{4}_\d{6}")
+CITYSCAPES_ID = re.compile(r"[a-z-]+_\d{6}_\d{6}")
+CITYSCAPES_SUFFIX = "_leftImg8bit"
+
+_SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
+_PAIR = re.compile(rf"(\S.*?(?:{_SUFFIX}))\s+(\S.*(?:{_SUFFIX}))", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_WRITTEN_AS = {
+    "ids": "ids",
+    "stems": "Cityscapes stems",
+    "paths": "image paths",
+    "pairs": "image and label paths",
+    "tabs": "two paths with a tab",
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A list of image ids in order.
+
+    Attributes:
+        family: what the syntax tells, and which public list it is if it is one.
+        names: ids without repetition.
+        fingerprint: 12 hex digits of SHA-256 over the ids joined by newlines, so the order counts.
+    """
+
+    family: str
+    names: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a split file; paths are relative to the data set's root, None where the line has none."""
+
+    line: int
+    text: str
+    name: str
+    image: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """A split file with what messages need: where each id stands."""
+
+    path: Path
+    form: Form
+    entries: tuple[Entry, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.entries)
+
+    @cached_property
+    def split(self) -> Split:
+        return make_split(self.names, self.form)
+
+
+def make_split(names: Sequence[str], form: Form = "ids") -> Split:
+    """A Split of ids that were written in the given form."""
+    known = KNOWN_LISTS.get(fingerprint(sorted(names)))
+    family = _syntax(names, form) + (f", {known}" if known else "")
+    return Split(family, tuple(names), fingerprint(names))
+
+
+def fingerprint(names: Iterable[str]) -> str:
+    """12 hex digits of SHA-256 over the ids joined by newlines."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+
+
+def read_split(path: Path) -> SplitFile:
+    """Reads a split file of any public form.
+
+    Blank lines, CRLF, a byte order mark and a missing last newline are tolerated.
+
+    Raises:
+        InputError: naming file and line: unreadable, empty, an id twice, mixed forms, or a path that leaves
+            the data set.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such split file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise InputError(f"{path}: cannot be read as a split file: {reason}") from None
+    entries: list[Entry] = []
+    first_line: dict[str, int] = {}
+    form: Form | None = None
+    for number, raw in enumerate(text.split("\n"), start=1):
+        line = raw.strip(" \t\r")
+        if not line:
+            continue
+        line_form, entry = _parse(line, f"{path}:{number}", number)
+        if form is None:
+            form = line_form
+        if line_form != form:
+            raise InputError(
+                f"{path}:{number}: written as {_WRITTEN_AS[line_form]}, "
+                f"the lines above as {_WRITTEN_AS[form]}"
+            )
+        if entry.name in first_line:
+            raise InputError(f"{path}:{number}: {entry.name} already stands in line {first_line[entry.name]}")
+        first_line[entry.name] = number
+        entries.append(entry)
+    if form is None:
+        raise InputError(f"{path}: the split file is empty")
+    return SplitFile(path, form, tuple(entries))
+
+
+def check_disjoint(files: Sequence[SplitFile]) -> None:
+    """Raises InputError naming both files, the first common id and the count if two files share an id."""
+    for position, later in enumerate(files):
+        for earlier in files[:position]:
+            others = set(earlier.names)
+            common = [name for name in later.names if name in others]
+            if common:
+                raise InputError(
+                    f"{later.path} and {earlier.path} have {len(common)} of their ids in common, "
+                    f"the first is {common[0]}"
+                )
+
+
+def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
+    form: Form
+    image: str
+    label: str | None = None
+    if "\t" in line:
+        paths = line.split("\t")
+        if len(paths) != 2:
+            raise InputError(f"{where}: {len(paths)} columns; one or two are expected")
+        form = "tabs"
+        image, label = (part.strip(" ") for part in paths)
+    elif pair := _PAIR.fullmatch(line):
+        form = "pairs"
+        image, label = pair.groups()
+    else:
+        form, image = "ids", line.removeprefix("./")
+    if label is not None:
+        # In these lines a leading slash means the root of the data set.
+        image, label = image.removeprefix("/"), label.removeprefix("/")
+        _check_inside(label, where)
+    _check_inside(image, where)
+    name = _name(image)
+    if label is None and _has_suffix(image):
+        form = "paths"
+    elif label is None and image == name + CITYSCAPES_SUFFIX:
+        form = "stems"
+    return form, Entry(number, line, name, None if form in ("ids", "stems") else image, label)
+
+
+def _check_inside(path: str, where: str) -> None:
+    parts = re.split(r"[/\\]", path)
+    if _CONTROL.search(path) or "\t" in path:
+        raise InputError(f"{where}: a control character in {path!r}")
+    if ".." in parts or path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path):
+        raise InputError(f"{where}: {path!r} leaves the data set; ids and paths are relative to its root")
+    if "" in parts or "." in parts:
+        raise InputError(f"{where}: {path!r} is no id and no path of a file")
+
+
+def _has_suffix(path: str) -> bool:
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _name(path: str) -> str:
+    """The id of an image: short in the layouts that are known, else the path without its suffix."""
+    stem = path[: path.rindex(".")] if _has_suffix(path) else path
+    folder, _, base = stem.rpartition("/")
+    if base.endswith(CITYSCAPES_SUFFIX):
+        return base.removesuffix(CITYSCAPES_SUFFIX)
+    if CITYSCAPES_ID.fullmatch(base) or folder.rpartition("/")[2] == "JPEGImages":
+        return base
+    return stem
+
+
+def _syntax(names: Sequence[str], form: Form) -> str:
+    voc = all(VOC_ID.fullmatch(name) for name in names)
+    cityscapes = all(CITYSCAPES_ID.fullmatch(name) for name in names)
+    kind = "VOC" if voc else "Cityscapes" if cityscapes else ""
+    if form == "tabs":
+        return f"CPS ({kind or 'two'} paths with a tab)"
+    if form == "pairs":
+        return f"UniMatch ({kind or 'image and label'} path pairs)"
+    if form == "paths":
+        return "U2PL (Cityscapes paths)" if cityscapes else "image paths"
+    if form == "stems":
+        return "PRCL (Cityscapes stems)"
+    return "VOC ids" if voc else "Cityscapes ids" if cityscapes else "ids"

@@ -1,0 +1,1 @@
+"""The loop around a method: training, evaluation, checkpoints, logs."""

@@ -1,0 +1,201 @@
+"""Evaluation: the confusion matrix of every network on a split, and the IoU that follows from it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.table import Column, Table
+from torch import Tensor, nn
+
+from prcl_fast.config import DataConfig, EvalConfig
+from prcl_fast.data.augment import normalize
+from prcl_fast.data.source import IGNORE, Source
+from prcl_fast.engine.inference import inference, inference_settings, logits_of
+from prcl_fast.errors import InputError
+
+# Images of rare sizes wait for partners; more than this many decoded images never wait.
+_WAITING = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Exact pixel counts of one network.
+
+    A class that occurs neither in the truth nor in the prediction has no IoU (nan) and does not count in the
+    mean. A class that is only predicted has IoU 0 and does count. Pixels without label are not counted.
+    """
+
+    confusion: np.ndarray  # int64 [C, C], row truth, column prediction
+
+    @property
+    def iou(self) -> np.ndarray:
+        """Intersection over union per class, 0 to 1: float64 [C], nan where undefined."""
+        intersection = np.diag(self.confusion).astype(np.float64)
+        union = self.confusion.sum(axis=0) + self.confusion.sum(axis=1) - np.diag(self.confusion)
+        return np.divide(intersection, union, out=np.full(len(union), np.nan), where=union > 0)
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU in percent over the classes that have one; nan where no pixel has a label."""
+        iou = self.iou
+        present = iou[~np.isnan(iou)]
+        return 100 * float(present.mean()) if present.size else float("nan")
+
+    def iou_by_class(self, classes: Sequence[str]) -> dict[str, float | None]:
+        """IoU in percent by class name, None where undefined: ready for JSON."""
+        return {
+            name: None if np.isnan(iou) else 100 * float(iou)
+            for name, iou in zip(classes, self.iou, strict=True)
+        }
+
+
+def evaluate(
+    networks: Mapping[str, nn.Module],
+    source: Source,
+    data: DataConfig,
+    settings: EvalConfig,
+    device: torch.device,
+    *,
+    subset: str = "val",
+    amp: str = "off",
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluates several networks on the same decoded images.
+
+    Modes: `whole` takes every image at its own size; `center` cuts the centre of image and label to
+    `settings.crop` (a smaller side stays as it is); `sliding` averages over windows of `settings.window`
+    that cover the image, the last ones shifted inside. Logits are upsampled bilinearly with aligned corners
+    to the evaluated size before the argmax. Images of equal size share a batch, in an order that depends on
+    nothing but the split: the same networks and settings give the same counts in training and later.
+
+    Args:
+        networks: name -> network as `SegmentationNetwork`, on `device`; their training modes are restored.
+        subset: a key of `source.splits`.
+        amp: "off", "bf16" or "fp16": autocast, as in `train.amp`.
+        rank, world: evaluates every world-th image only; the confusions of all ranks add up to the whole.
+        progress: called with (images done, images in all).
+
+    Raises:
+        InputError: an empty subset, a label that does not fit its image, a network of other classes than
+            the data, or what the source says of a file.
+    """
+    names = source.splits[subset].names[rank::world]
+    if not source.splits[subset].names:
+        raise InputError(f"data.{subset}: no image to evaluate on")
+    settings = inference_settings(settings, data)
+    classes = len(source.classes)
+    counts = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in networks}
+    done = 0
+    with inference(networks.values(), device, amp):
+        for images, labels in _equal_batches(source, names, settings, data.workers):
+            pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255)
+            pixels = normalize(pixels, data.mean, data.std)
+            truth = torch.from_numpy(labels).to(device)
+            for name, network in networks.items():
+                scores = logits_of(network, pixels, settings)
+                if scores.shape[1] != classes:
+                    raise InputError(
+                        f"network {name}: it has {scores.shape[1]} classes, the data have {classes}"
+                    )
+                counts[name] += _confusion(truth, scores.argmax(dim=1), classes)
+            done += len(images)
+            if progress is not None:
+                progress(done, len(names))
+    return {name: Evaluation(count.cpu().numpy()) for name, count in counts.items()}
+
+
+def format_table(results: Mapping[str, Evaluation], classes: Sequence[str]) -> Table:
+    """A table of IoU in percent: a row per class with its share of the pixels, a column per network."""
+    first = next(iter(results.values())).confusion
+    share = 100 * first.sum(axis=1) / max(1, first.sum())
+    table = Table("class", *_right("pixels %"), *_right(*(f"{name} IoU %" for name in results)))
+    columns = [100 * result.iou for result in results.values()]
+    for index, name in enumerate(classes):
+        values = (column[index] for column in columns)
+        cells = ("-" if np.isnan(value) else f"{value:.2f}" for value in values)
+        table.add_row(name, f"{share[index]:.2f}", *cells, end_section=index == len(classes) - 1)
+    table.add_row("mean", "", *(f"{result.miou:.2f}" for result in results.values()), style="bold")
+    return table
+
+
+def _confusion(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
+    """int64 [C, C] from [B, H, W] each, ignored pixels left out."""
+    # Ignored pixels go to a bin of their own: a boolean index would cost a synchronisation more.
+    cell = torch.where(truth == IGNORE, classes * classes, truth.long() * classes + prediction)
+    counts = torch.bincount(cell.flatten(), minlength=classes * classes + 1)
+    return counts[:-1].view(classes, classes)
+
+
+def _equal_batches(
+    source: Source, names: Sequence[str], settings: EvalConfig, workers: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """uint8 [b, h, w, 3] and [b, h, w] of one size, b <= settings.batch, in an order set by the sizes."""
+    groups: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
+    waiting = 0
+    for image, label in _decoded(source, names, settings, workers):
+        group = groups.setdefault(label.shape, [])
+        group.append((image, label))
+        waiting += 1
+        full = label.shape if len(group) == settings.batch else None
+        if full is None and waiting == _WAITING:
+            full = max(groups, key=lambda size: len(groups[size]))
+        if full is not None:
+            members = groups.pop(full)
+            waiting -= len(members)
+            yield _stack(members)
+    for members in groups.values():
+        yield _stack(members)
+
+
+def _stack(members: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.stack([image for image, _ in members]), np.stack([label for _, label in members])
+
+
+def _decoded(
+    source: Source, names: Sequence[str], settings: EvalConfig, workers: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Image and label of every name in order, decoded ahead by threads: the decoders release the GIL."""
+
+    def load(name: str) -> tuple[np.ndarray, np.ndarray]:
+        image, label = source.image(name), source.label(name)
+        if image.shape[:2] != label.shape:
+            raise InputError(
+                f"{name}: the label is {label.shape[0]} x {label.shape[1]} pixels, "
+                f"the image {image.shape[0]} x {image.shape[1]}"
+            )
+        if settings.mode == "center":
+            image, label = _center(image, settings.crop), _center(label, settings.crop)
+        return image, label
+
+    if workers == 0:
+        yield from map(load, names)
+        return
+    pool = ThreadPoolExecutor(workers)
+    ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+    try:
+        for name in names:
+            ahead.append(pool.submit(load, name))
+            if len(ahead) > 2 * workers + settings.batch:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _center(array: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:
+    """The centre of [H, W, ...], each side at most that of `crop`."""
+    assert crop is not None
+    top, left = (max(0, (side - wanted) // 2) for side, wanted in zip(array.shape, crop, strict=False))
+    return array[top : top + crop[0], left : left + crop[1]]
+
+
+def _right(*headers: str) -> list[Column]:
+    return [Column(header, justify="right") for header in headers]

@@ -1,0 +1,178 @@
+"""Dense maps at image size from a network: whole images, sliding windows, several scales, mirrored.
+
+`evaluate` and `predict` both look at images through these functions, so their digits agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prcl_fast.config import DataConfig, EvalConfig
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def inference_settings(settings: EvalConfig, data: DataConfig) -> EvalConfig:
+    """The settings with `crop` and `window` spelled out: both are `data.crop` where null."""
+    return settings.model_copy(
+        update={"crop": settings.crop or data.crop, "window": settings.window or data.crop}
+    )
+
+
+@contextlib.contextmanager
+def inference(networks: Iterable[nn.Module], device: torch.device, amp: str) -> Iterator[None]:
+    """Eval mode, no gradients, no compilation, repeatable convolutions; all is as it was afterwards.
+
+    A compiled network would be compiled anew for each image size, and round otherwise than the same network
+    loaded from its checkpoint.
+
+    Args:
+        amp: "off", "bf16" or "fp16", as in `train.amp`.
+    """
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    cudnn = torch.backends.cudnn
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    try:
+        for module, _ in modes:
+            module.training = False
+        # The benchmark would measure anew for each image size, and may choose another algorithm next time.
+        cudnn.benchmark, cudnn.deterministic = False, True
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(device.type, _AUTOCAST.get(amp), enabled=amp != "off"))
+            if any(module._compiled_call_impl is not None for module, _ in modes):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+        for module, training in modes:
+            module.training = training
+
+
+def logits_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor:
+    """Class scores of every pixel, averaged over windows, scales and the mirror image.
+
+    Args:
+        network: as `SegmentationNetwork`; its logits may be smaller than the image.
+        image: [B, 3, H, W] float32, normalised.
+        settings: with `window` set where `mode` is sliding, see `inference_settings`. Mode center is the
+            business of whoever has the labels: here it is the same as whole.
+
+    Returns:
+        [B, C, H, W] float32: logits with `average: logits`, probabilities with `average: softmax`.
+    """
+
+    def scores(view: Tensor, size: tuple[int, int]) -> Tensor:
+        logits = network(view, representations=False).logits
+        logits = _upsample(logits, size)
+        return logits.softmax(dim=1) if settings.average == "softmax" else logits
+
+    size = (image.shape[2], image.shape[3])
+    views = [
+        (scale, flip) for scale in settings.scales for flip in ((False, True) if settings.flip else (False,))
+    ]
+    total: Tensor | None = None
+    for scale, flip in views:
+        view = image
+        if scale != 1.0:
+            view = _upsample(view, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
+        if flip:
+            view = view.flip(3)
+        result = _dense(scores, view, size, settings)
+        if flip:
+            result = result.flip(3)
+        total = result if total is None else total + result
+    assert total is not None
+    return total / len(views)
+
+
+def variance_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor | None:
+    """sigma^2 of every pixel, its mean over the D dimensions; None for a network without probability head.
+
+    Windows are averaged as in `logits_of`; further scales and the mirror image are left out.
+
+    Args:
+        image: [B, 3, H, W] float32, normalised.
+
+    Returns:
+        [B, H, W] float32 within [0, 1].
+    """
+    if getattr(network, "probability", None) is None:
+        return None
+
+    def mean_variance(view: Tensor, size: tuple[int, int]) -> Tensor:
+        var = network(view, representations=True).var
+        return _upsample(var.float().mean(dim=1, keepdim=True), size)
+
+    return _dense(mean_variance, image, (image.shape[2], image.shape[3]), settings)[:, 0]
+
+
+def window_starts(size: int, window: int, stride: float) -> list[int]:
+    """First pixels of the windows along one axis: they cover it all, the last one is shifted inside.
+
+    Args:
+        stride: distance of neighbours as a share of the window.
+    """
+    if size <= window:
+        return [0]
+    step = max(1, math.ceil(window * stride))
+    return [min(step * i, size - window) for i in range(math.ceil((size - window) / step) + 1)]
+
+
+def _dense(
+    score: Callable[[Tensor, tuple[int, int]], Tensor],
+    view: Tensor,
+    size: tuple[int, int],
+    settings: EvalConfig,
+) -> Tensor:
+    """score(view [b, 3, h, w], size) -> [b, K, *size], over whole views or their windows: [B, K, *size]."""
+    view = view.contiguous(memory_format=torch.channels_last)
+    if settings.mode != "sliding":
+        return score(view, size)
+    averaged = _sliding(score, view, settings)
+    return averaged if averaged.shape[2:] == size else _upsample(averaged, size)
+
+
+def _sliding(
+    score: Callable[[Tensor, tuple[int, int]], Tensor], view: Tensor, settings: EvalConfig
+) -> Tensor:
+    assert settings.window is not None
+    high, wide = settings.window
+    height, width = view.shape[2:]
+    if height < high or width < wide:
+        # After normalisation the mean colour is 0.
+        view = F.pad(view, (0, max(0, wide - width), 0, max(0, high - height)))
+    places = [
+        (b, y, x)
+        for b in range(view.shape[0])
+        for y in window_starts(view.shape[2], high, settings.stride)
+        for x in window_starts(view.shape[3], wide, settings.stride)
+    ]
+    total: Tensor | None = None
+    count = torch.zeros(view.shape[2:], device=view.device)
+    for first in range(0, len(places), settings.batch):
+        some = places[first : first + settings.batch]
+        windows = torch.stack([view[b, :, y : y + high, x : x + wide] for b, y, x in some])
+        maps = score(windows.contiguous(memory_format=torch.channels_last), (high, wide))
+        if total is None:
+            total = maps.new_zeros(view.shape[0], maps.shape[1], *view.shape[2:])
+        for (b, y, x), part in zip(some, maps, strict=True):
+            total[b, :, y : y + high, x : x + wide] += part
+            if b == 0:
+                count[y : y + high, x : x + wide] += 1
+    assert total is not None
+    return total.div_(count)[:, :, :height, :width]
+
+
+def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, corners aligned, in float32; under autocast a network's maps come in half precision."""
+    maps = maps.float()
+    if maps.shape[2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=True)

@@ -1,0 +1,133 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, and progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """The log of one run. A run that goes on at `start` drops the records that lie after it.
+
+    Every record goes to metrics.jsonl (one JSON object a line) and its numbers to TensorBoard.
+    """
+
+    def __init__(self, folder: Path, *, start: int, total: int, console: Console) -> None:
+        self.console = console
+        self._path = folder / "metrics.jsonl"
+        _keep_until(self._path, start)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, status="")
+        self._noted = 0
+
+    def __enter__(self) -> RunLog:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        self._file.close()
+        self._board.close()
+
+    def advance(self, iteration: int) -> None:
+        """Moves the progress bar to `iteration` finished steps."""
+        self._bar.update(self._task, completed=iteration)
+
+    def train(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """A record of training after `iteration` steps; its "note" is a sentence for the user."""
+        self._write("train", iteration, values)
+        shown = ", ".join(f"{key} {values[key]:.4g}" for key in values if key.startswith("loss"))
+        self._bar.update(self._task, status=shown)
+        if not self.console.is_terminal:
+            self._say(f"iteration {iteration}: {shown}")
+        # A batch may be at chance by chance: its sentence is shown when it comes twice running.
+        note = values.get("note", "")
+        if note:
+            self._noted += 1
+            if self._noted == 2:
+                self._say(f"iteration {iteration}: {note}")
+        else:
+            self._noted = 0
+
+    def evaluation(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """A record of an evaluation after `iteration` steps."""
+        self._write("eval", iteration, values)
+        shown = ", ".join(f"{key} {values[key]:.2f}" for key in values if key.startswith("miou"))
+        self._say(f"iteration {iteration}: {shown}")
+
+    def flush(self) -> None:
+        """Everything so far is on disk when this returns: a checkpoint may rely on it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
+        record = {"kind": kind, "iteration": iteration} | {
+            key: _plain(value) for key, value in values.items()
+        }
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            for name, number in _numbers(key, value):
+                self._board.add_scalar(f"{kind}/{name}", number, iteration)
+
+
+def _keep_until(path: Path, iteration: int) -> None:
+    """Drops the records after `iteration`, and a last line that was cut off while it was written."""
+    kept: list[str] = []
+    if iteration > 0 and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["iteration"] <= iteration:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN: it becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _numbers(key: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        return [pair for name, item in value.items() for pair in _numbers(f"{key}/{name}", item)]
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return [(key, float(value))]
+    return []

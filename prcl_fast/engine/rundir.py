@@ -1,0 +1,38 @@
+"""The folder of a run: who may write into it, and where things lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+
+from prcl_fast.config import Config, config_fingerprint, dump_config, load_config
+from prcl_fast.errors import InputError
+
+
+def claim_output(config: Config) -> Path:
+    """Makes the output folder of a run and writes its config.yaml; a run may take its own folder again.
+
+    Raises:
+        InputError: the folder cannot be written, or holds the run of another configuration.
+    """
+    folder = config.output
+    fingerprint = config_fingerprint(config)
+    former = folder / "config.yaml"
+    if former.exists() and config_fingerprint(load_config(former)) != fingerprint:
+        raise InputError(f"output: {folder} holds another configuration's run (config.yaml differs)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "config.yaml.tmp"
+        temporary.write_text(yaml.safe_dump(dump_config(config), sort_keys=False), encoding="utf-8")
+        temporary.replace(former)
+    except OSError as error:
+        raise InputError(f"output: {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def label_scan_cache() -> Path:
+    """The file that remembers which label files were checked, shared by all runs of a user."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "prcl_fast" / "label_scan.json"

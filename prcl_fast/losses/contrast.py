@@ -1,0 +1,277 @@
+"""The probabilistic contrast L_c: prototypes, sampling, virtual negatives and InfoNCE in one module."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prcl_fast.ops import (
+    PrototypeStatistics,
+    Purpose,
+    mutual_likelihood_score,
+    philox_normal,
+    probabilistic_info_nce,
+    prototype_statistics,
+    sample_anchors,
+    sample_negatives,
+)
+
+PROTOTYPES = ("global", "ema", "local")
+# Variance of every distribution in the deterministic case: two of them add up to one.
+_CONSTANT_VARIANCE = 0.5
+
+
+class ProbabilisticContrast(nn.Module):
+    """L_c, eq. (15) of the IJCV paper, with everything that leads to it.
+
+    A class takes part in a step if it has valid pixels in the batch. Its prototype is the positive of its
+    anchors:
+
+    - "global": the merge of the local prototypes of all steps so far, eq. (9); grows ever more certain;
+    - "ema": an exponential moving average of the local prototypes' means and variances;
+    - "local": this batch's, eq. (4).
+
+    The states are buffers. Under `torch.distributed` the batch is that of all processes: their statistics are
+    summed.
+
+    With `deterministic` every variance, the prototypes' included, is the constant 0.5 and means are
+    L2-normalised and summed over (`reduction` and `normalize` are not looked at): the score is then exactly
+    the cosine similarity less one, up to the constant of eq. (3), and the loss is the common deterministic
+    pixel contrast.
+
+    Args:
+        num_classes: C.
+        dim: D.
+        tau: temperature. Its useful range depends on `reduction` and `normalize`: see `explain_inert`.
+        num_anchors: A, per class.
+        num_negatives: N, per anchor.
+        delta_s: valid pixels with confidence below it are hard, and may become anchors.
+        reduction: "mean" or "sum" over the D dimensions of a score.
+        normalize: whether means are L2-normalised inside a score.
+        prototype: "global", "ema" or "local".
+        ema_decay: share of the old state in the moving average.
+        virtual_negatives: V, per class; 0 for none.
+        beta: spread of the virtual negatives, eq. (10).
+        deterministic: plain cosine similarities instead of distributions.
+    Raises:
+        ValueError: an argument out of its range; the message names it.
+    """
+
+    # State of the "global" (natural parameters) and the "ema" prototypes; each kind registers its own.
+    precision: Tensor
+    weighted_mean: Tensor
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        tau: float,
+        num_anchors: int = 256,
+        num_negatives: int = 512,
+        delta_s: float = 0.8,
+        reduction: str = "mean",
+        normalize: bool = True,
+        prototype: str = "global",
+        ema_decay: float = 0.99,
+        virtual_negatives: int = 4,
+        beta: float = 1.0,
+        deterministic: bool = False,
+    ) -> None:
+        super().__init__()
+        if not tau > 0:
+            raise ValueError(f"tau must be positive; got {tau}")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be sum or mean; got {reduction!r}")
+        if prototype not in PROTOTYPES:
+            raise ValueError(f"prototype must be one of {', '.join(PROTOTYPES)}; got {prototype!r}")
+        if not 0 <= ema_decay <= 1:
+            raise ValueError(f"ema_decay must be between 0 and 1; got {ema_decay}")
+        if virtual_negatives < 0:
+            raise ValueError(f"virtual_negatives must not be negative; got {virtual_negatives}")
+        if deterministic and virtual_negatives:
+            raise ValueError(
+                f"virtual_negatives must be 0 where deterministic is set; got {virtual_negatives}"
+            )
+        self.num_classes = num_classes
+        self.tau = tau
+        self.num_anchors = num_anchors
+        self.num_negatives = num_negatives
+        self.delta_s = delta_s
+        self.reduction = "sum" if deterministic else reduction
+        self.normalize = normalize or deterministic
+        self.prototype = prototype
+        self.ema_decay = ema_decay
+        self.virtual_negatives = virtual_negatives
+        self.beta = beta
+        self.deterministic = deterministic
+        if prototype == "global":
+            # Sums over a whole training: float32 would stop growing.
+            self.register_buffer("precision", torch.zeros(num_classes, dim, dtype=torch.float64))
+            self.register_buffer("weighted_mean", torch.zeros(num_classes, dim, dtype=torch.float64))
+        if prototype == "ema":
+            self.register_buffer("mean", torch.zeros(num_classes, dim))
+            self.register_buffer("variance", torch.ones(num_classes, dim))
+        if prototype != "local":
+            self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
+        self.diagnostics: dict[str, Tensor] = {}
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, tau={self.tau}, num_anchors={self.num_anchors}, "
+            f"num_negatives={self.num_negatives}, prototype={self.prototype}, reduction={self.reduction}, "
+            f"normalize={self.normalize}, virtual_negatives={self.virtual_negatives}"
+        )
+
+    def forward(
+        self,
+        mu: Tensor,  # [B, D, h, w]
+        var: Tensor | None,  # [B, D, h, w]
+        label: Tensor,  # [B, h, w]
+        valid: Tensor,  # [B, h, w]
+        confidence: Tensor,  # [B, h, w]
+        seed: Tensor,  # [2]
+    ) -> Tensor:
+        """The loss of one batch; updates the prototypes' state and `diagnostics`.
+
+        Args:
+            mu: [B, D, h, w] means, any floating dtype and memory format.
+            var: [B, D, h, w] variances, dtype of mu; not looked at, and may be None, where `deterministic` is
+                set.
+            label: [B, h, w] integer, labels and pseudo-labels; outside 0 .. C-1 means "none".
+            valid: [B, h, w] bool, labeled, or with confidence of at least delta_w.
+            confidence: [B, h, w] floating, what is compared with delta_s.
+            seed: int64 [2] = (seed, step), on mu's device.
+        Returns:
+            scalar, float32; with fewer than two classes present, or no anchor, a 0 that stays in the graph.
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        if self.deterministic:
+            var = torch.full_like(mu, _CONSTANT_VARIANCE, requires_grad=False)
+        elif var is None:
+            raise TypeError("var must be a tensor; only a deterministic contrast goes without")
+        if confidence.shape != label.shape:
+            raise ValueError(
+                f"confidence must have label's shape {list(label.shape)}; got {list(confidence.shape)}"
+            )
+        with torch.autocast(mu.device.type, enabled=False):
+            hard = valid & (confidence < self.delta_s)
+            with torch.no_grad():
+                local = prototype_statistics(mu, var, label, valid, self.num_classes)
+                positive = self._updated(_summed_over_processes(local))
+                anchors = sample_anchors(label, valid, hard, self.num_classes, self.num_anchors, seed)
+                negatives = sample_negatives(
+                    self._negative_classes(positive),
+                    label,
+                    valid,
+                    self.num_classes,
+                    self.num_anchors,
+                    self.num_negatives,
+                    seed,
+                )
+                virtual_mu = self._virtual_negatives(positive, seed)
+            loss = probabilistic_info_nce(
+                mu,
+                var,
+                anchors,
+                negatives,
+                positive,
+                virtual_mu,
+                tau=self.tau,
+                reduction=self.reduction,
+                normalize=self.normalize,
+            )
+        self._record(loss, label, hard, local, positive, negatives)
+        return loss
+
+    def _updated(self, batch: PrototypeStatistics) -> PrototypeStatistics:
+        """Merges the batch into the state; returns the prototypes to use, with the batch's pixel counts."""
+        present = batch.count[:, None] > 0
+        if self.prototype == "local":
+            precision, mean = batch.precision, batch.mean
+        elif self.prototype == "global":
+            self.precision += batch.precision
+            self.weighted_mean += batch.weighted_mean
+            self.count += batch.count
+            state = PrototypeStatistics(self.precision, self.weighted_mean, self.count)
+            precision, mean = self.precision.float(), state.mean.float()
+        else:
+            new_mean = batch.mean
+            new_variance = torch.where(present, batch.variance, 1.0)
+            seen = self.count[:, None] > 0
+            for state_value, new_value in ((self.mean, new_mean), (self.variance, new_variance)):
+                moved = torch.where(seen, torch.lerp(new_value, state_value, self.ema_decay), new_value)
+                state_value.copy_(torch.where(present, moved, state_value))
+            self.count += batch.count
+            precision, mean = self.variance.reciprocal(), self.mean
+        if self.deterministic:
+            precision = torch.full_like(mean, 1.0 / _CONSTANT_VARIANCE)
+        return PrototypeStatistics(precision, precision * mean, batch.count)
+
+    def _negative_classes(self, positive: PrototypeStatistics) -> Tensor:
+        """[C, C]: softmax of the prototypes' scores over tau, over the other classes present."""
+        present = positive.count > 0
+        mean = positive.mean
+        variance = torch.where(present[:, None], positive.variance, 1.0)
+        score = mutual_likelihood_score(
+            mean, variance, mean, variance, reduction=self.reduction, normalize=self.normalize
+        )
+        itself = torch.eye(self.num_classes, dtype=torch.bool, device=score.device)
+        allowed = present[:, None] & present[None, :] & ~itself
+        probability = torch.softmax((score / self.tau).masked_fill(~allowed, -torch.inf), dim=1)
+        return torch.where(allowed, probability, 0.0)
+
+    def _virtual_negatives(self, positive: PrototypeStatistics, seed: Tensor) -> Tensor | None:
+        """[C, V, D], eq. (10): mu_c + beta * eps * s_c, eps ~ N(0, I); s_c is the variance, as there."""
+        if not self.virtual_negatives:
+            return None
+        mean = positive.mean[:, None]
+        variance = torch.where(positive.count[:, None] > 0, positive.variance, 0.0)[:, None]
+        shape = (self.num_classes, self.virtual_negatives, mean.shape[-1])
+        return mean + self.beta * philox_normal(seed, shape, Purpose.VIRTUAL_NEGATIVES) * variance
+
+    @torch.no_grad()
+    def _record(
+        self,
+        loss: Tensor,
+        label: Tensor,
+        hard: Tensor,
+        local: PrototypeStatistics,
+        positive: PrototypeStatistics,
+        negatives: Tensor,
+    ) -> None:
+        """Fills `diagnostics` with tensors on the device; nothing waits for them.
+
+        valid_per_class, hard_per_class, anchors_per_class [C]: this process's pixels and distinct draws at
+        most; present_classes; negatives: how many were drawn; loss; chance_level: the loss of an anchor whose
+        scores are all equal.
+        """
+        classes = torch.arange(self.num_classes, device=label.device)
+        hard_per_class = ((label.flatten() == classes[:, None]) & hard.flatten()).sum(1)
+        present = (positive.count > 0).sum()
+        others = (present - 1).clamp(min=0)
+        self.diagnostics = {
+            "valid_per_class": local.count,
+            "hard_per_class": hard_per_class,
+            "anchors_per_class": hard_per_class.clamp(max=self.num_anchors),
+            "present_classes": present,
+            "negatives": (negatives >= 0).sum(),
+            "loss": loss.detach(),
+            "chance_level": torch.log1p((self.num_negatives + self.virtual_negatives * others).float()),
+        }
+
+
+def _summed_over_processes(local: PrototypeStatistics) -> PrototypeStatistics:
+    """One all-reduce of [C, 2D + 1] numbers instead of gathering feature maps: the sums are the same."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return local
+    dim = local.precision.shape[1]
+    packed = torch.cat([local.precision, local.weighted_mean, local.count[:, None]], dim=1)
+    dist.all_reduce(packed)
+    precision, weighted_mean, count = packed.split([dim, dim, 1], dim=1)
+    return PrototypeStatistics(precision, weighted_mean, count[:, 0].long())

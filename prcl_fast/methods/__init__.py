@@ -1,0 +1,22 @@
+"""Training methods: one file each behind the interface of `base.Method`."""
+
+from __future__ import annotations
+
+from prcl_fast.config import Config, MeanTeacherConfig, PRCLConfig, SupervisedConfig
+from prcl_fast.methods.base import Method, Step
+from prcl_fast.methods.mean_teacher import MeanTeacher
+from prcl_fast.methods.prcl import PRCL
+from prcl_fast.methods.supervised import Supervised
+
+__all__ = ["PRCL", "MeanTeacher", "Method", "Step", "Supervised", "build_method"]
+
+
+def build_method(config: Config, num_classes: int) -> Method:
+    """The method that `config.method.name` names, its networks freshly initialised."""
+    kinds: dict[type, type[Method]] = {
+        SupervisedConfig: Supervised,
+        MeanTeacherConfig: MeanTeacher,
+        PRCLConfig: PRCL,
+    }
+    method: Method = kinds[type(config.method)](config, num_classes)
+    return method

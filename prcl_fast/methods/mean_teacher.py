@@ -1,0 +1,113 @@
+"""Consistency with the teacher's pseudo-labels on mixed images: Mean Teacher, ClassMix, CutMix, CutOut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prcl_fast.config import Config, ConsistencyConfig
+from prcl_fast.data.augment import strong_augment
+from prcl_fast.data.batches import Batch
+from prcl_fast.data.mix import mix
+from prcl_fast.data.source import IGNORE
+from prcl_fast.losses import supervised_loss, unsupervised_loss
+from prcl_fast.methods.base import Method, Step
+from prcl_fast.models.network import NetworkOutput
+from prcl_fast.models.teacher import EMATeacher
+from prcl_fast.ops import pseudo_label
+
+
+@dataclass(frozen=True)
+class Unlabeled:
+    """The unlabeled images as the student sees them, with the pseudo-labels that went the same way."""
+
+    image: Tensor  # [B, 3, h, w] strongly augmented and mixed, normalised
+    label: Tensor  # [B, h, w] uint8, IGNORE outside the image and in erased boxes
+    confidence: Tensor  # [B, h, w] float32, 0 where ignored
+
+
+class MeanTeacher(Method):
+    """L = L_s + L_u, eq. (13) and (14); the teacher is the student's exponential moving average."""
+
+    needs_unlabeled = True
+
+    def __init__(
+        self, config: Config, num_classes: int, *, representation: bool = False, probability: bool = False
+    ) -> None:
+        super().__init__(config, num_classes, representation=representation, probability=probability)
+        assert isinstance(config.method, ConsistencyConfig)
+        self.settings: ConsistencyConfig = config.method
+        self.teacher = EMATeacher(self.student, decay=config.method.ema)
+        self._omega: Tensor | None = None
+
+    def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The terms "loss_supervised" and "loss_unsupervised" and their sum."""
+        unlabeled = self.pseudo_labeled(batch)
+        outputs = self.student_pass(batch, unlabeled, representations=False)
+        return self.segmentation_losses(batch, unlabeled, *outputs)
+
+    def pseudo_labeled(self, batch: Batch) -> Unlabeled:
+        """Eq. (1) on the weakly augmented images, then strong augmentation and mixing of all three alike."""
+        assert batch.unlabeled_image is not None
+        assert batch.inside is not None
+        assert batch.strong is not None
+        with torch.no_grad():
+            weak = batch.unlabeled_image
+            logits = self.teacher(self.normalize(weak), representations=False).logits
+            label, confidence = pseudo_label(logits, weak.shape[-2:])
+            label = label.masked_fill(~batch.inside, IGNORE)
+            confidence = confidence.masked_fill(~batch.inside, 0.0)
+            image = strong_augment(weak, batch.strong)
+            image, label, confidence = mix(image, label, confidence, batch.strong, self.settings.mix)
+            return Unlabeled(self.normalize(image), label, confidence)
+
+    def student_pass(
+        self, batch: Batch, unlabeled: Unlabeled, *, representations: bool
+    ) -> tuple[NetworkOutput, NetworkOutput]:
+        """The student on labeled and on unlabeled images, in one pass or in two (batch statistics differ)."""
+        labeled_image = self.normalize(batch.labeled_image)
+        if self.settings.forward == "separate":
+            return (
+                self.student(labeled_image, representations=representations),
+                self.student(unlabeled.image, representations=representations),
+            )
+        both = self.student(torch.cat([labeled_image, unlabeled.image]), representations=representations)
+        count = len(labeled_image)
+        first = NetworkOutput(*(None if part is None else part[:count] for part in both))
+        second = NetworkOutput(*(None if part is None else part[count:] for part in both))
+        return first, second
+
+    def segmentation_losses(
+        self, batch: Batch, unlabeled: Unlabeled, labeled_out: NetworkOutput, unlabeled_out: NetworkOutput
+    ) -> dict[str, Tensor]:
+        """L_s, L_u and their sum."""
+        settings = self.settings
+        supervised = supervised_loss(labeled_out.logits, batch.label)
+        unsupervised = unsupervised_loss(
+            unlabeled_out.logits,
+            unlabeled.label,
+            unlabeled.confidence,
+            delta_u=settings.delta_u,
+            omega=settings.omega,
+        )
+        self._omega = (unlabeled.confidence > settings.delta_u).sum() / (unlabeled.label != IGNORE).sum()
+        return {
+            "loss": supervised + unsupervised,
+            "loss_supervised": supervised,
+            "loss_unsupervised": unsupervised,
+        }
+
+    def after_step(self, iteration: int) -> None:
+        """Moves the teacher towards the student."""
+        self.teacher.update(iteration)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The teacher counts; the student is shown beside it."""
+        return {"teacher": self.teacher.network, "student": self.student}
+
+    def diagnostics(self) -> dict[str, Any]:
+        """omega: the share of the unlabeled pixels whose confidence is above delta_u."""
+        return {} if self._omega is None else {"omega": float(self._omega)}

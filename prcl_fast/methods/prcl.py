@@ -1,0 +1,115 @@
+"""PRCL: probabilistic representation contrastive learning, with the switches of both papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prcl_fast.config import Config, PRCLConfig
+from prcl_fast.data.batches import Batch
+from prcl_fast.data.source import IGNORE
+from prcl_fast.losses import ProbabilisticContrast, explain_inert, lambda_c
+from prcl_fast.methods.base import Step
+from prcl_fast.methods.mean_teacher import MeanTeacher, Unlabeled
+from prcl_fast.models.network import NetworkOutput
+
+
+class PRCL(MeanTeacher):
+    """L = L_s + L_u + lambda_c(t) L_c, eq. (11), on Gaussians N(mu, sigma^2 I) for every pixel."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        assert isinstance(config.method, PRCLConfig)
+        probabilistic = config.method.representation == "probabilistic"
+        super().__init__(config, num_classes, representation=True, probability=probabilistic)
+        self.prcl = config.method
+        self.contrast = ProbabilisticContrast(
+            num_classes,
+            config.model.dim,
+            tau=self.prcl.tau,
+            num_anchors=self.prcl.anchors,
+            num_negatives=self.prcl.negatives,
+            delta_s=self.prcl.delta_s,
+            reduction=self.prcl.reduction,
+            normalize=self.prcl.normalize,
+            prototype=self.prcl.prototype,
+            ema_decay=self.prcl.prototype_ema,
+            virtual_negatives=self.prcl.virtual_negatives,
+            beta=self.prcl.beta,
+            deterministic=not probabilistic,
+        )
+        self._mu: Tensor | None = None
+        self._var: Tensor | None = None
+        self._lambda_c = 0.0
+
+    def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Algorithm 1: L_s and L_u as in MeanTeacher, then L_c over labeled and unlabeled pixels together."""
+        unlabeled = self.pseudo_labeled(batch)
+        outputs = self.student_pass(batch, unlabeled, representations=True)
+        losses = self.segmentation_losses(batch, unlabeled, *outputs)
+        contrast = self._contrastive_loss(batch, unlabeled, *outputs)
+        self._lambda_c = lambda_c(self.prcl.lambda_c, step.iteration, step.total, alpha=self.prcl.alpha)
+        losses["loss"] = losses["loss"] + self._lambda_c * contrast
+        losses["loss_contrast"] = contrast
+        return losses
+
+    def _contrastive_loss(
+        self, batch: Batch, unlabeled: Unlabeled, labeled_out: NetworkOutput, unlabeled_out: NetworkOutput
+    ) -> Tensor:
+        """Eq. (15) at the decoder's resolution; labels are read at the pixels that upsampling aligns."""
+        logits = torch.cat([labeled_out.logits, unlabeled_out.logits])
+        size = logits.shape[-2:]
+        label = _at_resolution(torch.cat([batch.label, unlabeled.label]), size)
+        # A labeled pixel is certain; an unlabeled one as certain as the teacher.
+        teacher = torch.cat([torch.ones_like(batch.label, dtype=torch.float32), unlabeled.confidence])
+        teacher = _at_resolution(teacher, size)
+        valid = (label != IGNORE) & (teacher >= self.prcl.delta_w)
+        student = _probability_of(label, logits)
+        confidence = student
+        if self.prcl.confidence == "teacher":
+            # The teacher does not see labeled images: their hardness stays the student's.
+            count = len(batch.label)
+            confidence = torch.cat([student[:count], teacher[count:]])
+        assert labeled_out.mu is not None
+        assert unlabeled_out.mu is not None
+        mu = torch.cat([labeled_out.mu, unlabeled_out.mu]).float()
+        var = None
+        if labeled_out.var is not None and unlabeled_out.var is not None:
+            var = torch.cat([labeled_out.var, unlabeled_out.var])
+        self._mu, self._var = mu.detach(), None if var is None else var.detach()
+        loss: Tensor = self.contrast(mu, var, label, valid, confidence, batch.seed)
+        return loss
+
+    def diagnostics(self) -> dict[str, Any]:
+        """The contrast beside its chance level, its sampling, and the spread of the representation."""
+        values = super().diagnostics() | {"lambda_c": self._lambda_c}
+        for name, tensor in (("mu", self._mu), ("variance", self._var)):
+            if tensor is not None:
+                values[f"{name}_mean"] = float(tensor.float().mean())
+                values[f"{name}_std"] = float(tensor.float().std())
+        found = self.contrast.diagnostics
+        values |= {
+            "chance": float(found["chance_level"]),
+            "valid": found["valid_per_class"].tolist(),
+            "hard": found["hard_per_class"].tolist(),
+            "anchors": found["anchors_per_class"].tolist(),
+            "negatives": int(found["negatives"]),
+            "classes_present": int(found["present_classes"]),
+        }
+        reason = explain_inert(found)
+        return values if reason is None else values | {"note": reason}
+
+
+def _at_resolution(full: Tensor, size: torch.Size) -> Tensor:
+    """[B, H, W] -> [B, h, w]: the value at the pixel nearest to each aligned-corner position."""
+    rows = torch.linspace(0, full.shape[-2] - 1, size[0], device=full.device).round().long()
+    columns = torch.linspace(0, full.shape[-1] - 1, size[1], device=full.device).round().long()
+    return full[:, rows[:, None], columns]
+
+
+@torch.no_grad()
+def _probability_of(label: Tensor, logits: Tensor) -> Tensor:
+    """The softmax of [B, C, h, w] logits at each pixel's class; an ignored pixel reads class 0."""
+    index = label.masked_fill(label == IGNORE, 0).long().unsqueeze(1)
+    return logits.float().softmax(dim=1).gather(1, index).squeeze(1)

@@ -1,0 +1,104 @@
+"""The decoder of DeepLabv3+: atrous spatial pyramid pooling joined with stride-4 features.
+
+Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution" (2018), with plain convolutions. The
+heads read the joined features directly, each with a 3x3 convolution of its own, as in the ReCo and PRCL
+papers' networks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RATES: dict[int, tuple[int, int, int]] = {16: (6, 12, 18), 8: (12, 24, 36)}
+
+
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1
+) -> nn.Sequential:
+    padding = dilation * (kernel_size // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class ImagePooling(nn.Module):
+    """Global average, 1x1 convolution, BN, ReLU: [B, C, h, w] -> [B, width, 1, 1].
+
+    One image alone has no batch variance on a 1x1 map, so a training batch of one image uses the running
+    statistics of this one BN and leaves them as they are. Synchronised BN sees the other processes and needs
+    no such exception.
+    """
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.mean(dim=(2, 3), keepdim=True))
+        if x.shape[0] == 1 and not isinstance(self.bn, nn.SyncBatchNorm):
+            bn = self.bn
+            x = F.batch_norm(
+                x, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=False, eps=bn.eps
+            )
+        else:
+            x = self.bn(x)
+        return F.relu(x, inplace=True)
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: [B, C, h, w] -> [B, width, h, w].
+
+    A 1x1 and three dilated 3x3 branches and the pooled image, projected together by a 1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, rates: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [
+                conv_bn_relu(in_channels, width),
+                *(conv_bn_relu(in_channels, width, kernel_size=3, dilation=rate) for rate in rates),
+            ]
+        )
+        self.pooling = ImagePooling(in_channels, width)
+        self.project = nn.Conv2d((len(rates) + 2) * width, width, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local = torch.cat([branch(x) for branch in self.branches], dim=1)
+        # The pooled image is constant over the map: projecting it before it is spread gives the same sum, and
+        # keeps the concatenation in channels_last, which a spread (stride 0) operand would undo.
+        width = self.bn.num_features
+        local_weight, image_weight = self.project.weight.split([local.shape[1], width], dim=1)
+        y = F.conv2d(local, local_weight) + F.conv2d(self.pooling(x), image_weight)
+        return F.relu(self.bn(y), inplace=True)
+
+
+class DeepLabDecoder(nn.Module):
+    """ASPP, upsampled and joined with the projected low-level features.
+
+    Args:
+        low_channels, in_channels: channels of the backbone's two maps.
+        output_stride: 8 or 16, of the backbone; the rates 6, 12, 18 are doubled at 8.
+        width: channels of the ASPP; the low-level features get max(16, 48 * width // 256).
+
+    Attributes:
+        out_channels: channels of the joined features (304 at width 256).
+    """
+
+    def __init__(self, low_channels: int, in_channels: int, output_stride: int, width: int = 256) -> None:
+        super().__init__()
+        low_width = max(16, 48 * width // 256)
+        self.aspp = ASPP(in_channels, RATES[output_stride], width)
+        self.low_level = conv_bn_relu(low_channels, low_width)
+        self.out_channels = low_width + width
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        """[B, low_channels, h, w], [B, in_channels, h', w'] -> [B, out_channels, h, w], low level first."""
+        low = self.low_level(low)
+        high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        return torch.cat([low, high], dim=1)

@@ -1,0 +1,66 @@
+"""The three heads g, h and p on the decoder's features: class scores, mean and variance of each pixel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOG_FLOOR = math.log(1e-6)
+
+
+class _ConvHead(nn.Sequential):
+    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, hidden_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(hidden_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden_channels, out_channels, 1),
+        )
+
+
+class SegmentationHead(_ConvHead):
+    """g: decoder features [B, C, h, w] -> logits [B, num_classes, h, w]."""
+
+
+class RepresentationHead(_ConvHead):
+    """h: decoder features [B, C, h, w] -> mean mu of each pixel's Gaussian [B, D, h, w], not normalised."""
+
+
+class ProbabilityHead(nn.Module):
+    """p: decoder features [B, C, h, w] -> variance sigma^2 of each pixel's Gaussian [B, D, h, w], float32.
+
+    Linear-BN-ReLU-Linear-BN on every pixel; the rows of both weights are L2-normalised at each forward, the
+    second BN has no affine part. A scalar gain gamma and bias beta follow, then
+
+        sigma^2 = sigmoid(log(exp(x) + 1e-6)),
+
+    which lies between 1e-6 and 1. [AAAI] and [IJCV], section on the probability head; the floor and the
+    normalisations are those of the authors' public code.
+    """
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Parameter(torch.empty(dim, in_channels))
+        self.bn1 = nn.BatchNorm2d(dim)
+        self.fc2 = nn.Parameter(torch.empty(dim, dim))
+        self.bn2 = nn.BatchNorm2d(dim, affine=False)
+        self.gamma = nn.Parameter(torch.ones(1))
+        self.beta = nn.Parameter(torch.zeros(1))
+        nn.init.kaiming_normal_(self.fc1)
+        nn.init.kaiming_normal_(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(_normalized_linear(x, self.fc1)), inplace=True)
+        # Under autocast the products run in the low precision; from here on its few bits would show in the
+        # precisions 1 / sigma^2, whose sums make the prototypes. What follows keeps float32 under autocast.
+        x = self.gamma * self.bn2(_normalized_linear(x, self.fc2).float()) + self.beta
+        # logaddexp stays finite, gradient included, where exp(x) alone would overflow.
+        return torch.sigmoid(torch.logaddexp(x, torch.full_like(self.beta, LOG_FLOOR)))
+
+
+def _normalized_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, C, h, w] times weight [D, C] with rows of norm 1 -> [B, D, h, w]."""
+    return F.conv2d(x, F.normalize(weight, dim=1)[:, :, None, None])

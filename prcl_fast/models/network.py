@@ -1,0 +1,137 @@
+"""The segmentation network: backbone f, DeepLabv3+ decoder, and the heads g, h, p on the shared features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+
+from prcl_fast.errors import InputError
+from prcl_fast.models.deeplab import DeepLabDecoder
+from prcl_fast.models.heads import ProbabilityHead, RepresentationHead, SegmentationHead
+from prcl_fast.models.resnet import ResNet
+from prcl_fast.models.weights import load_weights
+
+if TYPE_CHECKING:
+    from prcl_fast.config import ModelConfig
+
+DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
+
+
+class NetworkOutput(NamedTuple):
+    """What a network says of its images at the decoder's resolution, h = ceil(H/4) and w = ceil(W/4)."""
+
+    logits: Tensor  # [B, num_classes, h, w]
+    mu: Tensor | None  # [B, D, h, w]
+    var: Tensor | None  # [B, D, h, w], float32
+
+
+class SegmentationNetwork(nn.Module):
+    """Backbone, decoder and heads; the heads are `classifier`, `representation` and `probability`.
+
+    Args:
+        backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
+        stem: "plain" or "deep".
+        output_stride: 8 or 16.
+        num_classes: channels of the logits.
+        width: channels of the decoder and of the heads' hidden layer.
+        representation_dim: D, the dimension of the latent space; None builds no representation head.
+        probability: whether to build the probability head; it has the representation's dimension.
+
+    Raises:
+        InputError: an unknown backbone, stem or output stride, or a probability head without a
+            representation.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        stem: str = "plain",
+        output_stride: int = 16,
+        *,
+        num_classes: int,
+        width: int = 256,
+        representation_dim: int | None = None,
+        probability: bool = False,
+    ) -> None:
+        super().__init__()
+        if backbone not in DEPTHS:
+            raise InputError(f"backbone: '{backbone}' is not one of {', '.join(DEPTHS)}")
+        if probability and representation_dim is None:
+            raise InputError("probability: a probability head needs a representation_dim")
+        self.num_classes = num_classes
+        self.backbone = ResNet(DEPTHS[backbone], stem, output_stride)
+        self.decoder = DeepLabDecoder(
+            self.backbone.low_channels, self.backbone.out_channels, output_stride, width
+        )
+        features = self.decoder.out_channels
+        self.classifier = SegmentationHead(features, width, num_classes)
+        self.representation: RepresentationHead | None = None
+        self.probability: ProbabilityHead | None = None
+        if representation_dim is not None:
+            self.representation = RepresentationHead(features, width, representation_dim)
+            if probability:
+                self.probability = ProbabilityHead(features, representation_dim)
+
+    def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
+        """Segment images and embed their pixels.
+
+        Args:
+            x: images [B, 3, H, W], any size from the output stride on; channels_last is the fast format. A
+                training batch must hold more than one pixel at the output stride.
+            representations: False skips the representation and probability heads.
+
+        Returns:
+            NetworkOutput; mu and var are None where the head is absent or skipped. Under autocast logits and
+            mu have the autocast type, var is float32 always. Upsample logits with align_corners=True.
+        """
+        features = self.decoder(*self.backbone(x))
+        logits = self.classifier(features)
+        mu = var = None
+        if representations and self.representation is not None:
+            mu = self.representation(features)
+            if self.probability is not None:
+                var = self.probability(features)
+        return NetworkOutput(logits, mu, var)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the backbone."""
+        return self.backbone.parameters()
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the decoder, the segmentation head and the representation head."""
+        modules = (self.decoder, self.classifier, self.representation)
+        return chain.from_iterable(module.parameters() for module in modules if module is not None)
+
+    def probability_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the probability head, which learns at a rate of its own; none where it is absent."""
+        return iter(()) if self.probability is None else self.probability.parameters()
+
+
+def build_network(
+    model: ModelConfig, num_classes: int, *, representation: bool, probability: bool
+) -> SegmentationNetwork:
+    """The network that a configuration describes, with its starting weights loaded.
+
+    Args:
+        model: the configuration's `model` section.
+        num_classes: number of classes of the data.
+        representation, probability: the heads that the method needs.
+
+    Raises:
+        InputError: `model.weights` cannot be read or does not fit.
+    """
+    network = SegmentationNetwork(
+        model.backbone,
+        model.stem,
+        model.output_stride,
+        num_classes=num_classes,
+        width=model.width,
+        representation_dim=model.dim if representation else None,
+        probability=probability,
+    )
+    if model.weights is not None:
+        load_weights(network, model.weights)
+    return network

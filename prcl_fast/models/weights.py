@@ -1,0 +1,166 @@
+"""Reading and writing weights files, strictly: a missing, unexpected or misshapen key is an error.
+
+Two kinds of file are read: backbone weights with torchvision's key names, and whole networks in this
+package's own format, {"format": "prcl_fast-network", "version": 1, "num_classes": C, "network": state_dict}.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prcl_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from prcl_fast.models.network import SegmentationNetwork
+
+FORMAT = "prcl_fast-network"
+VERSION = 1
+WRAPPERS = ("state_dict", "model")
+PREFIXES = ("module.", "backbone.")
+SHOWN = 8
+
+
+def load_weights(network: SegmentationNetwork, path: str | Path) -> None:
+    """Load a file of either kind: the whole network, or its backbone.
+
+    Raises:
+        InputError: see `load_network` and `load_backbone`.
+    """
+    content = read_file(path)
+    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        _load_network(network, content, path)
+    else:
+        _load_backbone(network, content, path)
+
+
+def load_backbone(network: SegmentationNetwork, path: str | Path) -> None:
+    """Load ImageNet weights with torchvision's key names into the backbone.
+
+    A wrapping "state_dict" or "model" entry, and a "module." or "backbone." prefix common to all keys, are
+    taken off. The classifier (fc.*) is left out; BN batch counters may be missing.
+
+    Raises:
+        InputError: the file is missing or unreadable, or a key is missing, unexpected or has another shape.
+    """
+    _load_backbone(network, read_file(path), path)
+
+
+def load_network(network: SegmentationNetwork, path: str | Path) -> None:
+    """Load a whole network, heads included, from this package's own format.
+
+    Raises:
+        InputError: the file is missing, unreadable or of another format or version, was made for another
+            number of classes, or a key is missing, unexpected or has another shape.
+    """
+    _load_network(network, read_file(path), path)
+
+
+def save_network(state: Mapping[str, Tensor], num_classes: int, path: str | Path) -> None:
+    """Write a network's state dict in this package's own format, under a temporary name first.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = {"format": FORMAT, "version": VERSION, "num_classes": num_classes, "network": dict(state)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def read_file(path: str | Path) -> Any:
+    """A file's content on the CPU, read without running any code in it.
+
+    Raises:
+        InputError: the file is missing, corrupt, or holds other things than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such weights file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # The reader meets damaged bytes at every level (zip, pickle, storage), each with exceptions of its own.
+    except Exception as error:
+        raise InputError(f"{path}: not a readable weights file ({type(error).__name__})") from error
+
+
+def tensors_of(content: object, path: str | Path) -> dict[str, Tensor]:
+    """A state dict, checked to be one.
+
+    Raises:
+        InputError: `content` is no mapping from names to tensors.
+    """
+    if not isinstance(content, Mapping) or not content:
+        raise InputError(f"{path}: holds no state dict")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise InputError(f"{path}: '{key}' is no tensor, so this is no state dict")
+    return dict(content)
+
+
+def check_keys(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: str | Path, what: str
+) -> None:
+    """Compare names and shapes; BN batch counters may be missing.
+
+    Raises:
+        InputError: one line with the number of keys at fault and the first of them.
+    """
+    faults = [
+        f"{key} missing" for key in expected if key not in given and not key.endswith("num_batches_tracked")
+    ]
+    faults += [f"{key} unexpected" for key in given if key not in expected]
+    faults += [
+        f"{key} is {list(given[key].shape)}, not {list(expected[key].shape)}"
+        for key in expected
+        if key in given and given[key].shape != expected[key].shape
+    ]
+    if faults:
+        more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise InputError(
+            f"{path}: does not fit {what}, {len(faults)} keys at fault: {', '.join(faults[:SHOWN])}{more}"
+        )
+
+
+def _load_backbone(network: SegmentationNetwork, content: object, path: str | Path) -> None:
+    if isinstance(content, Mapping):
+        for wrapper in WRAPPERS:
+            if isinstance(content.get(wrapper), Mapping):
+                content = content[wrapper]
+                break
+    given = tensors_of(content, path)
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in given):
+            given = {key.removeprefix(prefix): value for key, value in given.items()}
+    given = {key: value for key, value in given.items() if not key.startswith("fc.")}
+    check_keys(network.backbone.state_dict(), given, path, "the backbone")
+    network.backbone.load_state_dict(given, strict=False)
+
+
+def _load_network(network: SegmentationNetwork, content: object, path: str | Path) -> None:
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: is no {FORMAT} file")
+    if content.get("version") != VERSION:
+        raise InputError(
+            f"{path}: {FORMAT} version {content.get('version')}, this program reads version {VERSION}"
+        )
+    if content.get("num_classes") != network.num_classes:
+        raise InputError(
+            f"{path}: made for {content.get('num_classes')} classes, this network has {network.num_classes}"
+        )
+    given = tensors_of(content.get("network"), path)
+    check_keys(network.state_dict(), given, path, "the network")
+    network.load_state_dict(given, strict=False)

@@ -1,0 +1,169 @@
+"""Probabilistic InfoNCE: the contrast of anchors with their prototype and negatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prcl_fast.ops._arguments import FLOATING, check_features, check_tensor, reduction_is_mean
+from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.prototype_statistics import PrototypeStatistics
+from prcl_fast.reference import probabilistic_info_nce as reference
+
+
+def probabilistic_info_nce(
+    mu: Tensor,
+    var: Tensor,
+    anchor_index: Tensor,
+    negative_index: Tensor,
+    positive: PrototypeStatistics,
+    virtual_mu: Tensor | None,
+    *,
+    tau: float,
+    reduction: str = "sum",
+    normalize: bool = False,
+) -> Tensor:
+    """InfoNCE of each anchor over its class's prototype, its negatives and the virtual negatives, eq. (15).
+
+    Scores are mutual likelihood scores, eq. (3) of the IJCV paper, over tau. A class is present where
+    `positive.count` > 0. The loss is the mean over a class's anchors, summed over the classes and divided by
+    the number of classes present, those without an anchor included; it is a 0 that stays in the graph where
+    fewer than two are present or nothing was drawn. Gradients go to mu and var at the anchors alone, and are
+    made in the forward pass; there is no second derivative.
+
+    Args:
+        mu: [B, D, h, w] means, float32, bfloat16, float16 or float64, any memory format; computed in float32
+            at least.
+        var: [B, D, h, w] variances sigma^2 > 0, dtype of mu.
+        anchor_index: [C, A] int64, flat indices into B*h*w, -1 for none.
+        negative_index: [C, A, N] int64, likewise; -1 is left out of the log-sum.
+        positive: the prototypes of the C classes.
+        virtual_mu: [C, V, D] virtual negatives, variance 0, or None. An anchor of class c is set against the
+            rows of the other classes present.
+        tau: temperature, > 0.
+        reduction: "sum" over the D dimensions or their "mean".
+        normalize: whether every mean is L2-normalised inside the score.
+    Returns:
+        scalar, float32 (float64 for float64 mu).
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+    """
+    check_features(mu, var)
+    dim = mu.shape[1]
+    check_tensor("anchor_index", anchor_index, ("C", "A"), (torch.int64,), ("mu", mu))
+    num_classes, num_anchors = anchor_index.shape
+    check_tensor(
+        "negative_index", negative_index, (num_classes, num_anchors, "N"), (torch.int64,), ("mu", mu)
+    )
+    check_tensor("positive.precision", positive.precision, (num_classes, dim), FLOATING, ("mu", mu))
+    check_tensor("positive.weighted_mean", positive.weighted_mean, (num_classes, dim), FLOATING, ("mu", mu))
+    check_tensor("positive.count", positive.count, (num_classes,), (torch.int64,), ("mu", mu))
+    if virtual_mu is not None:
+        check_tensor("virtual_mu", virtual_mu, (num_classes, "V", dim), FLOATING, ("mu", mu))
+        virtual_mu = virtual_mu.detach()
+    if not tau > 0:
+        raise ValueError(f"tau must be positive; got {tau}")
+    mean = reduction_is_mean(reduction)
+    needs_grad = torch.is_grad_enabled() and (mu.requires_grad or var.requires_grad)
+    positive_mean, positive_variance = positive.mean.detach(), positive.variance.detach()
+    return _op(
+        mu,
+        var,
+        anchor_index,
+        negative_index,
+        positive_mean,
+        positive_variance,
+        positive.count,
+        virtual_mu,
+        tau,
+        mean,
+        normalize,
+        needs_grad,
+    )[0]
+
+
+def _fake(
+    mu: Tensor,
+    var: Tensor,
+    anchor_index: Tensor,
+    negative_index: Tensor,
+    positive_mean: Tensor,
+    positive_variance: Tensor,
+    positive_count: Tensor,
+    virtual_mu: Tensor | None,
+    tau: float,
+    mean: bool,
+    normalize: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    work = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    rows = mu.new_empty((*anchor_index.shape, mu.shape[1]) if needs_grad else (0,), dtype=work)
+    return mu.new_empty((), dtype=work), rows, torch.empty_like(rows)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    mu, _, anchor_index = inputs[:3]
+    _, grad_mu_rows, grad_var_rows = output
+    ctx.mark_non_differentiable(grad_mu_rows, grad_var_rows)
+    ctx.save_for_backward(grad_mu_rows, grad_var_rows, anchor_index)
+    # What the gradients must look like, so that mu itself need not be kept.
+    ctx.size, ctx.dtype = mu.shape, mu.dtype
+    ctx.channels_last = mu.is_contiguous(memory_format=torch.channels_last)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_mu_rows, grad_var_rows, anchor_index = ctx.saved_tensors
+    batch, _, height, width = ctx.size
+    grad_mu, grad_var = _backward_op(
+        grad_loss,
+        grad_mu_rows,
+        grad_var_rows,
+        anchor_index,
+        batch,
+        height,
+        width,
+        ctx.dtype,
+        ctx.channels_last,
+    )
+    return grad_mu, grad_var, *[None] * 10
+
+
+def _backward_fake(
+    grad_loss: Tensor,
+    grad_mu_rows: Tensor,
+    grad_var_rows: Tensor,
+    anchor_index: Tensor,
+    batch: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    grad = torch.empty(
+        (batch, grad_mu_rows.shape[2], height, width),
+        dtype=dtype,
+        device=grad_mu_rows.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    return grad, torch.empty_like(grad)
+
+
+_op = define_op(
+    "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index,"
+    " Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu, float tau,"
+    " bool mean, bool normalize, bool needs_grad)"
+    " -> (Tensor loss, Tensor grad_mu_rows, Tensor grad_var_rows)",
+    fake=_fake,
+    implementations={"torch": Implementation(reference.probabilistic_info_nce)},
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_backward_op = define_op(
+    "probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows, Tensor grad_var_rows,"
+    " Tensor anchor_index, SymInt batch, SymInt height, SymInt width, ScalarType dtype, bool channels_last)"
+    " -> (Tensor grad_mu, Tensor grad_var)",
+    fake=_backward_fake,
+    implementations={"torch": Implementation(reference.probabilistic_info_nce_backward)},
+)

@@ -1,0 +1,88 @@
+"""Class prototypes in natural parameters, which merge by addition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prcl_fast.ops._arguments import BOOL, INTEGER, check_count, check_features, check_tensor
+from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.reference import prototype_statistics as reference
+
+
+@dataclass(frozen=True)
+class PrototypeStatistics:
+    """Gaussian prototypes of C classes in natural parameters; `+` merges those of two sets of pixels.
+
+    Eq. (4) and (9) of the IJCV paper: precisions add, and so do precision-weighted means.
+
+    Attributes:
+        precision: [C, D], sum over the class's pixels of 1 / s.
+        weighted_mean: [C, D], sum of mu / s.
+        count: [C] int64, number of pixels; 0 means the class is absent.
+    """
+
+    precision: Tensor
+    weighted_mean: Tensor
+    count: Tensor
+
+    def __add__(self, other: PrototypeStatistics) -> PrototypeStatistics:
+        return PrototypeStatistics(
+            self.precision + other.precision,
+            self.weighted_mean + other.weighted_mean,
+            self.count + other.count,
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """[C, D]: the prototypes' means, 0 where a class is absent."""
+        present = self.count[:, None] > 0
+        return torch.where(present, self.weighted_mean / torch.where(present, self.precision, 1.0), 0.0)
+
+    @property
+    def variance(self) -> Tensor:
+        """[C, D]: the prototypes' variances, infinite where a class is absent."""
+        return torch.where(self.count[:, None] > 0, self.precision, 0.0).reciprocal()
+
+
+def prototype_statistics(
+    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int
+) -> PrototypeStatistics:
+    """Sums of 1 / s and mu / s over each class's valid pixels, eq. (4) of the IJCV paper.
+
+    The result carries no gradient.
+
+    Args:
+        mu: [B, D, h, w] means, float32, bfloat16, float16 or float64, any memory format.
+        var: [B, D, h, w] variances sigma^2 > 0, dtype of mu.
+        label: [B, h, w] integer; outside 0 .. num_classes - 1 means "none".
+        valid: [B, h, w] bool. What the other pixels hold, even NaN, does not matter.
+        num_classes: C.
+    Returns:
+        precision and weighted mean [C, D] float32, count [C] int64.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+    """
+    check_features(mu, var)
+    size = (mu.shape[0], *mu.shape[2:])
+    check_tensor("label", label, size, INTEGER, ("mu", mu))
+    check_tensor("valid", valid, size, BOOL, ("mu", mu))
+    check_count("num_classes", num_classes)
+    return PrototypeStatistics(*_op(mu.detach(), var.detach(), label, valid, num_classes))
+
+
+def _fake(
+    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    table = mu.new_empty((num_classes, mu.shape[1]), dtype=torch.float32)
+    return table, torch.empty_like(table), mu.new_empty((num_classes,), dtype=torch.int64)
+
+
+_op = define_op(
+    "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, SymInt num_classes)"
+    " -> (Tensor precision, Tensor weighted_mean, Tensor count)",
+    fake=_fake,
+    implementations={"torch": Implementation(reference.prototype_statistics)},
+)

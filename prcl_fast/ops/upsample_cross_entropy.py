@@ -1,0 +1,97 @@
+"""Cross-entropy at image size from logits at feature size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prcl_fast.ops._arguments import (
+    FLOATING,
+    check_count,
+    check_pixels,
+    check_tensor,
+    reduction_is_mean,
+)
+from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.reference import upsample_cross_entropy as reference
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of bilinearly upsampled logits, eq. (13) and, with a weight, (14) of the IJCV paper.
+
+    "sum" adds weight * loss over the pixels that are not ignored; "mean" divides that by the number of these
+    pixels, not by the sum of their weights. Where all are ignored the loss is a 0 that stays in the graph.
+
+    Args:
+        logits: [B, C, h, w] floating; the only argument that gets a gradient. Computed in float32 at least.
+        target: [B, H, W] uint8 or int64, class or `ignore_index`. Values are not checked here, which would
+            stall the device: any other value is undefined behaviour.
+        weight: [B] or [B, H, W] floating, a constant factor of each pixel's loss, or None.
+        ignore_index: target value of the pixels left out.
+        align_corners: as in `torch.nn.functional.interpolate`.
+        reduction: "mean" or "sum".
+    Returns:
+        scalar, float32 (float64 for float64 logits).
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+    """
+    check_tensor("logits", logits, ("B", "C", "h", "w"), FLOATING)
+    check_pixels("logits", logits.shape[0] * logits.shape[2] * logits.shape[3])
+    check_count("logits.shape[1]", logits.shape[1])
+    check_tensor(
+        "target", target, (logits.shape[0], "H", "W"), (torch.uint8, torch.int64), ("logits", logits)
+    )
+    check_pixels("target", target.numel())
+    if weight is not None:
+        shape = target.shape if isinstance(weight, Tensor) and weight.dim() != 1 else target.shape[:1]
+        check_tensor("weight", weight, shape, FLOATING, ("logits", logits))
+        weight = weight.detach()
+    mean = reduction_is_mean(reduction)
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    return _op(logits, target, weight, ignore_index, align_corners, mean, needs_grad)[0]
+
+
+def _fake(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    mean: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty((), dtype=work), logits.new_empty(
+        logits.shape if needs_grad else (0,), dtype=work
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    (grad_logits,) = ctx.saved_tensors
+    return (grad_logits * grad_loss).to(ctx.dtype), None, None, None, None, None, None
+
+
+_op = define_op(
+    "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index,"
+    " bool align_corners, bool mean, bool needs_grad) -> (Tensor loss, Tensor grad_logits)",
+    fake=_fake,
+    implementations={"torch": Implementation(reference.upsample_cross_entropy)},
+    backward=_backward,
+    setup_context=_setup_context,
+)

@@ -1,0 +1,1 @@
+"""Plain PyTorch versions of every op: the specification, and the `torch` backend on every device."""

@@ -1,0 +1,192 @@
+"""Probabilistic InfoNCE, eq. (15) with the score of eq. (3) of the IJCV paper: loss and gradients.
+
+For anchor i and candidate j, with t = (mu_j - mu_i) r and r = 1 / (s_i + s_j), per dimension:
+
+    score(i, j) = -1/2 sum [(mu_j - mu_i) t + log(s_i + s_j)]
+    d score / d mu_i = t            d score / d s_i = (t^2 - r) / 2
+
+so that with w_j = softmax_j(score / tau) - [j is the positive], the gradients of the anchor's loss are sum_j
+w_j t / tau and sum_j w_j (t^2 - r) / (2 tau): they come out of the pass that makes the loss, and nothing is
+kept for a backward pass but one row per anchor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MIN_SUM = 1e-12  # s_i + s_j is clamped here; its gradient is zero where it was
+_MIN_NORM = 1e-12
+# Bytes of one [chunk, N, D] tensor. On a CPU a few of them should fit into the cache.
+_CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+
+def probabilistic_info_nce(
+    mu: Tensor,
+    var: Tensor,
+    anchor_index: Tensor,
+    negative_index: Tensor,
+    positive_mean: Tensor,
+    positive_variance: Tensor,
+    positive_count: Tensor,
+    virtual_mu: Tensor | None,
+    tau: float,
+    mean: bool,
+    normalize: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (scalar) and its gradients to the anchors' rows of mu and var, [C, A, D] each.
+
+    The gradients are empty unless `needs_grad`. All three are float32, or float64 where mu is.
+    """
+    num_classes, num_anchors = anchor_index.shape
+    dim = mu.shape[1]
+    work = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    scale = 1.0 / (tau * dim) if mean else 1.0 / tau
+    present = positive_count > 0  # [C]
+    weight = _anchor_weights(anchor_index, present).to(work).flatten()  # [C*A]
+
+    mu_rows, var_rows = _pixel_rows(mu), _pixel_rows(var)  # [P, D]
+    prototype_mu = positive_mean.to(work)
+    prototype_var = torch.where(present[:, None], positive_variance.to(work), 1.0)
+    inverse_norm = None
+    if normalize:
+        norm = torch.linalg.vector_norm(mu, dim=1, dtype=work).flatten()  # [P]
+        inverse_norm = norm.clamp(min=_MIN_NORM).reciprocal()
+        prototype_mu = _normalized(prototype_mu)
+    if virtual_mu is not None:
+        virtual_mu = torch.where(present[:, None, None], virtual_mu.to(work), 0.0)
+        if normalize:
+            virtual_mu = _normalized(virtual_mu)
+        virtual_class = torch.arange(num_classes, device=mu.device).repeat_interleave(virtual_mu.shape[1])
+        virtual_mu = virtual_mu.flatten(0, 1)  # [C*V, D]
+        virtual_var = torch.zeros_like(virtual_mu)
+
+    loss = mu.new_zeros((), dtype=work)
+    shape = (num_classes * num_anchors, dim) if needs_grad else (0,)
+    grad_mu, grad_var = mu.new_zeros(shape, dtype=work), mu.new_zeros(shape, dtype=work)
+
+    anchors, negatives = anchor_index.flatten(), negative_index.flatten(0, 1)
+    if _values_are_at_hand(mu.device):
+        # Classes without anchors need no work; no sum was clamped if the anchors' variances alone are larger.
+        used = weight.nonzero()[:, 0]
+        may_clamp = bool((var_rows[anchors[used]] <= _MIN_SUM).any())
+    else:
+        used, may_clamp = torch.arange(len(anchors), device=mu.device), True
+    candidates = max(negatives.shape[1], 1)
+    chunk = max(1, _CHUNK_BYTES.get(mu.device.type, 1 << 26) // (candidates * dim * weight.element_size()))
+    for rows in used.split(chunk):
+        classes = rows // num_anchors
+        pixel = anchors[rows].clamp(min=0)
+        anchor_mu, anchor_var = mu_rows[pixel].to(work), var_rows[pixel].to(work)  # [chunk, D]
+        if inverse_norm is not None:
+            anchor_mu = anchor_mu * inverse_norm[pixel, None]
+
+        groups = [_pairs(anchor_mu, anchor_var, prototype_mu[classes, None], prototype_var[classes, None])]
+        kept = negatives[rows] >= 0
+        # The anchor itself stands in for a negative that is missing: as finite as the rest, and masked below.
+        other = torch.where(kept, negatives[rows], pixel[:, None]).flatten()
+        other_mu = mu_rows.index_select(0, other).to(work)
+        if inverse_norm is not None:
+            other_mu *= inverse_norm[other, None]
+        other_var = var_rows.index_select(0, other).to(work)
+        shape_3d = (*kept.shape, dim)
+        groups.append(_pairs(anchor_mu, anchor_var, other_mu.view(shape_3d), other_var.view(shape_3d)))
+        scores = [groups[0][0], groups[1][0].masked_fill(~kept, -torch.inf)]
+        if virtual_mu is not None:
+            groups.append(_pairs(anchor_mu, anchor_var, virtual_mu[None], virtual_var[None]))
+            usable = (virtual_class != classes[:, None]) & present[virtual_class]
+            scores.append(groups[2][0].masked_fill(~usable, -torch.inf))
+
+        logits = torch.cat(scores, dim=1) * scale  # the positive first
+        row_weight = weight[rows]
+        row_loss = torch.logsumexp(logits, dim=1) - logits[:, 0]
+        loss += torch.where(row_weight > 0, row_loss * row_weight, 0.0).sum()
+        if not needs_grad:
+            continue
+
+        w = torch.softmax(logits, dim=1)
+        w[:, 0] -= 1.0
+        w *= (row_weight * scale)[:, None]
+        row_mu, row_var = torch.zeros_like(anchor_mu), torch.zeros_like(anchor_mu)
+        # Sums instead of matmuls, which autocast and TF32 would round.
+        for (_, t, r), w_group in zip(groups, w.split([g[0].shape[1] for g in groups], dim=1), strict=True):
+            row_mu += (w_group[..., None] * t).sum(1)
+            slope = t.square_().sub_(r)
+            if may_clamp:
+                slope.masked_fill_(r >= 1.0 / _MIN_SUM, 0.0)
+            row_var += slope.mul_(w_group[..., None]).sum(1)
+        if inverse_norm is not None:
+            # d(mu / |mu|): the part across mu, over |mu|. Below the clamp the norm counts as a constant.
+            along = (anchor_mu * row_mu).sum(1, keepdim=True) * anchor_mu
+            row_mu -= torch.where(norm[pixel, None] > _MIN_NORM, along, 0.0)
+            row_mu *= inverse_norm[pixel, None]
+        counts = row_weight[:, None] > 0
+        grad_mu[rows] = torch.where(counts, row_mu, 0.0)
+        grad_var[rows] = torch.where(counts, row_var.mul_(0.5), 0.0)
+    if not needs_grad:
+        return loss, grad_mu, grad_var
+    shape_rows = (num_classes, num_anchors, dim)
+    return loss, grad_mu.view(shape_rows), grad_var.view(shape_rows)
+
+
+def probabilistic_info_nce_backward(
+    grad_loss: Tensor,
+    grad_mu_rows: Tensor,
+    grad_var_rows: Tensor,
+    anchor_index: Tensor,
+    batch: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """Adds the anchors' gradient rows, times the incoming gradient, into zeros [B, D, h, w]."""
+    index = anchor_index.flatten()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    gradients = []
+    for rows in (grad_mu_rows, grad_var_rows):
+        rows = torch.where(index[:, None] >= 0, rows.flatten(0, 1) * grad_loss.to(rows.dtype), 0.0)
+        full = rows.new_zeros(batch * height * width, rows.shape[1])
+        # Each device has one of the two that adds in a fixed order.
+        if rows.device.type == "cpu":
+            full.index_add_(0, index.clamp(min=0), rows)
+        else:
+            full.index_put_((index.clamp(min=0),), rows, accumulate=True)
+        full = full.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        gradients.append(full.to(dtype).contiguous(memory_format=memory_format))
+    return gradients[0], gradients[1]
+
+
+def _values_are_at_hand(device: torch.device) -> bool:
+    """Whether the host may look at values without stalling the device."""
+    return device.type == "cpu"
+
+
+def _anchor_weights(anchor_index: Tensor, present: Tensor) -> Tensor:
+    """[C, A]: what turns the anchors' losses into the loss; all 0 with fewer than two classes present."""
+    drawn = (anchor_index >= 0) & present[:, None]
+    num_present = present.sum()
+    share = drawn / (drawn.sum(1, keepdim=True).clamp(min=1) * num_present.clamp(min=1))
+    return torch.where(num_present >= 2, share, 0.0)
+
+
+def _pixel_rows(x: Tensor) -> Tensor:
+    """[B, D, h, w] -> [B*h*w, D], a view where x is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _normalized(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_MIN_NORM)
+
+
+def _pairs(
+    anchor_mu: Tensor, anchor_var: Tensor, other_mu: Tensor, other_var: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score without constant [chunk, N], t and r [chunk, N, D], for other rows [chunk or 1, N, D]."""
+    total = (anchor_var[:, None] + other_var).clamp_(min=_MIN_SUM)
+    difference = other_mu - anchor_mu[:, None]
+    r = total.reciprocal()
+    t = difference * r
+    score = total.log().addcmul_(difference, t).sum(-1).mul_(-0.5)
+    return score, t, r

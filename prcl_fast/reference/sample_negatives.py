@@ -1,0 +1,54 @@
+"""Negatives: for each anchor a class from the given distribution, then a pixel of that class, uniformly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prcl_fast.reference.class_lists import class_lists
+from prcl_fast.reference.philox import Purpose, bounded, philox_words
+
+# Draws per pass. On a CPU the working set should stay in the cache, on a GPU launches should be few.
+_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 22}
+_ONE = 1 << 31
+
+
+def sample_negatives(
+    class_probability: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    num_anchors: int,
+    num_negatives: int,
+    seed: Tensor,
+) -> Tensor:
+    """[C, A, N] int64 flat indices into [B, h, w], -1 where no other class can be drawn."""
+    num_classes = class_probability.shape[0]
+    order, start, count = class_lists(label, valid, num_classes)
+    cumulative = cumulative_weights(class_probability, count)  # [C, C]
+
+    per_class = num_anchors * num_negatives
+    index = torch.empty(num_classes, per_class, dtype=torch.int64, device=label.device)
+    step = max(1, _CHUNK.get(label.device.type, 1 << 22) // num_classes)
+    first = torch.arange(num_classes, device=label.device)[:, None] * per_class
+    for begin in range(0, per_class, step):
+        end = min(begin + step, per_class)
+        element = first + torch.arange(begin, end, device=label.device)  # [C, chunk]
+        w0, w1, w2, w3 = philox_words(seed, element, Purpose.NEGATIVES)
+        x = bounded(w0, w1, cumulative[:, -1:])
+        drawn_class = torch.searchsorted(cumulative, x, right=True).clamp_(max=num_classes - 1)
+        position = start[drawn_class] + bounded(w2, w3, count[drawn_class])
+        index[:, begin:end] = order[position.clamp_(max=order.numel() - 1)]
+    index.masked_fill_(cumulative[:, -1:] == 0, -1)
+    return index.view(num_classes, num_anchors, num_negatives)
+
+
+def cumulative_weights(class_probability: Tensor, count: Tensor) -> Tensor:
+    """[C, C] int64: each row's inclusive sums of floor(p * 2^31) over other classes with a valid pixel.
+
+    A row is cut at 2^31, so that rounding in the probabilities, or a row that sums to more than one, cannot
+    make a draw overflow.
+    """
+    p = class_probability.double().nan_to_num(nan=0.0).clamp(0.0, 1.0)
+    weight = torch.floor(p * _ONE).long()
+    itself = torch.eye(p.shape[0], dtype=torch.bool, device=p.device)
+    return weight.masked_fill(itself | (count == 0)[None, :], 0).cumsum(1).clamp(max=_ONE)

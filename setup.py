@@ -1,0 +1,237 @@
+"""Builds the native libraries prcl_fast/_native.so (CPU) and prcl_fast/_native_cuda.so (CUDA).
+
+Both use PyTorch's stable ABI and no Python.h, so one wheel serves every Python and every PyTorch from 2.11 on.
+Ninja is driven directly: torch.utils.cpp_extension refuses CUDA sources where PyTorch itself is a CPU build, while
+nvcc needs neither a GPU nor a CUDA build of PyTorch.
+
+Environment:
+    PRCL_NO_NATIVE=1       build nothing; every op runs on the torch backend.
+    FORCE_CUDA=1           a missing nvcc is an error instead of one line.
+    TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; by default 8.0, 9.0, 10.0 and PTX of the last one.
+    CUDA_HOME, CXX         where nvcc is (else on PATH), and the C++ compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHES = "8.0;9.0;10.0+PTX"
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest PyTorch that the libraries load in
+MISSING_NVCC = (
+    "prcl_fast: nvcc was not found on PATH or in CUDA_HOME, so only the CPU library is built "
+    "(CUDA tensors will use the triton or torch backend)"
+)
+
+
+class BuildError(SystemExit):
+    """Ends the build with one line; the compiler's own output has been shown above it."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """All compiler and linker flags; `nvcc` is None where CUDA is not built."""
+
+    cxx: str
+    compile: list[str]
+    link: list[str]
+    nvcc: str | None
+    cuda_compile: list[str]
+    cuda_link: list[str]
+
+
+def enabled(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "no")
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (Path(home) / "bin" / "nvcc").is_file():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def architecture_flags(arches: str, known: set[str]) -> list[str]:
+    """The -gencode flags of a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a+PTX".
+
+    `known` holds the architectures of this nvcc ("compute_80", ...); it is empty where nvcc cannot list them.
+    """
+    flags = []
+    for arch in arches.replace(" ", ";").split(";"):
+        if not arch:
+            continue
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if match is None:
+            raise BuildError(f"prcl_fast: TORCH_CUDA_ARCH_LIST: {arch!r} is not of the form 9.0, 9.0a or 9.0+PTX")
+        number = match[1] + match[2]
+        if known and f"compute_{number.rstrip('af')}" not in known:
+            print(f"prcl_fast: this nvcc does not know sm_{number}: left out", flush=True)
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise BuildError(f"prcl_fast: nvcc can compile for none of the architectures {arches}")
+    return flags
+
+
+def build_flags() -> Flags:
+    """Every build flag has its only home here."""
+    import torch
+
+    torch_dir = Path(torch.__file__).resolve().parent
+    common = [
+        f"-I{ROOT / 'csrc'}",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        "-std=c++17",
+        "-O3",
+    ]
+    system_headers = ["-isystem", str(torch_dir / "include")]
+    host = ["-fPIC", "-fvisibility=hidden"]
+    # The libraries' symbols come from libtorch.so, which needs libtorch_cpu.so and, in CUDA builds, libtorch_cuda.so;
+    # PyTorch has loaded it before we do, so no run path is written.
+    link = ["-shared", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    nvcc = find_nvcc()
+    cuda_compile: list[str] = []
+    if nvcc is not None:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+        arches = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
+        cuda_compile = [
+            *common,
+            *system_headers,
+            *architecture_flags(arches, set(listed.stdout.split())),
+            "-DUSE_CUDA",  # makes PyTorch's headers declare the CUDA stream functions
+            "--threads=2",
+            f"-Xcompiler={','.join(host)}",
+        ]
+    return Flags(
+        cxx=os.environ.get("CXX", "g++"),
+        compile=[*common, *system_headers, *host, "-Wall", "-Wextra", "-Wno-psabi"],
+        link=link,
+        nvcc=nvcc,
+        cuda_compile=cuda_compile,
+        # The static runtime leaves nothing but the driver to be found at run time.
+        cuda_link=[*(flag.replace("-Wl,", "-Xlinker=") for flag in link), "-cudart=static"],
+    )
+
+
+def extensions() -> list[Extension]:
+    """The libraries to build here: none, CPU, or CPU and CUDA."""
+    if enabled("PRCL_NO_NATIVE"):
+        return []
+    cpu = ["csrc/registration.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+    found = [Extension("prcl_fast._native", cpu)]
+    if find_nvcc() is not None:
+        cuda = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+        found.append(Extension("prcl_fast._native_cuda", cuda))
+    elif enabled("FORCE_CUDA"):
+        raise BuildError("prcl_fast: FORCE_CUDA=1, but nvcc was not found on PATH or in CUDA_HOME")
+    return found
+
+
+def ninja_file(flags: Flags, found: list[Extension], out: Path) -> str:
+    """The text of build.ninja: one object per source, one library per extension."""
+
+    def escape(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def joined(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule cxx",
+        f"  command = {flags.cxx} -MMD -MF $out.d {joined(flags.compile)} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = g++  $in",
+        "rule link",
+        f"  command = {flags.cxx} $in {joined(flags.link)} -o $out",
+        "  description = link $out",
+    ]
+    if flags.nvcc is not None:
+        lines += [
+            "rule nvcc",
+            f"  command = {shlex.quote(flags.nvcc)} -MMD -MF $out.d {joined(flags.cuda_compile)} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = nvcc $in",
+            "rule cuda_link",
+            f"  command = {shlex.quote(flags.nvcc)} $in {joined(flags.cuda_link)} -o $out",
+            "  description = link $out",
+        ]
+    for extension in found:
+        is_cuda = extension.name.endswith("_cuda")
+        objects = []
+        for source in extension.sources:
+            target = out / (source.replace("/", "_") + ".o")
+            objects.append(escape(target))
+            lines.append(f"build {objects[-1]}: {'nvcc' if is_cuda else 'cxx'} {escape(ROOT / source)}")
+        library = escape(out / f"{extension.name}.so")
+        lines.append(f"build {library}: {'cuda_link' if is_cuda else 'link'} {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def ninja_command() -> list[str]:
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise BuildError("prcl_fast: ninja was not found; install it with: pip install ninja") from None
+        return [found]
+    return [str(Path(ninja.BIN_DIR) / "ninja")]
+
+
+class BuildNative(build_ext):
+    """Runs ninja in the build directory and puts each library beside the package's modules."""
+
+    def run(self) -> None:
+        self.inplace_sources = self.inplace
+        if not self.extensions:
+            return
+        out = Path(self.build_temp).resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        flags = build_flags()
+        if flags.nvcc is None:
+            print(MISSING_NVCC, file=sys.stderr, flush=True)
+        file = out / "build.ninja"
+        text = ninja_file(flags, self.extensions, out)
+        if not file.is_file() or file.read_text() != text:
+            file.write_text(text)
+        jobs = os.environ.get("MAX_JOBS")
+        command = [*ninja_command(), "-C", str(out), *(["-j", jobs] if jobs else [])]
+        if subprocess.run(command, check=False).returncode != 0:
+            raise BuildError("prcl_fast: the native library did not compile; the compiler's message is above")
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(Path(self.build_temp) / f"{ext.name}.so", target)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The libraries do not link against Python, so the wheel is for any Python 3 of its platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})

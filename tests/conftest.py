@@ -1,0 +1,45 @@
+"""A run small enough for a test: generated images, the smallest network, a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prcl_fast.config import Config, parse_config
+
+torch.set_num_threads(2)
+
+
+def tiny_tree(output: Path, **method: Any) -> dict[str, Any]:
+    """The configuration of the small run as a plain tree."""
+    return {
+        "output": str(output),
+        "data": {
+            "kind": "synthetic",
+            "synthetic": {"size": [64, 64], "labeled": 4, "unlabeled": 6, "val": 3},
+            "crop": [64, 64],
+            "workers": 0,
+        },
+        "model": {"backbone": "resnet18", "width": 16, "dim": 8},
+        "method": {"name": "prcl", "anchors": 16, "negatives": 16, "delta_w": 0.0, "delta_s": 1.0} | method
+        if method.get("name", "prcl") == "prcl"
+        else method,
+        "train": {
+            "iterations": 6,
+            "batch_labeled": 2,
+            "batch_unlabeled": 2,
+            "threads": 2,
+            "log_every": 2,
+            "eval_every": 3,
+            "save_every": 2,
+        },
+    }
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Config:
+    """A six-step PRCL run into tmp_path/run."""
+    return parse_config(tiny_tree(tmp_path / "run"), "tiny")

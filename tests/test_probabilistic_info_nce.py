@@ -1,0 +1,326 @@
+"""The contrast's InfoNCE: value, gradients at the anchors, and what is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce
+from prcl_fast.reference import probabilistic_info_nce as reference
+
+B, D, H, W = 2, 6, 5, 4
+C, A, N, V = 5, 7, 9, 3
+
+
+def scene(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Class 2 is present without anchors, class 4 absent; some negatives are missing; anchors repeat."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    anchor_index = torch.randint(0, B * H * W, (C, A), generator=generator)
+    anchor_index[0, 1] = anchor_index[0, 0]
+    anchor_index[1, 0] = anchor_index[0, 0]
+    anchor_index[[2, 4]] = -1
+    negative_index = torch.randint(0, B * H * W, (C, A, N), generator=generator)
+    negative_index[torch.rand(C, A, N, generator=generator) < 0.2] = -1
+    negative_index[3, 2] = -1
+    precision = (1 / (0.05 + draw(C, D))).index_fill(0, torch.tensor(4), 0)
+    return {
+        "mu": (4 * draw(B, D, H, W) - 2).to(dtype).requires_grad_(),
+        "var": (0.02 + draw(B, D, H, W)).to(dtype).requires_grad_(),
+        "anchor_index": anchor_index,
+        "negative_index": negative_index,
+        "positive": PrototypeStatistics(precision, precision * (2 * draw(C, D) - 1), torch.tensor([3, 5, 2, 9, 0])),
+        "virtual_mu": 2 * draw(C, V, D) - 1,
+    }
+
+
+def by_hand(scene: dict[str, Any], *, tau: float, reduction: str, normalize: bool) -> Tensor:
+    """Eq. (15) an anchor and a pair at a time, differentiable, the others constants."""
+    rows = scene["mu"].movedim(1, -1).reshape(-1, D)
+    variances = scene["var"].movedim(1, -1).reshape(-1, D)
+    positive, virtual = scene["positive"], scene["virtual_mu"]
+    present = [c for c in range(C) if positive.count[c] > 0]
+
+    def score(mu_i: Tensor, s_i: Tensor, mu_j: Tensor, s_j: Tensor) -> Tensor:
+        if normalize:
+            mu_i, mu_j = F.normalize(mu_i, dim=-1), F.normalize(mu_j, dim=-1)
+        terms = (mu_i - mu_j) ** 2 / (s_i + s_j) + torch.log(s_i + s_j)
+        return -0.5 * (terms.mean() if reduction == "mean" else terms.sum())
+
+    total = rows.sum() * 0
+    for c in present:
+        losses = []
+        for a in range(A):
+            i = scene["anchor_index"][c, a]
+            if i < 0:
+                continue
+            anchor = rows[i], variances[i]
+            scores = [score(*anchor, positive.mean[c], positive.variance[c])]
+            for j in scene["negative_index"][c, a]:
+                if j >= 0:
+                    scores.append(score(*anchor, rows[j].detach(), variances[j].detach()))
+            for k in present:
+                if virtual is not None and k != c:
+                    scores += [score(*anchor, v, torch.zeros(D, dtype=v.dtype)) for v in virtual[k]]
+            losses.append(-torch.log_softmax(torch.stack(scores) / tau, 0)[0])
+        if losses:
+            total = total + torch.stack(losses).mean()
+    return total / len(present)
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+@pytest.mark.parametrize(
+    ("reduction", "normalize", "tau"), [("sum", False, 2.0), ("mean", True, 0.1), ("sum", True, 0.5), ("mean", False, 1.0)]
+)
+def test_loss_and_gradients_equal_the_equation(
+    reduction: str, normalize: bool, tau: float, virtual: bool
+) -> None:
+    case = scene()
+    if not virtual:
+        case["virtual_mu"] = None
+    options: dict[str, Any] = {"tau": tau, "reduction": reduction, "normalize": normalize}
+    expected = by_hand(case, **options)
+    expected_grads = torch.autograd.grad(expected, (case["mu"], case["var"]))
+    loss = probabilistic_info_nce(**case, **options)
+    grads = torch.autograd.grad(3 * loss, (case["mu"], case["var"]))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for got, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, 3 * want, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precisions_accumulate_in_float32(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    case = scene(dtype)
+    for name in ("mu", "var"):
+        case[name] = case[name].detach().contiguous(memory_format=memory_format).requires_grad_()
+    exact = {**case, "mu": case["mu"].detach().double().requires_grad_()}
+    exact["var"] = case["var"].detach().double().requires_grad_()
+    options: dict[str, Any] = {"tau": 0.5, "reduction": "sum", "normalize": True}
+    expected = probabilistic_info_nce(**exact, **options)
+    expected.backward()
+    loss = probabilistic_info_nce(**case, **options)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss.double() - expected) < 1e-5 * expected
+    # Accumulated in float32, then rounded once to the dtype.
+    tolerance = 1e-5 + torch.finfo(dtype).eps
+    for name in ("mu", "var"):
+        grad = case[name].grad
+        assert grad.dtype == dtype
+        assert grad.is_contiguous(memory_format=memory_format)
+        error = (grad.double() - exact[name].grad).norm() / exact[name].grad.norm()
+        assert error < tolerance
+
+
+def test_gradcheck() -> None:
+    """Anchors in the first image, negatives, which are constants, in the second."""
+    case = scene()
+    pixels = H * W
+    index = case["anchor_index"]
+    case["anchor_index"] = torch.where(index >= 0, index % 3, -1)
+    case["negative_index"] = torch.where(case["negative_index"] >= 0, case["negative_index"] % pixels + pixels, -1)
+    mu, var = case.pop("mu").detach(), case.pop("var").detach()
+
+    def loss(mu_anchors: Tensor, var_anchors: Tensor) -> Tensor:
+        parts = [
+            torch.cat([anchors, rest.flatten(2)[:1, :, 3:]], dim=2).reshape(1, D, H, W)
+            for anchors, rest in ((mu_anchors, mu), (var_anchors, var))
+        ]
+        whole = (torch.cat([parts[0], mu[1:]]), torch.cat([parts[1], var[1:]]))
+        return probabilistic_info_nce(*whole, **case, tau=0.7, reduction="mean", normalize=True)
+
+    anchors = [x.flatten(2)[:1, :, :3].clone().requires_grad_() for x in (mu, var)]
+    assert torch.autograd.gradcheck(loss, anchors)
+
+
+def test_only_anchors_get_a_gradient() -> None:
+    case = scene()
+    probabilistic_info_nce(**case, tau=1.0).backward()
+    index = case["anchor_index"]
+    touched = torch.zeros(B * H * W, dtype=torch.bool).index_fill(0, index[index >= 0], True)
+    for name in ("mu", "var"):
+        moved = case[name].grad.movedim(1, -1).reshape(-1, D).abs().sum(1) > 0
+        assert torch.equal(moved, touched)
+
+
+def test_gradient_to_variance_is_zero_where_the_sum_is_clamped() -> None:
+    case = scene()
+    var = case["var"].detach().clone()
+    i = case["anchor_index"][0, 0]
+    b, y, x = int(i) // (H * W), int(i) % (H * W) // W, int(i) % W
+    var[b, 0, y, x] = 0.0
+    # All candidates of the anchor have variance 0 in that dimension too.
+    case["anchor_index"] = torch.full((C, A), -1)
+    case["anchor_index"][0, 0] = i
+    case["negative_index"] = torch.full((C, A, N), -1)
+    case["positive"].precision[0, 0] = 1e30
+    case["var"] = var.requires_grad_()
+    loss = probabilistic_info_nce(**case, tau=1e12)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert case["var"].grad[b, 0, y, x] == 0
+    assert (case["var"].grad[b, 1:, y, x] != 0).all()
+
+
+@pytest.mark.parametrize("count", [[0, 0, 0, 0, 0], [0, 4, 0, 0, 0]])
+def test_fewer_than_two_classes_give_a_zero_that_stays_in_the_graph(count: list[int]) -> None:
+    case = scene(torch.float32)
+    positive = case["positive"]
+    case["positive"] = PrototypeStatistics(positive.precision, positive.weighted_mean, torch.tensor(count))
+    loss = probabilistic_info_nce(**case, tau=1.0)
+    loss.backward()
+    assert loss == 0
+    assert (case["mu"].grad == 0).all()
+    assert (case["var"].grad == 0).all()
+
+
+def test_no_anchor_gives_a_zero_that_stays_in_the_graph() -> None:
+    case = scene(torch.float32)
+    case["anchor_index"] = torch.full((C, A), -1)
+    loss = probabilistic_info_nce(**case, tau=1.0)
+    loss.backward()
+    assert loss == 0
+    assert (case["mu"].grad == 0).all()
+
+
+def test_classes_without_anchors_are_counted_in_the_mean() -> None:
+    case = scene()
+    loss = probabilistic_info_nce(**case, tau=1.0)
+    case["virtual_mu"] = None
+    without_virtual = probabilistic_info_nce(**case, tau=1.0)
+    positive = case["positive"]
+    fewer = PrototypeStatistics(positive.precision, positive.weighted_mean, torch.tensor([3, 5, 0, 9, 0]))
+    torch.testing.assert_close(
+        probabilistic_info_nce(**{**case, "positive": fewer}, tau=1.0), without_virtual * 4 / 3
+    )
+    assert loss > without_virtual
+
+
+def test_path_that_cannot_look_at_values_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small chunks, and empty anchors computed and masked: absent classes and NaN features must not leak."""
+    case = scene()
+    with torch.no_grad():
+        case["mu"][0, :, 0, 0] = torch.nan
+    case["anchor_index"].masked_fill_(case["anchor_index"] == 0, 1)
+    case["negative_index"].masked_fill_(case["negative_index"] == 0, 1)
+    positive = case["positive"]
+    arguments = (
+        case["mu"].detach(),
+        case["var"].detach(),
+        case["anchor_index"],
+        case["negative_index"],
+        positive.mean,
+        positive.variance,
+        positive.count,
+        case["virtual_mu"],
+        1.0,
+        False,
+        True,
+        True,
+    )
+    expected = reference.probabilistic_info_nce(*arguments)
+    monkeypatch.setitem(reference._CHUNK_BYTES, "cpu", 3 * N * D * 8)
+    monkeypatch.setattr(reference, "_values_are_at_hand", lambda device: False)
+    for got, want in zip(reference.probabilistic_info_nce(*arguments), expected, strict=True):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got, want)
+
+
+def test_repeated_anchors_add_up_the_same_way_every_time() -> None:
+    case = scene(torch.float32)
+    case["anchor_index"][0] = case["anchor_index"][0, 0]
+    grads = []
+    for _ in range(3):
+        mu = case["mu"].detach().clone().requires_grad_()
+        probabilistic_info_nce(**{**case, "mu": mu}, tau=1.0).backward()
+        grads.append(mu.grad)
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+def test_autocast_does_not_change_the_result() -> None:
+    case = scene(torch.float32)
+    expected = probabilistic_info_nce(**case, tau=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = probabilistic_info_nce(**case, tau=1.0)
+    assert torch.equal(got, expected)
+
+
+def test_no_gradient_is_made_where_none_is_asked_for() -> None:
+    case = scene()
+    with torch.no_grad():
+        loss = probabilistic_info_nce(**case, tau=1.0)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, probabilistic_info_nce(**case, tau=1.0).detach())
+
+
+def test_wrong_arguments_are_named() -> None:
+    case = scene()
+    with pytest.raises(ValueError, match="tau must be positive"):
+        probabilistic_info_nce(**case, tau=0.0)
+    with pytest.raises(ValueError, match="reduction must be sum or mean"):
+        probabilistic_info_nce(**case, tau=1.0, reduction="none")
+    for name, value, error, match in (
+        ("negative_index", case["negative_index"][:, 1:], ValueError, "negative_index must have shape"),
+        ("anchor_index", case["anchor_index"].int(), TypeError, "anchor_index must be int64"),
+        ("virtual_mu", case["virtual_mu"][..., 1:], ValueError, "virtual_mu must have shape"),
+        ("var", case["var"].float(), TypeError, "var must be float64"),
+        ("positive", PrototypeStatistics(*[torch.zeros(2, D)] * 2, torch.zeros(2).long()), ValueError, "positive.prec"),
+    ):
+        with pytest.raises(error, match=match):
+            probabilistic_info_nce(**{**case, name: value}, tau=1.0)
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_opcheck(virtual: bool) -> None:
+    case = scene(torch.float32)
+    positive = case["positive"]
+    torch.library.opcheck(
+        torch.ops.prcl_fast.probabilistic_info_nce.default,
+        (
+            case["mu"],
+            case["var"],
+            case["anchor_index"],
+            case["negative_index"],
+            positive.mean,
+            positive.variance,
+            positive.count,
+            case["virtual_mu"] if virtual else None,
+            1.0,
+            True,
+            True,
+            True,
+        ),
+    )
+
+
+def test_opcheck_of_the_backward_op() -> None:
+    arguments = (torch.tensor(2.0), torch.randn(C, A, D), torch.randn(C, A, D), scene()["anchor_index"], B, H, W)
+    op = torch.ops.prcl_fast.probabilistic_info_nce_backward.default
+    torch.library.opcheck(op, (*arguments, torch.bfloat16, True))
+    torch.library.opcheck(op, (*arguments, torch.float32, False))
+
+
+def test_compiles_whole_with_its_backward_pass() -> None:
+    case = scene(torch.float32)
+    positive, indices = case["positive"], (case["anchor_index"], case["negative_index"])
+
+    def run(mu: Tensor, var: Tensor) -> Tensor:
+        return probabilistic_info_nce(
+            mu * 1.0, var, *indices, positive, case["virtual_mu"], tau=1.0, reduction="mean", normalize=True
+        )
+
+    expected = run(case["mu"], case["var"])
+    expected_grads = torch.autograd.grad(expected, (case["mu"], case["var"]))
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(case["mu"], case["var"])
+    torch.testing.assert_close(got, expected)
+    for grad, want in zip(torch.autograd.grad(got, (case["mu"], case["var"])), expected_grads, strict=True):
+        torch.testing.assert_close(grad, want)

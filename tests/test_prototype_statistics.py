@@ -1,0 +1,127 @@
+"""Prototypes in natural parameters: the sums, the merge, and what must not count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from prcl_fast.ops import PrototypeStatistics, prototype_statistics
+
+C, D = 5, 12
+
+
+def scene(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Class 4 is absent, class 3 has no valid pixel; some labels are outside the range."""
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.randn(3, D, 7, 6, generator=generator).to(dtype)
+    var = (torch.rand(3, D, 7, 6, generator=generator) + 1e-3).to(dtype)
+    label = torch.tensor([0, 1, 2, 3, -1, 255])[torch.randint(0, 6, (3, 7, 6), generator=generator)]
+    valid = (torch.rand(3, 7, 6, generator=generator) < 0.7) & (label != 3)
+    return mu, var, label, valid
+
+
+def by_hand(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. (4), a class at a time, in float64."""
+    precision, weighted_mean, count = torch.zeros(C, D).double(), torch.zeros(C, D).double(), torch.zeros(C).long()
+    for c in range(C):
+        member = (label == c) & valid
+        s, m = var.double().movedim(1, -1)[member], mu.double().movedim(1, -1)[member]
+        precision[c], weighted_mean[c], count[c] = (1 / s).sum(0), (m / s).sum(0), member.sum()
+    return precision, weighted_mean, count
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_equal_equation_4(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    mu, var, label, valid = scene(dtype)
+    mu, var = mu.contiguous(memory_format=memory_format), var.contiguous(memory_format=memory_format)
+    got = prototype_statistics(mu, var, label, valid, C)
+    precision, weighted_mean, count = by_hand(mu, var, label, valid)
+    assert got.precision.dtype == got.weighted_mean.dtype == torch.float32
+    # Sums in float64, rounded once: float32 half an ulp.
+    torch.testing.assert_close(got.precision.double(), precision, rtol=1e-7, atol=0)
+    torch.testing.assert_close(got.weighted_mean.double(), weighted_mean, rtol=1e-7, atol=1e-9)
+    assert torch.equal(got.count, count)
+
+
+def test_mean_and_variance_are_those_of_the_local_prototype() -> None:
+    mu, var, label, valid = scene()
+    got = prototype_statistics(mu, var, label, valid, C)
+    precision, weighted_mean, count = by_hand(mu, var, label, valid)
+    present = count > 0
+    torch.testing.assert_close(got.variance[present].double(), 1 / precision[present], rtol=1e-6, atol=0)
+    expected = weighted_mean[present] / precision[present]
+    torch.testing.assert_close(got.mean[present].double(), expected, rtol=1e-6, atol=1e-8)
+    assert not present[3:].any()
+    assert (got.mean[~present] == 0).all()
+    assert torch.isposinf(got.variance[~present]).all()
+
+
+def test_merging_two_parts_equals_the_whole() -> None:
+    mu, var, label, valid = scene()
+    whole = prototype_statistics(mu, var, label, valid, C)
+    first = prototype_statistics(mu[:1], var[:1], label[:1], valid[:1], C)
+    merged = first + prototype_statistics(mu[1:], var[1:], label[1:], valid[1:], C)
+    assert isinstance(merged, PrototypeStatistics)
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merged.variance, whole.variance, rtol=1e-6, atol=0)
+    assert torch.equal(merged.count, whole.count)
+
+
+def test_pixels_that_do_not_count_may_hold_anything() -> None:
+    mu, var, label, valid = scene()
+    expected = prototype_statistics(mu, var, label, valid, C)
+    out = (~valid | (label < 0) | (label >= C))[:, None].expand_as(mu)
+    got = prototype_statistics(
+        mu.masked_fill(out, torch.nan), var.masked_fill(out, 0.0), label, valid, C
+    )
+    assert torch.equal(got.precision, expected.precision)
+    assert torch.equal(got.weighted_mean, expected.weighted_mean)
+
+
+def test_uint8_labels_count_as_int64_ones() -> None:
+    mu, var, label, valid = scene()
+    label = label % 256
+    expected = prototype_statistics(mu, var, label, valid, C)
+    got = prototype_statistics(mu, var, label.to(torch.uint8), valid, C)
+    assert torch.equal(got.precision, expected.precision)
+    assert torch.equal(got.count, expected.count)
+
+
+def test_result_carries_no_gradient() -> None:
+    mu, var, label, valid = scene()
+    got = prototype_statistics(mu.requires_grad_(), var.requires_grad_(), label, valid, C)
+    assert not got.precision.requires_grad
+    assert not got.mean.requires_grad
+
+
+def test_wrong_arguments_are_named() -> None:
+    mu, var, label, valid = scene()
+    with pytest.raises(ValueError, match="var must have shape"):
+        prototype_statistics(mu, var[:, :1], label, valid, C)
+    with pytest.raises(TypeError, match="var must be float32"):
+        prototype_statistics(mu, var.double(), label, valid, C)
+    with pytest.raises(ValueError, match="label must have shape"):
+        prototype_statistics(mu, var, label[:, 1:], valid, C)
+    with pytest.raises(TypeError, match="valid must be bool"):
+        prototype_statistics(mu, var, label, valid.long(), C)
+    with pytest.raises(ValueError, match="num_classes must be at least 1"):
+        prototype_statistics(mu, var, label, valid, 0)
+    with pytest.raises(TypeError, match="mu must be a tensor"):
+        prototype_statistics([1.0], var, label, valid, C)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mu must hold between 1 and"):
+        prototype_statistics(mu[:0], var[:0], label[:0], valid[:0], C)
+
+
+def test_opcheck_and_compile() -> None:
+    mu, var, label, valid = scene()
+    torch.library.opcheck(torch.ops.prcl_fast.prototype_statistics.default, (mu, var, label, valid, C))
+
+    def mean_and_variance(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        statistics = prototype_statistics(*arguments, C) + prototype_statistics(*arguments, C)
+        return statistics.mean, statistics.variance
+
+    compiled = torch.compile(mean_and_variance, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(mu, var, label, valid), mean_and_variance(mu, var, label, valid), strict=True):
+        torch.testing.assert_close(got, expected)

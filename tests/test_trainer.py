@@ -1,0 +1,256 @@
+"""The loop: what a run leaves behind, exact resume, the guard, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_tree
+from rich.console import Console
+
+from prcl_fast.config import Config, dump_config, override_config, parse_config
+from prcl_fast.engine.checkpoint import load_checkpoint, load_run
+from prcl_fast.engine.evaluate import evaluate
+from prcl_fast.engine.guard import FiniteGuard, NonFiniteLossError
+from prcl_fast.engine.trainer import InterruptedRunError, Trainer
+from prcl_fast.errors import InputError
+
+QUIET = Console(quiet=True)
+
+
+def run(config: Config) -> dict:
+    return Trainer(config, QUIET).run()
+
+
+def same_state(a: object, b: object) -> bool:
+    """Bitwise equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def final_state(output: Path) -> dict:
+    state = load_checkpoint(output / "last.pt")
+    return {key: state[key] for key in ("method", "optimizer", "iteration")}
+
+
+def records(output: Path, kind: str) -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "supervised"},
+        {"name": "mean_teacher", "mix": "cutmix"},
+        {"name": "prcl"},
+        {"name": "prcl", "prototype": "local", "reduction": "sum", "normalize": True, "tau": 100.0},
+        {"name": "prcl", "prototype": "ema", "mix": "cutout", "forward": "separate", "omega": "image"},
+        {"name": "prcl", "representation": "deterministic", "virtual_negatives": 0, "confidence": "teacher"},
+    ],
+    ids=lambda method: "-".join(str(value) for value in method.values()),
+)
+def test_every_method_trains_and_leaves_a_whole_run(tmp_path: Path, method: dict) -> None:
+    config = parse_config(tiny_tree(tmp_path / "run", **method), "tiny")
+    summary = run(config)
+    output = config.output
+    assert summary["iterations"] == 6
+    assert 0 <= summary["miou"] <= 100
+    assert {"config.yaml", "metrics.jsonl", "last.pt", "best.pt", "tensorboard"} <= {
+        path.name for path in output.iterdir()
+    }
+    assert not list(output.glob("*.tmp"))
+    train = records(output, "train")
+    assert [record["iteration"] for record in train] == [2, 4, 6]
+    assert all(record["loss"] > 0 for record in train)
+    if method["name"] == "prcl":
+        assert all(record["loss_contrast"] > 0 for record in train)
+        assert len(train[0]["anchors"]) == 6
+    assert [record["iteration"] for record in records(output, "eval")] == [3, 6]
+
+
+def test_the_weights_of_student_and_prototypes_move(tiny: Config) -> None:
+    trainer = Trainer(tiny, QUIET)
+    before = {name: value.clone() for name, value in trainer.method.state_dict().items()}
+    trainer.run()
+    after = trainer.method.state_dict()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    moved = {name.split(".")[0] for name in before} - {name.split(".")[0] for name in still}
+    assert not [name for name in still if name.startswith(("student", "teacher"))], still
+    assert "contrast" in moved or any(
+        name.startswith("contrast") and not torch.equal(before[name], after[name]) for name in before
+    )
+
+
+def test_accumulation_sees_every_micro_batch(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path / "run")
+    tree["train"] |= {"accumulate": 2, "batch_labeled": 4, "batch_unlabeled": 4, "iterations": 2}
+    assert run(parse_config(tree, "tiny"))["iterations"] == 2
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_with_the_contrast_in_float32(tmp_path: Path, amp: str) -> None:
+    tree = tiny_tree(tmp_path / "run")
+    tree["train"] |= {"amp": amp, "iterations": 2}
+    run(parse_config(tree, "tiny"))
+    state = load_checkpoint(tmp_path / "run" / "last.pt")["method"]
+    assert all(value.isfinite().all() for value in state.values())
+    assert state["contrast.precision"].dtype == torch.float64
+
+
+def test_two_runs_are_bitwise_equal(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(parse_config(tiny_tree(tmp_path / name), "tiny"))
+    assert same_state(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
+
+
+def test_a_stopped_run_goes_on_exactly_where_it_was(tmp_path: Path) -> None:
+    whole = parse_config(tiny_tree(tmp_path / "whole"), "tiny")
+    run(whole)
+    halves = parse_config(tiny_tree(tmp_path / "halves"), "tiny")
+    first = Trainer(halves, QUIET)
+    first.stopping = True  # as after a signal: the step ends, the state is saved
+    with pytest.raises(InterruptedRunError, match="stopped at iteration 1 of 6"):
+        first.run()
+    run(halves)
+    assert same_state(final_state(whole.output), final_state(halves.output))
+    for kind in ("train", "eval"):
+        a, b = records(whole.output, kind), records(halves.output, kind)
+        assert [r["iteration"] for r in a] == [r["iteration"] for r in b]
+        if kind == "eval":
+            assert a == b
+
+
+def test_a_finished_run_is_only_reported_again(tiny: Config) -> None:
+    first = run(tiny)
+    state = (tiny.output / "last.pt").read_bytes()
+    assert run(tiny) == first
+    assert (tiny.output / "last.pt").read_bytes() == state
+
+
+@pytest.mark.slow
+def test_resume_is_bitwise_after_sigkill(tmp_path: Path) -> None:
+    trees = {name: tiny_tree(tmp_path / name) for name in ("whole", "killed")}
+    for tree in trees.values():
+        tree["train"] |= {"iterations": 30, "eval_every": 10, "save_every": 3}
+        tree["data"]["workers"] = 2
+    files = {}
+    for name, tree in trees.items():
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(tree))
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "prcl_fast.cli.main", "train", str(files[name])]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+
+    whole = start("whole")
+    out, error = whole.communicate(timeout=200)
+    assert whole.returncode == 0, error.decode()
+    draw = random.Random(0)
+    kills = 0
+    while kills < 5:
+        process = start("killed")
+        _wait_for_steps(process, tmp_path / "killed", draw.random())
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    last = start("killed")
+    out, error = last.communicate(timeout=200)
+    assert last.returncode == 0, error.decode()
+    assert kills == 5
+    assert json.loads(out.splitlines()[-1])["iterations"] == 30
+    assert same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+
+
+def _wait_for_steps(process: subprocess.Popen, output: Path, share: float) -> None:
+    """Waits until the run has saved once more since it started, then up to half a second."""
+    marker = output / "last.pt"
+    before = marker.stat().st_mtime_ns if marker.exists() else 0
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if marker.exists() and marker.stat().st_mtime_ns != before:
+            break
+        time.sleep(0.01)
+    time.sleep(0.5 * share)
+
+
+def test_the_offline_evaluation_equals_the_one_in_training(tiny: Config) -> None:
+    run(tiny)
+    state = load_checkpoint(tiny.output / "last.pt")
+    loaded = load_run(tiny.output / "last.pt", torch.device("cpu"))
+    trainer = Trainer(tiny, QUIET)
+    results = evaluate(loaded.networks, trainer.source, tiny.data, tiny.eval, torch.device("cpu"))
+    assert results["teacher"].miou == state["progress"]["last"]["miou"]
+    assert results["student"].miou == state["progress"]["last"]["miou_student"]
+
+
+def test_another_configuration_may_not_take_the_folder(tiny: Config) -> None:
+    run(tiny)
+    before = (tiny.output / "last.pt").read_bytes()
+    with pytest.raises(InputError, match="holds another configuration's run"):
+        Trainer(override_config(tiny, ["method.tau=7.0"]), QUIET)
+    assert (tiny.output / "last.pt").read_bytes() == before
+
+
+def test_a_corrupt_checkpoint_is_named_and_kept(tiny: Config) -> None:
+    run(tiny)
+    path = tiny.output / "last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.pt: corrupt"):
+        Trainer(tiny, QUIET)
+    assert len(path.read_bytes()) == 1000
+
+
+def test_an_unwritable_output_is_an_input_error(tmp_path: Path, tiny: Config) -> None:
+    (tmp_path / "file").write_text("")
+    config = parse_config(dump_config(tiny) | {"output": str(tmp_path / "file" / "run")}, "tiny")
+    with pytest.raises(InputError, match=r"output: .*cannot be written"):
+        Trainer(config, QUIET)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny: Config) -> None:
+    trainer = Trainer(tiny, QUIET)
+    losses = trainer.method.losses
+
+    def spoilt(batch, step):
+        values = losses(batch, step)
+        if step.iteration == 4:
+            values["loss_contrast"] = values["loss_contrast"] * float("nan")
+            values["loss"] = values["loss"] + values["loss_contrast"]
+        return values
+
+    trainer.method.losses = spoilt
+    with pytest.raises(NonFiniteLossError, match="loss_contrast was not finite at iteration 4"):
+        trainer.run()
+    state = load_checkpoint(tiny.output / "last.pt")
+    assert state["iteration"] == 4
+    assert all(value.isfinite().all() for value in state["method"].values())
+
+
+def test_the_guard_names_the_first_term_and_iteration() -> None:
+    guard = FiniteGuard()
+    bad = torch.tensor(float("inf"))
+    guard.watch({"loss": torch.tensor(1.0), "loss_a": torch.tensor(1.0), "loss_b": torch.tensor(1.0)}, 0)
+    guard.check()
+    guard.watch({"loss": bad, "loss_a": torch.tensor(1.0), "loss_b": bad}, 1)
+    guard.watch({"loss": bad, "loss_a": bad, "loss_b": bad}, 2)
+    with pytest.raises(NonFiniteLossError, match="loss_b was not finite at iteration 1"):
+        guard.check()
