@@ -1,8 +1,8 @@
 """Builds the native libraries prcl_fast/_native.so (CPU) and prcl_fast/_native_cuda.so (CUDA).
 
-Both use PyTorch's stable ABI and no Python.h, so one wheel serves every Python and every PyTorch from 2.11 on.
-Ninja is driven directly: torch.utils.cpp_extension refuses CUDA sources where PyTorch itself is a CPU build, while
-nvcc needs neither a GPU nor a CUDA build of PyTorch.
+Both use PyTorch's stable ABI and no Python.h, so one wheel serves every Python and every PyTorch from 2.11
+on. Ninja is driven directly: torch.utils.cpp_extension refuses CUDA sources where PyTorch itself is a CPU
+build, while nvcc needs neither a GPU nor a CUDA build of PyTorch.
 
 Environment:
     PRCL_NO_NATIVE=1       build nothing; every op runs on the torch backend.
@@ -73,7 +73,7 @@ def architecture_flags(arches: str, known: set[str]) -> list[str]:
             continue
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
         if match is None:
-            raise BuildError(f"prcl_fast: TORCH_CUDA_ARCH_LIST: {arch!r} is not of the form 9.0, 9.0a or 9.0+PTX")
+            raise BuildError(f"prcl_fast: TORCH_CUDA_ARCH_LIST: {arch!r} is not like 9.0, 9.0a or 9.0+PTX")
         number = match[1] + match[2]
         if known and f"compute_{number.rstrip('af')}" not in known:
             print(f"prcl_fast: this nvcc does not know sm_{number}: left out", flush=True)
@@ -99,8 +99,8 @@ def build_flags() -> Flags:
         "-O3",
     ]
     system_headers = ["-isystem", str(torch_dir / "include")]
-    host = ["-fPIC", "-fvisibility=hidden"]
-    # The libraries' symbols come from libtorch.so, which needs libtorch_cpu.so and, in CUDA builds, libtorch_cuda.so;
+    host = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=."]
+    # libtorch.so needs libtorch_cpu.so and, in CUDA builds, libtorch_cuda.so: our symbols come through it.
     # PyTorch has loaded it before we do, so no run path is written.
     link = ["-shared", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     nvcc = find_nvcc()
@@ -120,7 +120,7 @@ def build_flags() -> Flags:
         cxx=os.environ.get("CXX", "g++"),
         compile=[*common, *system_headers, *host, "-Wall", "-Wextra", "-Wno-psabi"],
         link=link,
-        nvcc=nvcc,
+        nvcc=shlex.quote(nvcc) if nvcc else None,
         cuda_compile=cuda_compile,
         # The static runtime leaves nothing but the driver to be found at run time.
         cuda_link=[*(flag.replace("-Wl,", "-Xlinker=") for flag in link), "-cudart=static"],
@@ -164,12 +164,12 @@ def ninja_file(flags: Flags, found: list[Extension], out: Path) -> str:
     if flags.nvcc is not None:
         lines += [
             "rule nvcc",
-            f"  command = {shlex.quote(flags.nvcc)} -MMD -MF $out.d {joined(flags.cuda_compile)} -c $in -o $out",
+            f"  command = {flags.nvcc} -MMD -MF $out.d {joined(flags.cuda_compile)} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = nvcc $in",
             "rule cuda_link",
-            f"  command = {shlex.quote(flags.nvcc)} $in {joined(flags.cuda_link)} -o $out",
+            f"  command = {flags.nvcc} $in {joined(flags.cuda_link)} -o $out",
             "  description = link $out",
         ]
     for extension in found:
@@ -199,12 +199,16 @@ class BuildNative(build_ext):
     """Runs ninja in the build directory and puts each library beside the package's modules."""
 
     def run(self) -> None:
-        self.inplace_sources = self.inplace
         if not self.extensions:
             return
         out = Path(self.build_temp).resolve()
         out.mkdir(parents=True, exist_ok=True)
         flags = build_flags()
+        if shutil.which(shlex.split(flags.cxx)[0]) is None:
+            raise BuildError(
+                f"prcl_fast: the C++ compiler {flags.cxx} was not found; install one (apt install g++), or "
+                "set PRCL_NO_NATIVE=1 to do without the native library"
+            )
         if flags.nvcc is None:
             print(MISSING_NVCC, file=sys.stderr, flush=True)
         file = out / "build.ninja"

@@ -26,7 +26,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class F>
 void dispatch_float_or_double(const Tensor& tensor, const F& f) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "expected a float32 or float64 tensor");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "expected a float32 or float64 tensor");
   if (type == ScalarType::Double) return f(double{});
   f(float{});
 }

@@ -87,7 +87,9 @@ class DataConfig(Section):
         None, description="From the ids on disk to class ids; ids not named here stay as they are."
     )
     palette: list[Rgb] | None = Field(
-        None, description="A colour per class: for pictures, and to read RGB masks (kind folder)."
+        None,
+        description="A colour per class: for pictures, and to read RGB masks (kind folder), where further "
+        "colours mean: not labeled.",
     )
     ignore: int = Field(255, ge=0, le=255, description="The id on disk that means: not labeled.")
     synthetic: SyntheticConfig = SyntheticConfig()  # type: ignore[call-arg]
@@ -122,7 +124,9 @@ class ModelConfig(Section):
     output_stride: Literal[8, 16] = 16
     width: int = Field(256, ge=16, description="Channels of the decoder.")
     dim: int = Field(256, ge=2, description="D, channels of the representation.")
-    weights: PathString | None = Field(None, description="Backbone weights with torchvision's key names.")
+    weights: PathString | None = Field(
+        None, description="Initial weights: torchvision's key names, or a network file."
+    )
 
 
 class SupervisedConfig(Section):

@@ -10,7 +10,7 @@ import torch
 
 from prcl_fast.config import Config, parse_config
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def tiny_tree(output: Path, **method: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def tiny_tree(output: Path, **method: Any) -> dict[str, Any]:
             "iterations": 6,
             "batch_labeled": 2,
             "batch_unlabeled": 2,
-            "threads": 2,
+            "threads": 1,
             "log_every": 2,
             "eval_every": 3,
             "save_every": 2,

@@ -127,7 +127,7 @@ def test_dilation_keeps_the_strided_network_at_its_pixels(depth):
 
 def test_backbone_starts_with_kaiming_weights():
     torch.manual_seed(0)
-    weight = ResNet(18).layer4[1].conv2.weight
+    weight = ResNet(18).layer4[0].conv1.weight  # [512, 256, 3, 3]: variance 2 / (512 * 9), by its outputs
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
 
 

@@ -41,8 +41,9 @@ def test_words_place_element_purpose_step_and_seed_in_counter_and_key() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 21, 100_003, 2**31 - 1, 2**31])
 def test_bounded_is_the_exact_high_half_of_the_product(n: int) -> None:
-    highs = [0, 1, 7, 2**31 - 1, 2**31, ONES - 1, ONES]
-    lows = [0, 1, 2**31, ONES, 0x9E3779B9, 3, ONES]
+    # The last two lie on either side of a third of 2^64, where the low word decides.
+    highs = [0, 1, 7, 2**31 - 1, 2**31, ONES - 1, ONES, 0x55555555, 0x55555555]
+    lows = [0, 1, 2**31, ONES, 0x9E3779B9, 3, ONES, 0x55555555, 0x55555556]
     got = bounded(torch.tensor(highs), torch.tensor(lows), torch.tensor(n))
     assert got.tolist() == [((high << 32 | low) * n) >> 64 for high, low in zip(highs, lows, strict=True)]
 
@@ -65,7 +66,11 @@ def test_normal_depends_on_seed_step_and_purpose_and_on_nothing_else() -> None:
     base = draw(1, 2, Purpose.VIRTUAL_NEGATIVES)
     torch.manual_seed(99)
     assert torch.equal(base, draw(1, 2, Purpose.VIRTUAL_NEGATIVES))
-    others = (draw(2, 2, Purpose.VIRTUAL_NEGATIVES), draw(1, 3, Purpose.VIRTUAL_NEGATIVES), draw(1, 2, Purpose.ANCHORS))
+    others = (
+        draw(2, 2, Purpose.VIRTUAL_NEGATIVES),
+        draw(1, 3, Purpose.VIRTUAL_NEGATIVES),
+        draw(1, 2, Purpose.ANCHORS),
+    )
     for other in others:
         assert not torch.isclose(base, other).any()
 

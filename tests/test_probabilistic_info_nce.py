@@ -36,7 +36,9 @@ def scene(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         "var": (0.02 + draw(B, D, H, W)).to(dtype).requires_grad_(),
         "anchor_index": anchor_index,
         "negative_index": negative_index,
-        "positive": PrototypeStatistics(precision, precision * (2 * draw(C, D) - 1), torch.tensor([3, 5, 2, 9, 0])),
+        "positive": PrototypeStatistics(
+            precision, precision * (2 * draw(C, D) - 1), torch.tensor([3, 5, 2, 9, 0])
+        ),
         "virtual_mu": 2 * draw(C, V, D) - 1,
     }
 
@@ -77,7 +79,8 @@ def by_hand(scene: dict[str, Any], *, tau: float, reduction: str, normalize: boo
 
 @pytest.mark.parametrize("virtual", [True, False])
 @pytest.mark.parametrize(
-    ("reduction", "normalize", "tau"), [("sum", False, 2.0), ("mean", True, 0.1), ("sum", True, 0.5), ("mean", False, 1.0)]
+    ("reduction", "normalize", "tau"),
+    [("sum", False, 2.0), ("mean", True, 0.1), ("sum", True, 0.5), ("mean", False, 1.0)],
 )
 def test_loss_and_gradients_equal_the_equation(
     reduction: str, normalize: bool, tau: float, virtual: bool
@@ -97,7 +100,9 @@ def test_loss_and_gradients_equal_the_equation(
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lower_precisions_accumulate_in_float32(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_lower_precisions_accumulate_in_float32(
+    dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     case = scene(dtype)
     for name in ("mu", "var"):
         case[name] = case[name].detach().contiguous(memory_format=memory_format).requires_grad_()
@@ -126,7 +131,9 @@ def test_gradcheck() -> None:
     pixels = H * W
     index = case["anchor_index"]
     case["anchor_index"] = torch.where(index >= 0, index % 3, -1)
-    case["negative_index"] = torch.where(case["negative_index"] >= 0, case["negative_index"] % pixels + pixels, -1)
+    case["negative_index"] = torch.where(
+        case["negative_index"] >= 0, case["negative_index"] % pixels + pixels, -1
+    )
     mu, var = case.pop("mu").detach(), case.pop("var").detach()
 
     def loss(mu_anchors: Tensor, var_anchors: Tensor) -> Tensor:
@@ -273,7 +280,12 @@ def test_wrong_arguments_are_named() -> None:
         ("anchor_index", case["anchor_index"].int(), TypeError, "anchor_index must be int64"),
         ("virtual_mu", case["virtual_mu"][..., 1:], ValueError, "virtual_mu must have shape"),
         ("var", case["var"].float(), TypeError, "var must be float64"),
-        ("positive", PrototypeStatistics(*[torch.zeros(2, D)] * 2, torch.zeros(2).long()), ValueError, "positive.prec"),
+        (
+            "positive",
+            PrototypeStatistics(*[torch.zeros(2, D)] * 2, torch.zeros(2).long()),
+            ValueError,
+            "positive.prec",
+        ),
     ):
         with pytest.raises(error, match=match):
             probabilistic_info_nce(**{**case, name: value}, tau=1.0)
@@ -303,7 +315,15 @@ def test_opcheck(virtual: bool) -> None:
 
 
 def test_opcheck_of_the_backward_op() -> None:
-    arguments = (torch.tensor(2.0), torch.randn(C, A, D), torch.randn(C, A, D), scene()["anchor_index"], B, H, W)
+    arguments = (
+        torch.tensor(2.0),
+        torch.randn(C, A, D),
+        torch.randn(C, A, D),
+        scene()["anchor_index"],
+        B,
+        H,
+        W,
+    )
     op = torch.ops.prcl_fast.probabilistic_info_nce_backward.default
     torch.library.opcheck(op, (*arguments, torch.bfloat16, True))
     torch.library.opcheck(op, (*arguments, torch.float32, False))

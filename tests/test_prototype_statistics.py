@@ -23,7 +23,11 @@ def scene(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, T
 
 def by_hand(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. (4), a class at a time, in float64."""
-    precision, weighted_mean, count = torch.zeros(C, D).double(), torch.zeros(C, D).double(), torch.zeros(C).long()
+    precision, weighted_mean, count = (
+        torch.zeros(C, D).double(),
+        torch.zeros(C, D).double(),
+        torch.zeros(C).long(),
+    )
     for c in range(C):
         member = (label == c) & valid
         s, m = var.double().movedim(1, -1)[member], mu.double().movedim(1, -1)[member]
@@ -73,9 +77,7 @@ def test_pixels_that_do_not_count_may_hold_anything() -> None:
     mu, var, label, valid = scene()
     expected = prototype_statistics(mu, var, label, valid, C)
     out = (~valid | (label < 0) | (label >= C))[:, None].expand_as(mu)
-    got = prototype_statistics(
-        mu.masked_fill(out, torch.nan), var.masked_fill(out, 0.0), label, valid, C
-    )
+    got = prototype_statistics(mu.masked_fill(out, torch.nan), var.masked_fill(out, 0.0), label, valid, C)
     assert torch.equal(got.precision, expected.precision)
     assert torch.equal(got.weighted_mean, expected.weighted_mean)
 
@@ -123,5 +125,7 @@ def test_opcheck_and_compile() -> None:
         return statistics.mean, statistics.variance
 
     compiled = torch.compile(mean_and_variance, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(mu, var, label, valid), mean_and_variance(mu, var, label, valid), strict=True):
+    for got, expected in zip(
+        compiled(mu, var, label, valid), mean_and_variance(mu, var, label, valid), strict=True
+    ):
         torch.testing.assert_close(got, expected)

@@ -45,7 +45,9 @@ def test_draws_follow_the_written_rule_bit_for_bit() -> None:
     seed, step = (7 << 32) + 5, (2 << 32) + 11
     index = sample_anchors(label, valid, hard, C, A, torch.tensor([seed, step]))
     for c in range(3):
-        pixels = [i for i in range(label.numel()) if (label.flatten()[i] == c and (valid & hard).flatten()[i])]
+        pixels = [
+            i for i in range(label.numel()) if (label.flatten()[i] == c and (valid & hard).flatten()[i])
+        ]
         for a in range(0, A, 9):
             counter = tuple(map(torch.tensor, (c * A + a, 1, 11, 2)))
             w0, w1, _, _ = (int(w) for w in philox_4x32(counter, (torch.tensor(5), torch.tensor(7))))

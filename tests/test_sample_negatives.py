@@ -106,13 +106,24 @@ def test_a_probability_next_to_zero_draws_next_to_nothing() -> None:
     assert (label.flatten()[index[0]] == 2).all()
 
 
+def test_weights_of_one_unit_are_drawn_evenly() -> None:
+    """The smallest weights there are: every draw falls on an edge of the cumulative table."""
+    _, label, valid = scene()
+    index = sample_negatives(torch.full((C, C), 2.0**-31), label, valid, C, 50, 400, torch.tensor([3, 1]))
+    share = (label.flatten()[index[0]] == 1).double().mean()
+    assert set(label.flatten()[index[0]].unique().tolist()) == {1, 2}
+    assert abs(share - 0.5) < 4 * 0.5 / 20000**0.5
+
+
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     from prcl_fast.reference import sample_negatives as reference
 
     probability, label, valid = scene()
     whole = reference.sample_negatives(probability, label, valid, A, N, torch.tensor([1, 2]))
     monkeypatch.setitem(reference._CHUNK, "cpu", 37)
-    assert torch.equal(whole, reference.sample_negatives(probability, label, valid, A, N, torch.tensor([1, 2])))
+    assert torch.equal(
+        whole, reference.sample_negatives(probability, label, valid, A, N, torch.tensor([1, 2]))
+    )
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -11,7 +11,8 @@ namespace prcl::cpu {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kAlignment))) {}
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kAlignment))) {}
   T* data() const { return data_.get(); }
 
  private:

@@ -1,8 +1,8 @@
 // Chooses at run time the widest vector instructions that this processor has.
 //
-// A kernel is a struct with `template <int kBytes> static void run(const Args&)`, always inlined, written with GCC's
-// vector types of kBytes; `dispatch<Kernel>(args)` runs the copy compiled for the chosen instruction set.
-// The environment variable PRCL_CPU_ISA (avx512, avx2 or baseline) lowers the choice.
+// A kernel is a struct with `template <int kBytes> static void run(const Args&)`, always inlined, written
+// with GCC's vector types of kBytes; `dispatch<Kernel>(args)` runs the copy compiled for the chosen
+// instruction set. The environment variable PRCL_CPU_ISA (avx512, avx2 or baseline) lowers the choice.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,8 @@ PRCL_INLINE void store(T* to, const V& value) {
 
 #if defined(__x86_64__)
 template <class Kernel, class Args>
-__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512"))) void run_avx512(
-    const Args& args) {
+__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512"))) void
+run_avx512(const Args& args) {
   Kernel::template run<64>(args);
 }
 

@@ -1,12 +1,13 @@
 // The vector kernels of the mutual likelihood score, for one batch entry and a range of its rows.
 //
-// Forward: one vector holds the scores of one row a against kLanes rows b, so b is packed by tiles [D, kLanes]; a
-// register block is kRows rows by one tile, and a tile stays in L1 while all rows of the range pass over it. The
-// logarithm of the product of all D sums is kept as a product of mantissas in [1, 2) and a sum of exponents: one
-// logarithm a score, and less rounding than D of them.
+// Forward: one vector holds the scores of one row a against kLanes rows b, so b is packed by tiles [D,
+// kLanes]; a register block is kRows rows by one tile, and a tile stays in L1 while all rows of the range
+// pass over it. The logarithm of the product of all D sums is kept as a product of mantissas in [1, 2) and a
+// sum of exponents: one logarithm a score, and less rounding than D of them.
 //
-// Backward, one side: gradients of rows x from all rows y, with one vector over kLanes dimensions; x and y are packed
-// by tiles [rows, kLanes]. Sums run over y in ascending order in one thread: deterministic for any thread count.
+// Backward, one side: gradients of rows x from all rows y, with one vector over kLanes dimensions; x and y
+// are packed by tiles [rows, kLanes]. Sums run over y in ascending order in one thread: deterministic for any
+// thread count.
 #pragma once
 
 #include "cpu/isa.h"
@@ -23,13 +24,13 @@ using prcl::mls::kMinVariance;
 
 template <class T>
 struct ForwardArgs {
-  const T* mu_a;  // [M, D]
-  const T* var_a;  // [M, D], cut at kMaxVariance
-  const T* mu_b;  // [tiles, D, kLanes]
-  const T* var_b;  // the same, cut at kMaxVariance
+  const T* mu_a;              // [M, D]
+  const T* var_a;             // [M, D], cut at kMaxVariance
+  const T* mu_b;              // [tiles, D, kLanes]
+  const T* var_b;             // the same, cut at kMaxVariance
   const uint8_t* infinite_a;  // [M]
   const uint8_t* infinite_b;  // [N]
-  T* out;  // [M, N]
+  T* out;                     // [M, N]
   int64_t row_begin, row_end, n, dims;
   Affine<T> affine;
 };
@@ -42,8 +43,8 @@ PRCL_INLINE typename Traits::Type split(typename Traits::Type value, typename Tr
   return (typename Traits::Type)((bits & Traits::kMantissaMask) | Traits::kOne);
 }
 
-// log(mantissa * 2^exponent) for a mantissa in [1, 2): 2 atanh((m - 1) / (m + 1)) with m moved to [0.707, 1.414], whose
-// series ends where its next term is below the type's rounding.
+// log(mantissa * 2^exponent) for a mantissa in [1, 2): 2 atanh((m - 1) / (m + 1)) with m moved to
+// [0.707, 1.414], whose series ends where its next term is below the type's rounding.
 template <class T, class Traits>
 PRCL_INLINE typename Traits::Type log_of(typename Traits::Type mantissa, typename Traits::Bits exponent) {
   using V = typename Traits::Type;
@@ -136,12 +137,12 @@ struct Forward {
 
 template <class T>
 struct BackwardArgs {
-  const T* mu_x;  // [tiles, M, kLanes]
+  const T* mu_x;   // [tiles, M, kLanes]
   const T* var_x;  // the same, cut at kMaxVariance
-  const T* mu_y;  // [tiles, N, kLanes]
+  const T* mu_y;   // [tiles, N, kLanes]
   const T* var_y;
   const T* grad;  // the gradient of pair (x, y) at x * stride_x + y * stride_y
-  T* grad_mu;  // [M, D]
+  T* grad_mu;     // [M, D]
   T* grad_var;
   int64_t row_begin, row_end, m, n, dims, stride_x, stride_y;
   T scale;

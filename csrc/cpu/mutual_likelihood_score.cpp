@@ -1,5 +1,5 @@
-// Mutual likelihood score on the CPU: packs the operands, then shares rows among threads. The arithmetic is in
-// mls_kernels.h. Tensors: mu, var [B, rows, D] and scores [B, M, N], float32 or float64.
+// Mutual likelihood score on the CPU: packs the operands, then shares rows among threads. The arithmetic is
+// in mls_kernels.h. Tensors: mu, var [B, rows, D] and scores [B, M, N], float32 or float64.
 
 #include "cpu/buffer.h"
 #include "cpu/mls_kernels.h"
@@ -16,7 +16,7 @@ namespace {
 using torch::stable::contiguous;
 using torch::stable::parallel_for;
 
-constexpr int64_t kRowsPerTask = 32;  // 64 KB of rows a at D = 256: they stay in L2 while b passes
+constexpr int64_t kRowsPerTask = 32;      // 64 KB of rows a at D = 256: they stay in L2 while b passes
 constexpr int64_t kSerialWork = 1 << 16;  // pairs times dimensions below which a second thread does not pay
 
 int64_t vector_bytes() { return isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16; }
@@ -50,7 +50,8 @@ std::vector<uint8_t> rows_with_infinity(const T* var, int64_t rows, int64_t dims
 
 // [B, rows, D] -> [B, ceil(rows / lanes), D, lanes]; missing rows are zero with variance one.
 template <class T>
-void pack_rows(const T* mu, const T* var, int64_t batches, int64_t rows, int64_t dims, int64_t lanes, T* to_mu, T* to_var) {
+void pack_rows(const T* mu, const T* var, int64_t batches, int64_t rows, int64_t dims, int64_t lanes,
+               T* to_mu, T* to_var) {
   const int64_t tiles = ceil_div(rows, lanes);
   const int64_t grain = std::max<int64_t>(1, kSerialWork / (dims * lanes));
   parallel_for(0, batches * tiles, grain, [&](int64_t begin, int64_t end) {
@@ -70,7 +71,8 @@ void pack_rows(const T* mu, const T* var, int64_t batches, int64_t rows, int64_t
 
 // [B, rows, D] -> [B, ceil(D / lanes), rows, lanes]; missing dimensions are zero with variance one.
 template <class T>
-void pack_dims(const T* mu, const T* var, int64_t batches, int64_t rows, int64_t dims, int64_t lanes, T* to_mu, T* to_var) {
+void pack_dims(const T* mu, const T* var, int64_t batches, int64_t rows, int64_t dims, int64_t lanes,
+               T* to_mu, T* to_var) {
   const int64_t tiles = ceil_div(dims, lanes);
   const int64_t grain = std::max<int64_t>(1, kSerialWork / dims);
   parallel_for(0, batches * rows, grain, [&](int64_t begin, int64_t end) {
@@ -97,22 +99,25 @@ Tensor mutual_likelihood_score(Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor va
     const T* var_rows = va.const_data_ptr<T>();
     const Buffer<T> var_cut(batches * m * dims), mu_packed(batches * packed), var_packed(batches * packed);
     std::transform(var_rows, var_rows + batches * m * dims, var_cut.data(), cut<T>);
-    pack_rows(mb.const_data_ptr<T>(), vb.const_data_ptr<T>(), batches, n, dims, lanes, mu_packed.data(), var_packed.data());
+    pack_rows(mb.const_data_ptr<T>(), vb.const_data_ptr<T>(), batches, n, dims, lanes, mu_packed.data(),
+              var_packed.data());
     const std::vector<uint8_t> infinite_a = rows_with_infinity(var_rows, batches * m, dims);
     const std::vector<uint8_t> infinite_b = rows_with_infinity(vb.const_data_ptr<T>(), batches * n, dims);
     for_rows(batches, m, n * dims, [&](int64_t batch, int64_t begin, int64_t end) {
       dispatch<mls::Forward<T>>(mls::ForwardArgs<T>{
           ma.const_data_ptr<T>() + batch * m * dims, var_cut.data() + batch * m * dims,
-          mu_packed.data() + batch * packed, var_packed.data() + batch * packed, infinite_a.data() + batch * m,
-          infinite_b.data() + batch * n, out.mutable_data_ptr<T>() + batch * m * n, begin, end, n, dims,
-          mls::Affine<T>(dims, mean)});
+          mu_packed.data() + batch * packed, var_packed.data() + batch * packed,
+          infinite_a.data() + batch * m, infinite_b.data() + batch * n,
+          out.mutable_data_ptr<T>() + batch * m * n, begin, end, n, dims, mls::Affine<T>(dims, mean)});
     });
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(
-    Tensor grad, Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, bool mean, bool need_a, bool need_b) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(Tensor grad, Tensor mu_a,
+                                                                            Tensor var_a, Tensor mu_b,
+                                                                            Tensor var_b, bool mean,
+                                                                            bool need_a, bool need_b) {
   const int64_t batches = mu_a.size(0), m = mu_a.size(1), n = mu_b.size(1), dims = mu_a.size(2);
   const auto result = [&](bool need, int64_t rows) {
     return need ? empty_like_of(mu_a, {batches, rows, dims}) : empty_like_of(mu_a, {0});
@@ -126,21 +131,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(
     const int64_t lanes = vector_bytes() / int64_t(sizeof(T)), width = ceil_div(dims, lanes) * lanes;
     const Buffer<T> mu_a_packed(batches * m * width), var_a_packed(batches * m * width);
     const Buffer<T> mu_b_packed(batches * n * width), var_b_packed(batches * n * width);
-    pack_dims(ma.const_data_ptr<T>(), va.const_data_ptr<T>(), batches, m, dims, lanes, mu_a_packed.data(), var_a_packed.data());
-    pack_dims(mb.const_data_ptr<T>(), vb.const_data_ptr<T>(), batches, n, dims, lanes, mu_b_packed.data(), var_b_packed.data());
+    pack_dims(ma.const_data_ptr<T>(), va.const_data_ptr<T>(), batches, m, dims, lanes, mu_a_packed.data(),
+              var_a_packed.data());
+    pack_dims(mb.const_data_ptr<T>(), vb.const_data_ptr<T>(), batches, n, dims, lanes, mu_b_packed.data(),
+              var_b_packed.data());
     const T scale = T(prcl::mls::gradient_scale(dims, mean));
-    const auto one_side = [&](const Buffer<T>& mu_x, const Buffer<T>& var_x, const Buffer<T>& mu_y, const Buffer<T>& var_y,
-                              int64_t rows, int64_t others, int64_t stride_x, int64_t stride_y, Tensor& to_mu, Tensor& to_var) {
+    const auto one_side = [&](const Buffer<T>& mu_x, const Buffer<T>& var_x, const Buffer<T>& mu_y,
+                              const Buffer<T>& var_y, int64_t rows, int64_t others, int64_t stride_x,
+                              int64_t stride_y, Tensor& to_mu, Tensor& to_var) {
       for_rows(batches, rows, others * dims, [&](int64_t batch, int64_t begin, int64_t end) {
         const int64_t x = batch * rows * width, y = batch * others * width, to = batch * rows * dims;
         dispatch<mls::BackwardOneSide<T>>(mls::BackwardArgs<T>{
-            mu_x.data() + x, var_x.data() + x, mu_y.data() + y, var_y.data() + y, g.const_data_ptr<T>() + batch * m * n,
-            to_mu.mutable_data_ptr<T>() + to, to_var.mutable_data_ptr<T>() + to, begin, end, rows, others, dims, stride_x,
-            stride_y, scale});
+            mu_x.data() + x, var_x.data() + x, mu_y.data() + y, var_y.data() + y,
+            g.const_data_ptr<T>() + batch * m * n, to_mu.mutable_data_ptr<T>() + to,
+            to_var.mutable_data_ptr<T>() + to, begin, end, rows, others, dims, stride_x, stride_y, scale});
       });
     };
-    if (need_a) one_side(mu_a_packed, var_a_packed, mu_b_packed, var_b_packed, m, n, n, 1, grad_mu_a, grad_var_a);
-    if (need_b) one_side(mu_b_packed, var_b_packed, mu_a_packed, var_a_packed, n, m, 1, n, grad_mu_b, grad_var_b);
+    if (need_a)
+      one_side(mu_a_packed, var_a_packed, mu_b_packed, var_b_packed, m, n, n, 1, grad_mu_a, grad_var_a);
+    if (need_b)
+      one_side(mu_b_packed, var_b_packed, mu_a_packed, var_a_packed, n, m, 1, n, grad_mu_b, grad_var_b);
   });
   return {grad_mu_a, grad_var_a, grad_mu_b, grad_var_b};
 }

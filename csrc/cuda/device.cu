@@ -1,5 +1,6 @@
-// Says why this library's kernels cannot run on the current device: a driver too old for the CUDA runtime linked in,
-// or no code for the device's architecture. Asked once, after loading, so that no op has to find out by failing.
+// Says why this library's kernels cannot run on the current device: a driver too old for the CUDA runtime
+// linked in, or no code for the device's architecture. Asked once, after loading, so that no op has to find
+// out by failing.
 
 #include <cuda_runtime.h>
 

@@ -1,4 +1,5 @@
-// What every CUDA op needs on the host: the tensor's device, PyTorch's current stream on it, and checked launches.
+// What every CUDA op needs on the host: the tensor's device, PyTorch's current stream on it, and checked
+// launches.
 #pragma once
 
 #include <cuda_runtime.h>

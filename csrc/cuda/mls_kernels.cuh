@@ -1,16 +1,16 @@
 // The CUDA kernels of the mutual likelihood score.
 //
-// Forward: one block of 16 x 16 threads owns 64 x 64 scores, a thread 4 x 4 of them, in registers. The block walks over
-// D in steps of 16 dimensions, whose rows are read once, coalesced, and kept in shared memory as [dimension, row].
-// Two dimensions share a reciprocal and a logarithm. Sums run over D in ascending order.
+// Forward: one block of 16 x 16 threads owns 64 x 64 scores, a thread 4 x 4 of them, in registers. The block
+// walks over D in steps of 16 dimensions, whose rows are read once, coalesced, and kept in shared memory as
+// [dimension, row]. Two dimensions share a reciprocal and a logarithm. Sums run over D in ascending order.
 //
-// Backward, one side: gradients of rows x from all rows y. A block owns 16 rows and one dimension per thread, with the
-// rows' values and sums in registers; it reads row y once per dimension, and the 16 gradients of each y from shared
-// memory. Sums run over y in ascending order, without atomics: deterministic. The other side is a second launch with the roles
-// exchanged, which recomputes the reciprocals.
+// Backward, one side: gradients of rows x from all rows y. A block owns 16 rows and one dimension per thread,
+// with the rows' values and sums in registers; it reads row y once per dimension, and the 16 gradients of
+// each y from shared memory. Sums run over y in ascending order, without atomics: deterministic. The other
+// side is a second launch with the roles exchanged, which recomputes the reciprocals.
 //
-// float32 uses the hardware's reciprocal (2 ulp) and log2 (2^-22 absolute near one): over D terms the score's error stays
-// near 1e-6 of the sum of their magnitudes.
+// float32 uses the hardware's reciprocal (2 ulp) and log2 (2^-22 absolute near one): over D terms the score's
+// error stays near 1e-6 of the sum of their magnitudes.
 #pragma once
 
 #include "mls.h"
@@ -22,10 +22,10 @@ using prcl::mls::Affine;
 constexpr int kTile = 64;
 constexpr int kPerThread = 4;
 constexpr int kThreadsPerSide = kTile / kPerThread;
-constexpr int kDims = 16;  // dimensions per step of the forward kernel
+constexpr int kDims = 16;           // dimensions per step of the forward kernel
 constexpr int kStride = kTile + 4;  // keeps 16-byte alignment and spreads the stores over the banks
-constexpr int kRows = 16;  // rows per block of the backward kernel
-constexpr int kGrads = 32;  // rows y between two loads of their gradients
+constexpr int kRows = 16;           // rows per block of the backward kernel
+constexpr int kGrads = 32;          // rows y between two loads of their gradients
 constexpr int kMaxThreads = 128;
 
 __device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
@@ -50,11 +50,11 @@ struct Operand {
   int infinite[kTile];
 };
 
-// Reads dimensions first_dim.. of rows first_row.. ; what lies outside is zero with variance one half, so that two such
-// variances sum to one and add nothing to the score.
+// Reads dimensions first_dim.. of rows first_row.. ; what lies outside is zero with variance one half, so
+// that two such variances sum to one and add nothing to the score.
 template <class T>
-__device__ __forceinline__ void load_operand(Operand<T>& to, const T* mu, const T* var, int64_t first_row, int64_t rows,
-                                             int64_t first_dim, int64_t dims) {
+__device__ __forceinline__ void load_operand(Operand<T>& to, const T* mu, const T* var, int64_t first_row,
+                                             int64_t rows, int64_t first_dim, int64_t dims) {
   const int thread = threadIdx.y * kThreadsPerSide + threadIdx.x;
 #pragma unroll
   for (int i = thread; i < kTile * kDims; i += kThreadsPerSide * kThreadsPerSide) {
@@ -70,10 +70,11 @@ __device__ __forceinline__ void load_operand(Operand<T>& to, const T* mu, const 
 
 template <class T>
 __global__ void __launch_bounds__(kThreadsPerSide* kThreadsPerSide)
-    forward_kernel(const T* mu_a, const T* var_a, const T* mu_b, const T* var_b, T* out, int64_t m, int64_t n, int64_t dims,
-                   Affine<T> affine) {
+    forward_kernel(const T* mu_a, const T* var_a, const T* mu_b, const T* var_b, T* out, int64_t m, int64_t n,
+                   int64_t dims, Affine<T> affine) {
   __shared__ Operand<T> a, b;
-  const int64_t batch = blockIdx.z, first_a = int64_t(blockIdx.y) * kTile, first_b = int64_t(blockIdx.x) * kTile;
+  const int64_t batch = blockIdx.z, first_a = int64_t(blockIdx.y) * kTile,
+                first_b = int64_t(blockIdx.x) * kTile;
   mu_a += batch * m * dims;
   var_a += batch * m * dims;
   mu_b += batch * n * dims;
@@ -130,8 +131,9 @@ __global__ void __launch_bounds__(kThreadsPerSide* kThreadsPerSide)
 // The gradient of pair (x, y) lies at x * stride_x + y * stride_y of its batch entry.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
-    backward_kernel(const T* grad, const T* mu_x, const T* var_x, const T* mu_y, const T* var_y, T* grad_mu, T* grad_var,
-                    int64_t m, int64_t n, int64_t dims, int64_t stride_x, int64_t stride_y, T scale) {
+    backward_kernel(const T* grad, const T* mu_x, const T* var_x, const T* mu_y, const T* var_y, T* grad_mu,
+                    T* grad_var, int64_t m, int64_t n, int64_t dims, int64_t stride_x, int64_t stride_y,
+                    T scale) {
   __shared__ T grads[kGrads][kRows];
   const int64_t batch = blockIdx.z, first = int64_t(blockIdx.x) * kRows;
   const int64_t dim = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;

@@ -1,5 +1,5 @@
-// Mutual likelihood score on CUDA: launches the kernels of mls_kernels.cuh. Tensors: mu, var [B, rows, D] and scores
-// [B, M, N], float32 or float64.
+// Mutual likelihood score on CUDA: launches the kernels of mls_kernels.cuh. Tensors: mu, var [B, rows, D] and
+// scores [B, M, N], float32 or float64.
 
 #include "cuda/launch.h"
 #include "cuda/mls_kernels.cuh"
@@ -17,7 +17,8 @@ using torch::stable::contiguous;
 constexpr int64_t kMaxGridYz = 65535;
 
 void check_grid(int64_t y, int64_t z) {
-  STD_TORCH_CHECK(y <= kMaxGridYz && z <= kMaxGridYz, "mutual_likelihood_score: more rows or batches than one launch takes");
+  STD_TORCH_CHECK(y <= kMaxGridYz && z <= kMaxGridYz,
+                  "mutual_likelihood_score: more rows or batches than one launch takes");
 }
 
 Tensor mutual_likelihood_score(Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, bool mean) {
@@ -39,8 +40,10 @@ Tensor mutual_likelihood_score(Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor va
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(
-    Tensor grad, Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, bool mean, bool need_a, bool need_b) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(Tensor grad, Tensor mu_a,
+                                                                            Tensor var_a, Tensor mu_b,
+                                                                            Tensor var_b, bool mean,
+                                                                            bool need_a, bool need_b) {
   const OnDeviceOf device(mu_a);
   const int64_t batches = mu_a.size(0), m = mu_a.size(1), n = mu_b.size(1), dims = mu_a.size(2);
   const auto result = [&](bool need, int64_t rows) {
@@ -50,8 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(
   Tensor grad_mu_b = result(need_b, n), grad_var_b = result(need_b, n);
   const Tensor g = contiguous(grad), ma = contiguous(mu_a), va = contiguous(var_a), mb = contiguous(mu_b),
                vb = contiguous(var_b);
-  const auto one_side = [&](const Tensor& mu_x, const Tensor& var_x, const Tensor& mu_y, const Tensor& var_y, int64_t rows,
-                            int64_t others, int64_t stride_x, int64_t stride_y, Tensor& to_mu, Tensor& to_var) {
+  const auto one_side = [&](const Tensor& mu_x, const Tensor& var_x, const Tensor& mu_y, const Tensor& var_y,
+                            int64_t rows, int64_t others, int64_t stride_x, int64_t stride_y, Tensor& to_mu,
+                            Tensor& to_var) {
     if (to_mu.numel() == 0) return;
     const int64_t threads = std::min<int64_t>(mls::kMaxThreads, ceil_div(dims, 32) * 32);
     check_grid(ceil_div(dims, threads), batches);
@@ -59,9 +63,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(
     dispatch_float_or_double(mu_x, [&](auto zero) {
       using T = decltype(zero);
       mls::backward_kernel<T><<<grid, threads, 0, device.stream()>>>(
-          g.const_data_ptr<T>(), mu_x.const_data_ptr<T>(), var_x.const_data_ptr<T>(), mu_y.const_data_ptr<T>(),
-          var_y.const_data_ptr<T>(), to_mu.mutable_data_ptr<T>(), to_var.mutable_data_ptr<T>(), rows, others, dims, stride_x,
-          stride_y, T(prcl::mls::gradient_scale(dims, mean)));
+          g.const_data_ptr<T>(), mu_x.const_data_ptr<T>(), var_x.const_data_ptr<T>(),
+          mu_y.const_data_ptr<T>(), var_y.const_data_ptr<T>(), to_mu.mutable_data_ptr<T>(),
+          to_var.mutable_data_ptr<T>(), rows, others, dims, stride_x, stride_y,
+          T(prcl::mls::gradient_scale(dims, mean)));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   };

@@ -34,7 +34,7 @@ def draw_curves(metrics: Metrics) -> Figure:
         parts.append(lambda axes: _draw_contrast(axes, metrics.train))
     if _has(metrics.evaluations, "miou"):
         parts.append(lambda axes: _draw_miou(axes, metrics.evaluations))
-    return _row(parts)
+    return _row(parts, metrics)
 
 
 def draw_representation(metrics: Metrics) -> Figure | None:
@@ -46,16 +46,17 @@ def draw_representation(metrics: Metrics) -> Figure | None:
     ):
         if _has(metrics.train, f"{key}_mean") and _has(metrics.train, f"{key}_std"):
             parts.append(_spread(metrics.train, key, f"{title} of the representation", label, colour))
-    return _row(parts) if parts else None
+    return _row(parts, metrics) if parts else None
 
 
-def _row(parts: Sequence[Callable[[Axes], None]]) -> Figure:
+def _row(parts: Sequence[Callable[[Axes], None]], metrics: Metrics) -> Figure:
+    last = max(record["iteration"] for record in (*metrics.train, *metrics.evaluations))
     with styled():
         figure = new_figure(4.2 * len(parts), 3.3)
         all_axes = figure.subplots(1, len(parts), squeeze=False)[0]
         for axes, draw in zip(all_axes, parts, strict=True):
             draw(axes)
-            iteration_axis(axes)
+            iteration_axis(axes, last)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # type: ignore[union-attr, call-arg]
         # Ticks and texts take their style when they are laid out.
         figure.canvas.draw()
@@ -125,7 +126,8 @@ def _line(axes: Axes, records: Records, key: str, label: str, colour: str) -> No
     if width > 1:
         axes.plot(iterations, values, color=colour, linewidth=0.7, alpha=0.25)
         values = running_mean(values, width)
-    axes.plot(iterations, values, color=colour, linewidth=1.5, label=label)
+    marker = "o" if len(values) < 10 else ""
+    axes.plot(iterations, values, marker=marker, markersize=3, color=colour, linewidth=1.5, label=label)
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:

@@ -60,11 +60,13 @@ def draw_panel(
         )
         for index in seen
     ]
-    heights = [_WIDTH * row.image.shape[0] / row.image.shape[1] for row in rows]
-    per_row = max(1, int(_WIDTH * len(columns) / 1.25))
-    legend_height = _LEGEND_ROW * -(-len(handles) // per_row) + 0.15
+    heights = [_WIDTH * min(1.0, row.image.shape[0] / row.image.shape[1]) for row in rows]
+    width = _WIDTH * len(columns) + (0 if first.variance is None else 0.8)
+    per_row = max(1, int(width / 1.3))
+    height = sum(heights) + 0.28 * len(rows) + 0.4 + _LEGEND_ROW * -(-len(handles) // per_row)
     with styled():
-        figure = new_figure(_WIDTH * len(columns) + 0.6, sum(heights) + 0.3 * len(rows) + 0.3 + legend_height)
+        figure = new_figure(width, height)
+        figure.set_layout_engine("compressed", w_pad=0.03, h_pad=0.03, hspace=0, wspace=0)
         grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
         scale = _variance_scale(rows)
         for row, line in zip(rows, grid, strict=True):
@@ -73,11 +75,13 @@ def draw_panel(
             axes.set_title(title, loc="center")
         if scale is not None:
             bar = figure.colorbar(
-                ScalarMappable(scale, "viridis"), ax=grid[:, -1].tolist(), aspect=30, pad=0.03, shrink=0.9
+                ScalarMappable(scale, "viridis"), ax=grid[:, -1].tolist(), aspect=40, pad=0.02, shrink=0.8
             )
             bar.set_label(r"$\sigma^2$, mean over dimensions")
             bar.outline.set_visible(False)  # type: ignore[operator]
-        figure.legend(handles=handles, loc="outside lower center", ncol=min(per_row, len(handles)))
+        figure.legend(
+            handles=handles, loc="outside lower center", ncol=min(per_row, len(handles)), borderpad=0.8
+        )
         figure.canvas.draw()
     return figure
 
@@ -98,7 +102,7 @@ def _draw_row(
         axes = next(remaining)
         confident = row.confidence > delta_u
         axes.imshow(_paled(_coloured(row.pseudo_label, palette), ~confident), interpolation="nearest")
-        axes.set_xlabel(f"{100 * confident.mean():.0f}% above {delta_u:g}, rest pale", fontsize=8)
+        axes.set_xlabel(f"{100 * confident.mean():.0f}% above {delta_u:g} (rest pale)", fontsize=8)
     next(remaining).imshow(_coloured(row.prediction, palette), interpolation="nearest")
     if row.variance is not None:
         next(remaining).imshow(row.variance, cmap="viridis", norm=scale)

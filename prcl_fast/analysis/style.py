@@ -48,10 +48,10 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def iteration_axis(axes: Axes) -> None:
-    """Iterations along x, from 0: few ticks, thousands as 5k."""
+def iteration_axis(axes: Axes, last: int) -> None:
+    """Iterations along x, from 0 to `last`: few ticks, thousands as 5k."""
     axes.set_xlabel("iteration")
-    axes.set_xlim(0, 1.02 * axes.dataLim.x1)
+    axes.set_xlim(0, 1.02 * last)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
@@ -73,6 +73,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG of 150 dpi, whole or not at all. Raises InputError."""
     try:
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", pad_inches=0.08)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None

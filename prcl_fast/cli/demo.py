@@ -25,7 +25,7 @@ def demo(
         "runs/demo"
     ),
 ) -> None:
-    """Generate a small data set, train three methods on the same labels, and compare them (some minutes)."""
+    """Train three methods on a small generated data set and compare them."""
     from prcl_fast.data.synthetic import write_synthetic
 
     console = Console(stderr=True)

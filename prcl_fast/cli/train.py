@@ -20,9 +20,10 @@ def train_command(
         typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
     ] = None,
 ) -> None:
-    """Train, evaluate and draw the figures of one run; an unfinished run in the same output goes on.
+    """Train and evaluate one run; started again, it goes on.
 
-    Progress goes to standard error; the last line on standard output is one JSON object.
+    A run that finds its own unfinished state in its output goes on from it. Progress goes to standard error;
+    the last line on standard output is one JSON object.
     """
     loaded = load_config(config, overrides or [])
     print(json.dumps(train(loaded, Console(stderr=True))))

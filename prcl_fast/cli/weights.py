@@ -12,7 +12,7 @@ def convert_weights(
     source: Annotated[Path, typer.Argument(help="Checkpoint of the authors' public PRCL code.")],
     out: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
-    """Convert a DeepLab checkpoint of the authors' public code; every key must be accounted for."""
+    """Convert a checkpoint of the authors' public code; every key must be accounted for."""
     from prcl_fast.models.convert import convert_authors_checkpoint
 
     convert_authors_checkpoint(source, out)

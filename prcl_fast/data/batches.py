@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import signal
-from collections.abc import Iterator
+import sys
+import weakref
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -55,7 +59,7 @@ def training_batches(
     world: int = 1,
     device: torch.device,
     unlabeled: bool,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Micro-batches number start, start + 1, ... without end; `close()` ends the worker processes.
 
     Images and their augmentation are drawn for the whole step and then shared out, so that the union over
@@ -71,7 +75,19 @@ def training_batches(
     """
     _check(source, config, world, unlabeled)
     steps = _MicroSteps(source, config, rank, world, unlabeled)
-    return _augmented(steps, config, start, rank_seed(config.seed, rank), device)
+    stream = _augmented(steps, config, start, rank_seed(config.seed, rank), device)
+    _streams.add(stream)
+    return stream
+
+
+_streams: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    # Workers do not listen to signals, so an exit of the main process would wait for those of an open stream.
+    for stream in list(_streams):
+        stream.close()
 
 
 def _check(source: Source, config: Config, world: int, unlabeled: bool) -> None:
@@ -98,7 +114,7 @@ def _check(source: Source, config: Config, world: int, unlabeled: bool) -> None:
 
 def _augmented(
     steps: _MicroSteps, config: Config, start: int, seed: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     workers = config.data.workers
     loader = DataLoader(
         steps,
@@ -115,13 +131,26 @@ def _augmented(
                 raise InputError(loaded.message)
             yield _on_device(loaded, config, torch.tensor([seed, micro_step]), device)
     finally:
-        del iterator  # the last reference: ends the workers now rather than when the trace of an error goes
+        if workers:
+            # Not left to the iterator's end: the traceback of an error may keep it alive.
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process alone reacts to it and ends its workers.
+    # Ctrl-C and a scheduler's SIGTERM reach every process of a job. The main process alone reacts: it may
+    # have to save its state, and must not lose its workers meanwhile.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _print_unless_disconnected
     torch.set_num_threads(1)
+
+
+def _print_unless_disconnected(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    # The thread that hands tensors over reports here when Ctrl-C stopped the main process from taking one.
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 class _CountFrom(Sampler[int]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,8 @@ from prcl_fast.data.file_source import FileSource
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.errors import InputError
 
-CACHE_NAME = "label_scan.json"
 _VERSION = 1
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,18 @@ def inspect_labels(
     Args:
         source: the data set.
         subsets: which of its splits.
-        cache: folder that keeps the counts of labels found good, by path, size and time of change of label
+        cache: JSON file that keeps the counts of labels found good, by path, size and time of change of label
             and image; written whole or not at all. None keeps nothing.
         workers: threads that decode; 0 decodes in the calling thread.
         progress: called with (labels done, labels in all).
     """
     names = list(dict.fromkeys(name for subset in subsets for name in source.splits[subset].names))
-    keys = {name: _key(source, name) for name in names} if isinstance(source, FileSource) else {}
-    kept = _read_cache(cache) if cache is not None and keys else {}
-    counts: dict[str, list[int]] = {name: kept[keys[name]] for name in names if keys.get(name) in kept}
+    states = _states(source, names) if cache is not None and isinstance(source, FileSource) else {}
+    kept = _read_cache(cache) if cache is not None else {}
+    counts: dict[str, list[int]] = {}
+    for name, (key, stamp) in states.items():
+        if key in kept and kept[key][0] == stamp:
+            counts[name] = kept[key][1]
     problems: dict[str, str] = {}
     todo = [name for name in names if name not in counts]
 
@@ -94,9 +98,9 @@ def inspect_labels(
                 counts[name] = found
             if progress is not None:
                 progress(done, len(todo))
-    if cache is not None and keys and todo:
-        kept.update({keys[name]: counts[name] for name in names if name in counts})
-        write_text(cache / CACHE_NAME, json.dumps({"version": _VERSION, "labels": kept}))
+    if cache is not None and states and todo:
+        kept.update({key: [stamp, counts[name]] for name, (key, stamp) in states.items() if name in counts})
+        _write_cache(cache, kept)
     nothing = [0] * (len(source.classes) + 1)
     pixels = {
         subset: np.array(
@@ -107,25 +111,33 @@ def inspect_labels(
     return LabelScan(pixels, tuple(problems[name] for name in names if name in problems))
 
 
-def _key(source: FileSource, name: str) -> str:
-    """Names a label in one state of its files, read in one way."""
-    label = source.labels.get(name)
-    if label is None:
-        return ""
-    stamps = []
-    for path in (label.path, source.images[name]):
+def _states(source: FileSource, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """For every label that exists: which file read in which way, and a stamp of its and its image's state."""
+    states = {}
+    for name in names:
+        label = source.labels.get(name)
+        if label is None:
+            continue
         try:
-            state = os.stat(path)
+            found = [os.stat(path) for path in (label.path, source.images[name])]
         except OSError:
-            return ""
-        stamps.append(f"{state.st_size}-{state.st_mtime_ns}")
-    return "|".join((str(label.path.absolute()), *stamps, label.decoder.fingerprint))
+            continue
+        stamp = " ".join(f"{state.st_size}-{state.st_mtime_ns}" for state in found)
+        states[name] = (f"{label.decoder.fingerprint} {label.path.absolute()}", stamp)
+    return states
 
 
-def _read_cache(folder: Path) -> dict[str, Any]:
-    """The counts kept in a folder; nothing where the file is missing or damaged, for it can be made again."""
+def _read_cache(file: Path) -> dict[str, Any]:
+    """What was kept; nothing where the file is missing or damaged, for it can be made again."""
     try:
-        tree = json.loads((folder / CACHE_NAME).read_text(encoding="utf-8"))
+        tree = json.loads(file.read_text(encoding="utf-8"))
         return dict(tree["labels"]) if tree["version"] == _VERSION else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _write_cache(file: Path, kept: Mapping[str, Any]) -> None:
+    try:
+        write_text(file, json.dumps({"version": _VERSION, "labels": kept}))
+    except OSError as error:  # a home that cannot be written to costs time, not the run
+        _log.warning("%s: the scan of the labels cannot be kept: %s", file, error.strerror)

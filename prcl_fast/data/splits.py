@@ -118,7 +118,7 @@ def read_split(path: Path) -> SplitFile:
     first_line: dict[str, int] = {}
     form: Form | None = None
     for number, raw in enumerate(text.split("\n"), start=1):
-        line = raw.strip(" \t\r")
+        line = raw.strip(" \t")
         if not line:
             continue
         line_form, entry = _parse(line, f"{path}:{number}", number)

@@ -1,12 +1,12 @@
 """Mutual likelihood score in Triton.
 
-Forward: a program owns a 64 x 64 tile of scores, in registers, and walks over the dimensions two at a time. The operands
-are transposed to [B, D, rows] first, so that one dimension of the tile's rows is one contiguous read. The logarithm is
-taken of the product of two sums s. Sums run over D in ascending order.
+Forward: a program owns a 64 x 64 tile of scores, in registers, and walks over the dimensions two at a time.
+The operands are transposed to [B, D, rows] first, so that one dimension of the tile's rows is one contiguous
+read. The logarithm is taken of the product of two sums s. Sums run over D in ascending order.
 
-Backward, one side: a program owns 16 rows x and 64 dimensions and walks over all rows y in ascending order; each row y
-and the gradients of its 16 pairs are read once. No atomics: deterministic. The other side is a second launch with the
-roles exchanged.
+Backward, one side: a program owns 16 rows x and 64 dimensions and walks over all rows y in ascending order;
+each row y and the gradients of its 16 pairs are read once. No atomics: deterministic. The other side is a
+second launch with the roles exchanged.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ _DIMS = 64
 
 
 @triton.jit
-def _forward_kernel(
-    mu_a, var_a, mu_b, var_b, out, m, n, dims, MEAN: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def _forward_kernel(mu_a, var_a, mu_b, var_b, out, m, n, dims, MEAN: tl.constexpr, TILE: tl.constexpr):
     dtype = out.dtype.element_ty
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    from_a = batch * dims * m + row
-    from_b = batch * dims * n + column
     smallest = tl.full((1, 1), _MIN_VARIANCE, dtype)
     total = tl.zeros((TILE, TILE), dtype)
+    at_a = batch * dims * m + row
+    at_b = batch * dims * n + column
     for first in range(0, dims, 2):
         real = first + 1 < dims  # the second of a missing pair has mean zero and variances that sum to one
-        mu_a0 = tl.load(mu_a + from_a + first * m, mask=row < m, other=0.0)
-        mu_a1 = tl.load(mu_a + from_a + (first + 1) * m, mask=(row < m) & real, other=0.0)
-        var_a0 = tl.load(var_a + from_a + first * m, mask=row < m, other=0.5)
-        var_a1 = tl.load(var_a + from_a + (first + 1) * m, mask=(row < m) & real, other=0.5)
-        mu_b0 = tl.load(mu_b + from_b + first * n, mask=column < n, other=0.0)
-        mu_b1 = tl.load(mu_b + from_b + (first + 1) * n, mask=(column < n) & real, other=0.0)
-        var_b0 = tl.load(var_b + from_b + first * n, mask=column < n, other=0.5)
-        var_b1 = tl.load(var_b + from_b + (first + 1) * n, mask=(column < n) & real, other=0.5)
+        mu_a0 = tl.load(mu_a + at_a, mask=row < m, other=0.0)
+        mu_a1 = tl.load(mu_a + at_a + m, mask=(row < m) & real, other=0.0)
+        var_a0 = tl.load(var_a + at_a, mask=row < m, other=0.5)
+        var_a1 = tl.load(var_a + at_a + m, mask=(row < m) & real, other=0.5)
+        mu_b0 = tl.load(mu_b + at_b, mask=column < n, other=0.0)
+        mu_b1 = tl.load(mu_b + at_b + n, mask=(column < n) & real, other=0.0)
+        var_b0 = tl.load(var_b + at_b, mask=column < n, other=0.5)
+        var_b1 = tl.load(var_b + at_b + n, mask=(column < n) & real, other=0.5)
         s0 = tl.maximum(var_a0[:, None] + var_b0[None, :], smallest)
         s1 = tl.maximum(var_a1[:, None] + var_b1[None, :], smallest)
         d0 = mu_a0[:, None] - mu_b0[None, :]
         d1 = mu_a1[:, None] - mu_b1[None, :]
         total += d0 * d0 / s0 + d1 * d1 / s1 + tl.log(s0 * s1)
+        at_a += 2 * m
+        at_b += 2 * n
     if MEAN:
         score = total * -0.5 / tl.full((1, 1), dims, dtype)
     else:
@@ -78,16 +78,19 @@ def _backward_kernel(
     smallest = tl.full((1, 1), _MIN_VARIANCE, dtype)
     sum_mu = tl.zeros((ROWS, DIMS), dtype)
     sum_var = tl.zeros((ROWS, DIMS), dtype)
-    for j in range(0, n):
-        from_y = (batch * n + j) * dims + dim
-        mu_j = tl.load(mu_y + from_y, mask=dim < dims, other=0.0)
-        var_j = tl.load(var_y + from_y, mask=dim < dims, other=1.0)
-        g = tl.load(grad + batch * m * n + row * stride_x + j * stride_y, mask=row < m, other=0.0)
+    at_y = batch * n * dims + dim
+    at_grad = batch * m * n + row * stride_x
+    for _ in range(0, n):
+        mu_j = tl.load(mu_y + at_y, mask=dim < dims, other=0.0)
+        var_j = tl.load(var_y + at_y, mask=dim < dims, other=1.0)
+        g = tl.load(grad + at_grad, mask=row < m, other=0.0)
         s = var + var_j[None, :]
         r = 1.0 / tl.maximum(s, smallest)
         t = (mu - mu_j[None, :]) * r
         sum_mu -= g[:, None] * t
         sum_var += tl.where(s < smallest, 0.0, g[:, None] * (t * t - r))
+        at_y += dims
+        at_grad += stride_y
     if MEAN:
         sum_mu /= tl.full((1, 1), dims, dtype)
         sum_var /= tl.full((1, 1), dims, dtype)
@@ -145,9 +148,8 @@ def _one_side(
         return grad_mu, grad_var
     grid = (triton.cdiv(m, _ROWS), triton.cdiv(dims, _DIMS), batches)
     with _device_of(grad):
-        _backward_kernel[grid](
-            grad, *x, *y, grad_mu, grad_var, m, n, dims, *strides, MEAN=mean, ROWS=_ROWS, DIMS=_DIMS, num_warps=4
-        )
+        shape = (m, n, dims, *strides)
+        _backward_kernel[grid](grad, *x, *y, grad_mu, grad_var, *shape, MEAN=mean, ROWS=_ROWS, DIMS=_DIMS)
     return grad_mu, grad_var
 
 

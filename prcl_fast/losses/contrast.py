@@ -191,23 +191,25 @@ class ProbabilisticContrast(nn.Module):
 
     def _updated(self, batch: PrototypeStatistics) -> PrototypeStatistics:
         """Merges the batch into the state; returns the prototypes to use, with the batch's pixel counts."""
-        present = batch.count[:, None] > 0
+        # One step that is not finite makes its own loss so, but must not spoil the state for good.
+        finite = torch.isfinite(batch.precision) & torch.isfinite(batch.weighted_mean)
+        known = finite.all(1) & (batch.count > 0)
         if self.prototype == "local":
             precision, mean = batch.precision, batch.mean
         elif self.prototype == "global":
-            self.precision += batch.precision
-            self.weighted_mean += batch.weighted_mean
-            self.count += batch.count
+            self.precision += torch.where(known[:, None], batch.precision, 0.0)
+            self.weighted_mean += torch.where(known[:, None], batch.weighted_mean, 0.0)
+            self.count += torch.where(known, batch.count, 0)
             state = PrototypeStatistics(self.precision, self.weighted_mean, self.count)
             precision, mean = self.precision.float(), state.mean.float()
         else:
             new_mean = batch.mean
-            new_variance = torch.where(present, batch.variance, 1.0)
+            new_variance = torch.where(known[:, None], batch.variance, 1.0)
             seen = self.count[:, None] > 0
             for state_value, new_value in ((self.mean, new_mean), (self.variance, new_variance)):
                 moved = torch.where(seen, torch.lerp(new_value, state_value, self.ema_decay), new_value)
-                state_value.copy_(torch.where(present, moved, state_value))
-            self.count += batch.count
+                state_value.copy_(torch.where(known[:, None], moved, state_value))
+            self.count += torch.where(known, batch.count, 0)
             precision, mean = self.variance.reciprocal(), self.mean
         if self.deterministic:
             precision = torch.full_like(mean, 1.0 / _CONSTANT_VARIANCE)

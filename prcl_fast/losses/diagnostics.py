@@ -23,6 +23,8 @@ def explain_inert(diagnostics: Mapping[str, Tensor]) -> str | None:
     hard = diagnostics["hard_per_class"]
     present = int(diagnostics["present_classes"])
     loss, chance = float(diagnostics["loss"]), float(diagnostics["chance_level"])
+    if not math.isfinite(loss):
+        return f"the contrast is {loss}: the representations or their variances are no longer finite"
     if int(valid.sum()) == 0:
         return "no valid pixel: nothing is labeled and no pseudo-label reaches delta_w; the contrast is 0"
     if present < 2:
@@ -32,18 +34,16 @@ def explain_inert(diagnostics: Mapping[str, Tensor]) -> str | None:
         return "no hard pixel: every valid one has a confidence of at least delta_s, so there is no anchor"
     if int(diagnostics["negatives"]) == 0:
         return "no negative could be drawn, so the contrast is 0"
-    if not math.isfinite(loss):
-        return f"the contrast is {loss}: the representations or their variances are no longer finite"
     # Classes without a hard pixel contribute 0 to the mean.
     chance *= int((hard > 0).sum()) / present
     if abs(loss - chance) <= _AT_CHANCE * chance:
         return (
-            f"the contrast, {loss:.4f}, is at the chance level, {chance:.4f}: tau is too large for its scores, "
-            "and its gradients are next to nothing"
+            f"the contrast, {loss:.4f}, is at the chance level, {chance:.4f}: tau is too large "
+            "for its scores, and its gradients are next to nothing"
         )
     if loss <= _SATURATED * chance:
         return (
-            f"the contrast, {loss:.2e}, is next to 0 against a chance level of {chance:.4f}: tau is too small "
-            "for its scores, or the classes are already separated"
+            f"the contrast, {loss:.2e}, is next to 0 against a chance level of {chance:.4f}: "
+            "tau is too small for its scores, or the classes are already separated"
         )
     return None

@@ -85,14 +85,17 @@ def select(name: str, device_type: str) -> Callable[..., Any]:
     Raises:
         BackendUnavailableError: none can run it, with the reason.
     """
-    table = _implementations[name]
-    order = _AUTO_ORDER.get(device_type, ("torch",)) if _selected == "auto" else (_selected,)
-    reason = ""
-    for backend in order:
-        reason = unavailable(name, backend, device_type) or ""
-        if not reason:
-            return table[backend].function
-    raise BackendUnavailableError(f"{name}: backend '{order[-1]}' cannot run on {device_type}: {reason}")
+    backend = automatic(name, device_type) if _selected == "auto" else _selected
+    reason = unavailable(name, backend, device_type)
+    if reason is not None:
+        raise BackendUnavailableError(f"{name}: backend '{backend}' cannot run on {device_type}: {reason}")
+    return _implementations[name][backend].function
+
+
+def automatic(name: str, device_type: str) -> str:
+    """The backend that `auto` chooses for op `name` on `device_type`; the last one where none can run."""
+    order = _AUTO_ORDER.get(device_type, ("torch",))
+    return next((backend for backend in order if unavailable(name, backend, device_type) is None), order[-1])
 
 
 def unavailable(name: str, backend: str, device_type: str) -> str | None:

@@ -21,7 +21,7 @@ def ops() -> Any:
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why no native op can run on `device_type`, or None. What `Implementation.unavailable` of a native op takes."""
+    """Why no native op can run on `device_type`, or None; for `Implementation.unavailable`."""
     if device_type == "cpu":
         return cpu_library_error()
     if device_type == "cuda":
@@ -53,9 +53,10 @@ def _load(name: str, remedy: str) -> str | None:
         return f"{name} was not built: {remedy}"
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
-        return f"{name} needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer; this is {torch.__version__}"
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"{name} needs PyTorch {oldest} or newer; this is {torch.__version__}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{name} did not load: {error}"
+        return f"{name} did not load: {error.__cause__ or error}"
     return None

@@ -29,22 +29,24 @@ def mutual_likelihood_score(
 
         MLS(i, j) = -1/2 sum_l [(mu_i - mu_j)^2 / (s_i + s_j) + log(s_i + s_j)] - D/2 log 2 pi
 
-    Gradients flow to all four arguments. The sum s_i + s_j is clamped at 1e-12, with no gradient to the variances where
-    it was.
+    Gradients flow to all four arguments. The sum s_i + s_j is clamped at 1e-12, with no gradient to the
+    variances where it was.
 
     Args:
         mu_a: [..., M, D] means, float32, bfloat16, float16 or float64.
-        var_a: [..., M, D] variances s = sigma^2, from 0 to 1e18, or infinite: then the score is minus infinity.
+        var_a: [..., M, D] variances s = sigma^2, from 0 to 1e18, or infinite: the score is minus infinity.
         mu_b: [..., N, D].
         var_b: [..., N, D].
         reduction: "sum", or "mean": divided by D and without the constant.
-        normalize: L2-normalise mu_a and mu_b over D first (norms are clamped at 1e-12); gradients flow through it.
+        normalize: L2-normalise mu_a and mu_b over D first, norms clamped at 1e-12; gradients flow through it.
     Returns:
-        [..., M, N] float32, or float64 where an argument is float64. Leading dimensions of all arguments are equal.
+        [..., M, N] float32, or float64 where an argument is float64. Leading dimensions of all arguments must
+        be equal.
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names it.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; the message names
+            it.
     """
-    # Casts and normalisation happen here, around the registered op: they cost [M + N, D] against its [M, N, D].
+    # Casts and normalisation stay around the registered op: they cost [M + N, D] against its [M, N, D].
     mean = reduction_is_mean(reduction)
     if not isinstance(mu_a, Tensor) or mu_a.dim() < 2:
         raise ValueError("mu_a must be a tensor of shape [..., M, D]")
@@ -132,8 +134,8 @@ _op = define_op(
 )
 
 _backward_op = define_op(
-    "mutual_likelihood_score_backward(Tensor grad, Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, bool mean, "
-    "bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
+    "mutual_likelihood_score_backward(Tensor grad, Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, "
+    "bool mean, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     implementations={
         "torch": Implementation(reference.mutual_likelihood_score_backward),

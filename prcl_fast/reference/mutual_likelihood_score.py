@@ -47,8 +47,8 @@ def mutual_likelihood_score_backward(
     variances, zero where their sum was clamped.
 
     Returns:
-        Gradients of mu_a, var_a, mu_b, var_b, each shaped like its argument; those of a side that is not needed are
-        empty, of shape [0].
+        Gradients of mu_a, var_a, mu_b, var_b, each shaped like its argument; those of a side that is not
+        needed are empty, of shape [0].
     """
     total = var_a.unsqueeze(-2) + var_b.unsqueeze(-3)  # [..., M, N, D]
     r = total.clamp_min(MIN_VARIANCE).reciprocal()

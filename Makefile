@@ -1,0 +1,61 @@
+# Sets up everything in VENV on first use and reuses it afterwards.
+#
+#   make demo     a small training run on drawn data, on the CPU
+#   make test     the tests           make lint    all style and type checks
+#   make bench    the benchmarks      make clean   remove what was built (the virtual environment stays)
+#
+# PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+BENCHMARKS := $(patsubst bench/%.py,bench.%,$(filter-out bench/__init__.py bench/harness.py,$(wildcard bench/*.py)))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: demo test lint bench install clean
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/prcl demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
+
+bench: install
+	@for name in $(BENCHMARKS); do echo "$$name"; $(BIN)/python -m $$name || exit 1; done
+
+install: $(VENV)/.built
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "make: $(PYTHON) is not Python 3.10, 3.11 or 3.12; choose one, such as: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "make: $(PYTHON) has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# PyTorch first: the others are resolved against the pinned one.
+$(VENV)/.requirements: constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q '$(TORCH)'
+	$(BIN)/python -m pip install -q -r constraints.txt
+	@touch $@
+
+# The library is built before pip runs, because pip hides what a build prints; its own build then has nothing left to do.
+$(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(NATIVE_SOURCES)
+	$(BIN)/python -W ignore setup.py -q build_ext --inplace
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info prcl_fast/_native.so prcl_fast/_native_cuda.so $(VENV)/.built
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

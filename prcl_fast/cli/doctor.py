@@ -1,0 +1,109 @@
+"""`prcl doctor`: what is installed, what runs where, and why something does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prcl_fast import __version__
+from prcl_fast.ops import _backend, _native
+
+
+def doctor() -> None:
+    """Show versions, the state of the native libraries, and which backend runs each op on each device."""
+    console = Console()
+    console.print(_versions())
+    console.print(_libraries())
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    table, reasons = _ops(devices)
+    console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(Text(f"({number}) {reason}"))
+
+
+def _versions() -> Table:
+    table = Table("", "version", title="versions", title_justify="left")
+    rows = {
+        "prcl_fast": __version__,
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "CUDA of PyTorch": torch.version.cuda or "none: this is a CPU build of PyTorch",
+        "device": _device(),
+        "triton": _package("triton"),
+        "nvcc": _nvcc(),
+    }
+    for name, version in rows.items():
+        table.add_row(Text(name), Text(version))
+    return table
+
+
+def _libraries() -> Table:
+    table = Table("", "state", title="native libraries", title_justify="left")
+    cpu = _native.cpu_library_error()
+    instructions = "" if cpu else f"loaded, vector instructions: {_native.ops().cpu_isa()}"
+    table.add_row(Text("_native.so (CPU)"), Text(cpu or instructions))
+    table.add_row(Text("_native_cuda.so (CUDA)"), Text(_native.unavailable("cuda") or "loaded"))
+    return table
+
+
+def _ops(devices: list[str]) -> tuple[Table, list[str]]:
+    """One row per op and device; a backend that cannot run shows the number of its reason."""
+    table = Table("op", "device", *_backend.BACKENDS, title="ops", title_justify="left")
+    reasons: list[str] = []
+    for name in _backend.op_names():
+        for device in devices:
+            chosen = _backend.automatic(name, device)
+            cells = []
+            for backend in _backend.BACKENDS:
+                reason = _backend.unavailable(name, backend, device)
+                if reason is None:
+                    cells.append("auto" if backend == chosen else "yes")
+                    continue
+                if reason not in reasons:
+                    reasons.append(reason)
+                cells.append(f"no ({reasons.index(reason) + 1})")
+            table.add_row(*map(Text, (name, device, *cells)))
+    return table, reasons
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "CPU only: PyTorch sees no CUDA device"
+    names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return f"{names}, driver {driver.split()[0] if driver.split() else 'unknown'}"
+
+
+def _package(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    in_home = Path(home) / "bin" / "nvcc" if home else None
+    path = str(in_home) if in_home is not None and in_home.is_file() else shutil.which("nvcc")
+    if path is None:
+        return "not found on PATH or in CUDA_HOME"
+    found = re.search(r"release (\S+),", _output(path, "--version"))
+    return f"{found[1] if found else 'of unknown version'} ({path})"
+
+
+def _output(*command: str) -> str:
+    """What the command prints, or nothing where it cannot run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,56 @@
+"""`prcl doctor` names what runs where, and why something does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from prcl_fast import __version__
+from prcl_fast.cli.doctor import doctor
+from prcl_fast.ops import _backend, _native
+
+
+def output(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    app.command()(doctor)
+    result = CliRunner().invoke(app)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_versions_and_every_op_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = output(monkeypatch)
+    assert __version__ in text
+    assert torch.__version__ in text
+    for name in _backend.op_names():
+        assert name in text
+
+
+def test_the_automatic_choice_is_marked_once_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [line.split() for line in output(monkeypatch).splitlines() if " cpu " in line]
+    assert len(rows) == len(_backend.op_names())
+    assert all(row.count("auto") == 1 for row in rows)
+
+
+def test_a_missing_library_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "_PACKAGE", tmp_path)
+    _native.cpu_library_error.cache_clear()
+    try:
+        text = output(monkeypatch)
+    finally:
+        _native.cpu_library_error.cache_clear()
+    assert "_native.so was not built: install prcl_fast again without PRCL_NO_NATIVE" in text
+    row = next(line for line in text.splitlines() if " mutual_likelihood_score " in line).split()
+    assert row[5] == "auto"  # op, device, torch between bars
+
+
+def test_a_missing_compiler_does_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert "not found on PATH or in CUDA_HOME" in output(monkeypatch)
