@@ -224,18 +224,22 @@ def test_brightness_contrast_and_saturation_compose_as_one_after_the_other():
     torch.testing.assert_close(actual, expected.clamp(0, 1).float(), atol=1e-5, rtol=0)
 
 
-def test_hue_keeps_greys_and_the_luma_of_every_colour():
+def test_hue_turns_the_chroma_plane_and_keeps_luma_and_greys():
     augment = AugmentConfig(
-        jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5, grayscale=0.0, blur=0.0
+        jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.25, grayscale=0.0, blur=0.0
     )
-    draws = random_strong(6, augment, (8, 8))
+    uniform = np.random.default_rng(5).random((6, STRONG_NUMBERS))
+    drawn = strong_draws(uniform, 0.5, (8, 8), augment)
     grey = torch.rand(6, 1, 8, 8).expand(6, 3, 8, 8)
-    torch.testing.assert_close(strong_augment(grey, draws), grey.contiguous(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(strong_augment(grey, drawn), grey.contiguous(), atol=1e-5, rtol=0)
+    yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     image = 0.45 + 0.1 * torch.rand(6, 3, 8, 8)
-    turned = strong_augment(image, draws)
-    weights = torch.tensor([0.299, 0.587, 0.114])[None, :, None, None]
-    torch.testing.assert_close((turned * weights).sum(1), (image * weights).sum(1), atol=1e-5, rtol=0)
-    assert (turned - image).abs().max() > 0.02
+    before = torch.einsum("ij,bjhw->ibhw", yiq, image)
+    after = torch.einsum("ij,bjhw->ibhw", yiq, strong_augment(image, drawn))
+    torch.testing.assert_close(after[0], before[0], atol=1e-5, rtol=0)
+    turn = torch.from_numpy(2 * np.pi * 0.25 * (2 * uniform[:, 4] - 1))[:, None, None]
+    expected = torch.complex(before[1], before[2]) * torch.exp(1j * turn)
+    torch.testing.assert_close(torch.complex(after[1], after[2]), expected.cfloat(), atol=1e-5, rtol=0)
 
 
 def test_random_grey_gives_three_equal_channels():
@@ -278,12 +282,18 @@ def test_strong_images_stay_in_the_unit_range():
 
 
 def test_boxes_lie_inside_and_have_the_wanted_area():
-    boxes = random_strong(2000, AugmentConfig(), (200, 300)).box
-    top, bottom, left, right = boxes.T
+    uniform = np.random.default_rng(6).random((2000, STRONG_NUMBERS))
+    uniform[:500, 10:12] = 0.0
+    uniform[-500:, 10:12] = 1 - 1e-9
+    top, bottom, left, right = strong_draws(uniform, 0.5, (200, 300), AugmentConfig()).box.T
     assert top.min() == 0
-    assert bottom.max() == 200
     assert left.min() == 0
+    assert bottom.max() == 200
     assert right.max() == 300
+    assert not top[:500].any()
+    assert not left[:500].any()
+    assert (bottom[-500:] == 200).all()
+    assert (right[-500:] == 300).all()
     area = (bottom - top) * (right - left) / (200 * 300)
     assert BOX_AREA[0] - 0.01 < area.min()
     assert area.max() < BOX_AREA[1] + 0.01

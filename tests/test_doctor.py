@@ -32,7 +32,7 @@ def test_versions_and_every_op_are_shown(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_automatic_choice_is_marked_once_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [line.split() for line in output(monkeypatch).splitlines() if " cpu " in line]
+    rows = [line.split() for line in output(monkeypatch).splitlines() if "│ cpu " in line]
     assert len(rows) == len(_backend.op_names())
     assert all(row.count("auto") == 1 for row in rows)
 

@@ -74,19 +74,21 @@ def test_any_five_consecutive_images_show_every_class():
         assert set.union(*present[first : first + 5]) == set(range(len(CLASSES)))
 
 
-def test_colour_alone_does_not_tell_the_class():
-    # The best guess from a pixel's quantised colour, fitted on the very pixels it is judged on.
-    made = source(labeled=60)
-    names = made.splits["labeled"].names
-    pixels = np.concatenate([made.image(name).reshape(-1, 3) for name in names]).astype(int)
-    label = np.concatenate([made.label(name).ravel() for name in names])
-    shape = label > 0
-    code = (pixels[shape] // 32) @ np.array([64, 8, 1])
-    counts = np.zeros((512, len(CLASSES)))
-    np.add.at(counts, (code, label[shape]), 1)
-    share = counts.max(axis=1).sum() / counts.sum()
-    most_common = counts.sum(axis=0).max() / counts.sum()
-    assert most_common < share < 0.65
+def test_colour_tells_something_about_the_class_but_not_all():
+    # The best guess from a pixel's quantised colour, fitted on one subset and judged on another.
+    made = source(labeled=60, val=30)
+    counts = {}
+    for subset in ("labeled", "val"):
+        names = made.splits[subset].names
+        pixels = np.concatenate([made.image(name).reshape(-1, 3) for name in names]).astype(int)
+        label = np.concatenate([made.label(name).ravel() for name in names])
+        shape = label > 0
+        counts[subset] = np.zeros((512, len(CLASSES)))
+        np.add.at(counts[subset], ((pixels[shape] // 32) @ np.array([64, 8, 1]), label[shape]), 1)
+    guess = counts["labeled"].argmax(axis=1)
+    right = counts["val"][np.arange(512), guess].sum() / counts["val"].sum()
+    most_common = counts["val"].sum(axis=0).max() / counts["val"].sum()
+    assert most_common < right < 0.75
 
 
 @pytest.mark.parametrize("size", [[63, 96], [96, 129]])

@@ -1,7 +1,7 @@
 """Draws one scene of the generated data set: textured shapes on a cluttered background.
 
 Shapes of five classes overlap each other. Neither colour nor texture alone tells the class: hues overlap
-between classes, a class has its own texture in only part of its shapes, and the clutter, which is background,
+between classes, a class has its own texture in most of its shapes only, and the clutter, which is background,
 wears the same colours and textures.
 """
 
@@ -25,7 +25,7 @@ def render(height: int, width: int, seed: int, subset: int, index: int) -> tuple
     image = _background(rng, height, width)
     label = np.zeros((height, width), dtype=np.uint8)
     side = min(height, width)
-    for _ in range(rng.integers(4, 9)):
+    for _ in range(rng.integers(2, 6)):
         _paint_clutter(rng, image, side)
     classes = [int(class_id) for class_id in rng.integers(1, len(CLASSES), size=rng.integers(1, 5))]
     for class_id in [*classes, 1 + index % (len(CLASSES) - 1)]:
@@ -45,7 +45,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     first, second = _color(rng, rng.random(), 0.0), _color(rng, rng.random(), 0.0)
     image = np.float32(0.25) + np.float32(0.6) * (first * blend + second * (1 - blend))
     texture = _texture(rng, int(rng.integers(1, len(CLASSES))), row, column)
-    return image * (1 + _uniform(rng, 0, 0.12) * texture[..., None])
+    return image * (1 + _uniform(rng, 0, 0.06) * texture[..., None])
 
 
 def _paint_clutter(rng: np.random.Generator, image: np.ndarray, side: int) -> None:
@@ -68,7 +68,7 @@ def _paint_clutter(rng: np.random.Generator, image: np.ndarray, side: int) -> No
 def _paint_shape(
     rng: np.random.Generator, image: np.ndarray, label: np.ndarray, class_id: int, side: int
 ) -> None:
-    radius, stretch = _uniform(rng, 0.13, 0.26) * side, np.sqrt(_uniform(rng, 0.8, 1.25))
+    radius, stretch = _uniform(rng, 0.16, 0.3) * side, np.sqrt(_uniform(rng, 0.8, 1.25))
     shrink = min(stretch, 1 / stretch)
     shape = _DISTANCES[class_id - 1]
     window, inside = _paint(
@@ -109,10 +109,10 @@ def _paint(
 
     away = distance(u, v)
     alpha = np.clip(np.float32(0.5) - away / _uniform(rng, 1.0, 2.5), 0, 1)[..., None]
-    texture = _texture(rng, class_id, u, v) * _uniform(rng, 0.12, 0.4)
+    texture = _texture(rng, class_id, u, v) * _uniform(rng, 0.2, 0.45)
     shade = np.clip(1 + u * _uniform(rng, -0.012, 0.012), np.float32(0.7), np.float32(1.3))
-    # Five hues a fifth of a turn apart, each spread over half a turn.
-    color = _color(rng, class_id / 5, 0.25)
+    # Five hues a fifth of a turn apart, each spread over three tenths of a turn.
+    color = _color(rng, class_id / 5, 0.15)
     window = (slice(*edges[0]), slice(*edges[1]))
     image[window] += alpha * (color * (shade * (1 + texture))[..., None] - image[window])
     return window, away < 0
@@ -133,8 +133,8 @@ _DISTANCES: tuple[_Distance, ...] = (
 
 
 def _texture(rng: np.random.Generator, class_id: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """[H, W] float32 in [-1, 1]: the class's own texture three times in five, else that of any class."""
-    kind = class_id - 1 if rng.random() < 0.6 else int(rng.integers(5))
+    """[H, W] float32 in [-1, 1]: mostly the class's own texture, else that of any class."""
+    kind = class_id - 1 if rng.random() < 0.85 else int(rng.integers(5))
     if kind == 4:
         return 2 * rng.random(size=u.shape, dtype=np.float32) - 1
     wave = np.float32(2 * np.pi) / _uniform(rng, 4, 9)
@@ -168,7 +168,7 @@ def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     image = image + spread * (padded[:-2] + padded[2:] - 2 * image)
     padded = np.pad(image, [(0, 0), (1, 1), (0, 0)], mode="edge")
     image = image + spread * (padded[:, :-2] + padded[:, 2:] - 2 * image)
-    image = image + _uniform(rng, 0.01, 0.05) * rng.standard_normal(image.shape, dtype=np.float32)
+    image = image + _uniform(rng, 0.01, 0.03) * rng.standard_normal(image.shape, dtype=np.float32)
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 

@@ -118,7 +118,7 @@ def _training_config(name: str, config: SyntheticConfig) -> str:
             "crop": list(config.size),
             "augment": {"scale": [0.75, 1.5], "blur_sigma": [0.1, 1.0]},
         },
-        "model": {"backbone": "resnet18", "output_stride": 8, "width": 64, "dim": 32},
+        "model": {"backbone": "resnet18", "output_stride": 16, "width": 64, "dim": 32},
         "method": {"name": "prcl", "mix": mix, "anchors": 64, "negatives": 128},
         "optim": {"lr": 2.0e-2},
         "train": {
