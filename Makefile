@@ -3,6 +3,7 @@
 #   make demo     a small training run on drawn data, on the CPU
 #   make test     the tests           make lint    all style and type checks
 #   make bench    the benchmarks      make clean   remove what was built (the virtual environment stays)
+#   make format   apply the styles    make schema  write configs/schema.json anew
 #
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
 
@@ -16,7 +17,7 @@ BENCHMARKS := $(patsubst bench/%.py,bench.%,$(filter-out bench/__init__.py bench
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint format schema bench install clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -30,6 +31,15 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
+
+# The JSON schema of a configuration, from which editors complete keys.
+schema: install
+	$(BIN)/python -m prcl_fast.config > configs/schema.json
 
 bench: install
 	@for name in $(BENCHMARKS); do echo "$$name"; $(BIN)/python -m $$name || exit 1; done

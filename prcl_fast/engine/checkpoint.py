@@ -107,7 +107,7 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
     classes = tuple(state["classes"])
     method = build_method(config, len(classes))
     restore(method, state["method"], file)
-    method.to(device=device, memory_format=torch.channels_last)
+    method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     networks = {name: network.eval() for name, network in method.networks().items()}
     palette = np.asarray(state["palette"], dtype=np.uint8)
     return LoadedRun(file, config, classes, palette, state["iteration"], networks)

@@ -50,7 +50,7 @@ class Trainer:
             scan_labels(self.source, cache=label_scan_cache())
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
-        self.method.to(device=self.device, memory_format=torch.channels_last)
+        self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.groups = self.method.parameter_groups()
         self.base_lr = [group["lr"] for group in self.groups]
         optim = config.optim

@@ -76,9 +76,7 @@ class MeanTeacher(Method):
             )
         both = self.student(torch.cat([labeled_image, unlabeled.image]), representations=representations)
         count = len(labeled_image)
-        first = NetworkOutput(*(None if part is None else part[:count] for part in both))
-        second = NetworkOutput(*(None if part is None else part[count:] for part in both))
-        return first, second
+        return both.rows(slice(None, count)), both.rows(slice(count, None))
 
     def segmentation_losses(
         self, batch: Batch, unlabeled: Unlabeled, labeled_out: NetworkOutput, unlabeled_out: NetworkOutput

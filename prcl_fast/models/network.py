@@ -27,6 +27,12 @@ class NetworkOutput(NamedTuple):
     mu: Tensor | None  # [B, D, h, w]
     var: Tensor | None  # [B, D, h, w], float32
 
+    def rows(self, images: slice) -> NetworkOutput:
+        """The output for some of the batch's images."""
+        mu = None if self.mu is None else self.mu[images]
+        var = None if self.var is None else self.var[images]
+        return NetworkOutput(self.logits[images], mu, var)
+
 
 class SegmentationNetwork(nn.Module):
     """Backbone, decoder and heads; the heads are `classifier`, `representation` and `probability`.
