@@ -15,7 +15,12 @@ from prcl_fast.config import SyntheticConfig, load_config
 
 METHODS = {
     "prcl": [],
-    "mean_teacher + classmix": ["method.name=mean_teacher", "method.mix=classmix"],
+    "mean_teacher + classmix": [
+        "method.name=mean_teacher",
+        "method.mix=classmix",
+        "method.delta_u=0.95",
+        "method.ema=0.97",
+    ],
     "supervised": ["method.name=supervised"],
 }
 

@@ -111,8 +111,8 @@ def _paint(
     alpha = np.clip(np.float32(0.5) - away / _uniform(rng, 1.0, 2.5), 0, 1)[..., None]
     texture = _texture(rng, class_id, u, v) * _uniform(rng, 0.2, 0.45)
     shade = np.clip(1 + u * _uniform(rng, -0.012, 0.012), np.float32(0.7), np.float32(1.3))
-    # Five hues a fifth of a turn apart, each spread over three tenths of a turn.
-    color = _color(rng, class_id / 5, 0.15)
+    # Five hues a fifth of a turn apart, each spread over a seventh of a turn.
+    color = _color(rng, class_id / 5, 0.07)
     window = (slice(*edges[0]), slice(*edges[1]))
     image[window] += alpha * (color * (shade * (1 + texture))[..., None] - image[window])
     return window, away < 0
