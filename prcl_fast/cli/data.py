@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from prcl_fast.cli import data_check, data_split
+from prcl_fast.config import SyntheticConfig
 from prcl_fast.errors import InputError
 
+_SYNTHETIC = SyntheticConfig()
+
 app = typer.Typer(
-    help="Generate, check, split and convert data sets.", no_args_is_help=True, rich_markup_mode=None
+    help="Generate, check, split and convert data sets.", no_args_is_help=True, rich_markup_mode="rich"
 )
 app.add_typer(data_split.app, name="split")
 app.command("check")(data_check.check)
@@ -20,14 +23,14 @@ app.command("check")(data_check.check)
 @app.command("synth")
 def synth(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write, new or empty.")],
-    labeled: Annotated[int, typer.Option(help="Labeled images.")] = 12,
-    unlabeled: Annotated[int, typer.Option(help="Unlabeled images.")] = 96,
-    val: Annotated[int, typer.Option(help="Validation images.")] = 48,
+    labeled: Annotated[int, typer.Option(help="Labeled images.")] = _SYNTHETIC.labeled,
+    unlabeled: Annotated[int, typer.Option(help="Unlabeled images.")] = _SYNTHETIC.unlabeled,
+    val: Annotated[int, typer.Option(help="Validation images.")] = _SYNTHETIC.val,
     size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="Height and width, pixels.")] = (
-        96,
-        96,
+        _SYNTHETIC.size[0],
+        _SYNTHETIC.size[1],
     ),
-    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = _SYNTHETIC.seed,
 ) -> None:
     """Write a generated data set in VOC's layout, with splits and a configuration ready to train."""
     from prcl_fast.data.synthetic import write_synthetic
@@ -75,8 +78,6 @@ def convert(
 
 def _synthetic_config(**values: Any) -> Any:
     from pydantic import ValidationError
-
-    from prcl_fast.config import SyntheticConfig
 
     try:
         return SyntheticConfig(**values)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prcl_fast.config import Config
 
 app = typer.Typer(
-    help="Make, show, convert and compare split files.", no_args_is_help=True, rich_markup_mode=None
+    help="Make, show, convert and compare split files.", no_args_is_help=True, rich_markup_mode="rich"
 )
 
 

@@ -1,8 +1,8 @@
 """Draws one scene of the generated data set: textured shapes on a cluttered background.
 
-Shapes of five classes overlap each other. Neither colour nor texture alone tells the class: hues overlap
-between classes, a class has its own texture in most of its shapes only, and the clutter, which is background,
-wears the same colours and textures.
+Shapes of five classes overlap each other. Colour and texture are hints, but neither tells all: greyish
+colours and uneven light blur the five hues, a class has its own texture in most of its shapes only, and the
+clutter, which is background, wears the same colours and textures.
 """
 
 from __future__ import annotations
