@@ -196,12 +196,18 @@ def ninja_command() -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Runs ninja in the build directory and puts each library beside the package's modules."""
+    """Runs ninja in build/native, or --build-temp, and puts each library beside the package's modules."""
+
+    def finalize_options(self) -> None:
+        # Only what was asked for on the command line: an editable install sets a fresh temporary folder each
+        # time, in which everything would be compiled anew.
+        self.native_dir = Path(self.build_temp or ROOT / "build" / "native").resolve()
+        super().finalize_options()
 
     def run(self) -> None:
         if not self.extensions:
             return
-        out = Path(self.build_temp).resolve()
+        out = self.native_dir
         out.mkdir(parents=True, exist_ok=True)
         flags = build_flags()
         if shutil.which(shlex.split(flags.cxx)[0]) is None:
@@ -224,7 +230,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(Path(self.build_temp) / f"{ext.name}.so", target)
+        shutil.copy2(self.native_dir / f"{ext.name}.so", target)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
