@@ -92,9 +92,9 @@ class DataConfig(Section):
         "colours mean: not labeled.",
     )
     ignore: int = Field(255, ge=0, le=255, description="The id on disk that means: not labeled.")
-    synthetic: SyntheticConfig = SyntheticConfig()  # type: ignore[call-arg]
+    synthetic: SyntheticConfig = SyntheticConfig()
     crop: Size = Field([512, 512], description="Height and width of a training crop, pixels.")
-    augment: AugmentConfig = AugmentConfig()  # type: ignore[call-arg]
+    augment: AugmentConfig = AugmentConfig()
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     std: list[Positive] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
     workers: int = Field(2, ge=0, description="Processes that decode images; 0 decodes in the main process.")
@@ -242,11 +242,11 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     output: PathString = Field(description="Folder for everything that the run writes.")
     data: DataConfig
-    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    model: ModelConfig = ModelConfig()
     method: MethodConfig
-    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
-    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
-    eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -195,7 +195,7 @@ class Trainer:
         self.iteration, self.progress = state["iteration"], state["progress"]
         self.console.print(f"{path}: going on from iteration {self.iteration}", highlight=False)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         return training_batches(
             self.source,
             self.config,
