@@ -37,7 +37,7 @@ class SyntheticConfig(Section):
     """The generated data set of `data.kind: synthetic`: the same images as `prcl data synth` writes."""
 
     size: Size = Field([64, 64], description="Height and width of every image, 64 to 128 pixels.")
-    labeled: Count = Field(12, description="Number of labeled images.")
+    labeled: Count = Field(5, description="Number of labeled images.")
     unlabeled: Count = Field(200, description="Number of unlabeled images.")
     val: Count = Field(96, description="Number of validation images.")
     seed: int = Field(0, ge=0, description="Seed of the images, apart from the seed of the run.")

@@ -37,7 +37,7 @@ def demo(
     data = out / "data"
     if not (data / "config.yaml").exists():
         write_synthetic(data, SyntheticConfig())
-    table = Table(title="Validation mIoU, %, 12 labeled images")
+    table = Table(title=f"Validation mIoU, %, {SyntheticConfig().labeled} labeled images")
     for column in ("method", "mIoU", "mIoU (student)", "minutes"):
         table.add_column(column, justify="left" if column == "method" else "right")
     results = {}

@@ -119,9 +119,12 @@ def _training_config(name: str, config: SyntheticConfig) -> str:
             # Colour and texture tell classes apart here: strong augmentation must leave them recognisable.
             "augment": {
                 "scale": [0.75, 1.5],
+                "brightness": 0.2,
+                "contrast": 0.2,
+                "saturation": 0.2,
                 "hue": 0.03,
-                "saturation": 0.3,
                 "grayscale": 0.0,
+                "blur": 0.2,
                 "blur_sigma": [0.1, 1.0],
             },
         },
