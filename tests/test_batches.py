@@ -228,12 +228,14 @@ def test_ctrl_c_ends_main_process_and_workers_without_worker_tracebacks(tmp_path
     script.write_text(
         textwrap.dedent(
             """
-            import contextlib, torch
+            import contextlib, signal, torch
             from prcl_fast.config import parse_config
             from prcl_fast.data.batches import training_batches
             from prcl_fast.data.source import build_source
 
             if __name__ == "__main__":
+                # A background job of a shell inherits SIGINT ignored.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 torch.set_num_threads(1)
                 config = parse_config({
                     "output": "unused",
