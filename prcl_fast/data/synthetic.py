@@ -140,7 +140,7 @@ def _training_config(name: str, config: SyntheticConfig) -> str:
             "prototype_ema": 0.9,
             "normalize": True,
             "tau": 0.01,
-            "lambda_c": 0.3,
+            "lambda_c": 1.0,
             "anchors": 64,
             "negatives": 128,
         },
