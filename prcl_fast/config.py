@@ -172,9 +172,9 @@ class PRCLConfig(ConsistencyConfig):
     confidence: Literal["student", "teacher"] = Field(
         "student", description="Whose probability of the pixel's class picks hard pixels."
     )
-    tau: Positive = Field(0.1, description="Temperature of the contrast, eq. (15).")
-    reduction: Literal["sum", "mean"] = Field("mean", description="The score over the dimensions, eq. (3).")
-    normalize: bool = Field(False, description="L2-normalise mu inside the score, as the authors' code does.")
+    tau: Positive = Field(0.5, description="Temperature of the contrast, eq. (15).")
+    reduction: Literal["sum", "mean"] = Field("sum", description="The score over the dimensions, eq. (3).")
+    normalize: bool = Field(True, description="L2-normalise mu inside the score, as the authors' code does.")
     anchors: Count = Field(256, description="Anchors per class.")
     negatives: Count = Field(512, description="Negatives per anchor.")
     lambda_c: NonNegative = Field(1.0, description="Initial weight of the contrast, eq. (12).")

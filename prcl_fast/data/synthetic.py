@@ -139,6 +139,7 @@ def _training_config(name: str, config: SyntheticConfig) -> str:
             "prototype": "ema",
             "prototype_ema": 0.9,
             "normalize": True,
+            "reduction": "mean",
             "tau": 0.01,
             "lambda_c": 1.0,
             "anchors": 64,
