@@ -32,6 +32,7 @@ def train_command(
 def train(config: Config, console: Console) -> dict[str, Any]:
     """Runs `config` to its end, with its figures; returns the summary. Status 1 where it stopped early."""
     from prcl_fast.analysis.figures import write_figures
+    from prcl_fast.device import choose_device
     from prcl_fast.engine.guard import NonFiniteLossError
     from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 
@@ -40,6 +41,6 @@ def train(config: Config, console: Console) -> dict[str, Any]:
     except (NonFiniteLossError, InterruptedRunError) as error:
         print(f"prcl: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    for figure in write_figures(config.output):
+    for figure in write_figures(config.output, choose_device(config.train.device)):
         console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
     return summary
