@@ -1,10 +1,13 @@
 # Sets up everything in VENV on first use and reuses it afterwards.
 #
-#   make demo     a small training run on drawn data, on the CPU
-#   make test     the tests           make lint    all style and type checks
-#   make bench    the benchmarks      make clean   remove what was built (the virtual environment stays)
-#   make format   apply the styles    make schema  write configs/schema.json anew
+#   make demo       a small training run on drawn data, on the CPU
+#   make test       the tests             make lint    all style and type checks
+#   make bench      the benchmarks        make clean   remove what was built (the virtual environment stays)
+#   make format     apply the styles      make schema  write configs/schema.json anew
+#   make gpu-check  tests, memory checks and benchmarks on a machine with a GPU
 #
+# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`, and ARGS="--out DIR" says where gpu-check
+# leaves its results. OFFLINE=1 runs gpu-check in PYTHON, with the PyTorch that it has, and installs nothing.
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
 
 PYTHON ?= python3
@@ -13,36 +16,44 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
-BENCHMARKS := $(patsubst bench/%.py,bench.%,$(filter-out bench/__init__.py bench/harness.py,$(wildcard bench/*.py)))
+FORMATTED := $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES) $(shell find tests/cuda_emulation -type f))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test lint format schema bench install clean
+.PHONY: demo test lint format schema bench gpu-check install clean
 .DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/prcl demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # The JSON schema of a configuration, from which editors complete keys.
 schema: install
 	$(BIN)/python -m prcl_fast.config > configs/schema.json
 
 bench: install
-	@for name in $(BENCHMARKS); do echo "$$name"; $(BIN)/python -m $$name || exit 1; done
+	$(BIN)/prcl bench --json bench/results/local/bench.json $(ARGS)
+
+ifdef OFFLINE
+gpu-check:
+	$(PYTHON) -m bench.gpu_check $(ARGS)
+else
+gpu-check: install
+	$(BIN)/python -m bench.gpu_check $(ARGS)
+endif
 
 install: $(VENV)/.built
 

@@ -4,10 +4,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace prcl {
@@ -15,9 +19,12 @@ namespace prcl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> size) {
+// On `like`'s device, of its dtype unless another one is given.
+inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> size,
+                            std::optional<ScalarType> dtype = std::nullopt) {
   const std::vector<int64_t> sizes(size);
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
+                                  dtype);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -30,6 +37,30 @@ void dispatch_float_or_double(const Tensor& tensor, const F& f) {
                   "expected a float32 or float64 tensor");
   if (type == ScalarType::Double) return f(double{});
   f(float{});
+}
+
+// The type in which values of type S are computed.
+template <class S>
+using Work = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <class S>
+constexpr ScalarType kWorkType = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
+
+// Calls f(S{}) with the tensor's floating-point type.
+template <class F>
+void dispatch_floating(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    case ScalarType::Double:
+      return f(double{});
+    default:
+      STD_TORCH_CHECK(false, "expected a float32, bfloat16, float16 or float64 tensor");
+  }
 }
 
 }  // namespace prcl

@@ -177,6 +177,9 @@ class PRCLConfig(ConsistencyConfig):
     normalize: bool = Field(True, description="L2-normalise mu inside the score, as the authors' code does.")
     anchors: Count = Field(256, description="Anchors per class.")
     negatives: Count = Field(512, description="Negatives per anchor.")
+    share: Count = Field(
+        1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
+    )
     lambda_c: NonNegative = Field(1.0, description="Initial weight of the contrast, eq. (12).")
     alpha: float = Field(-5.0, le=0, description="Decay of that weight, eq. (12); 0 holds it constant.")
 
@@ -186,6 +189,8 @@ class PRCLConfig(ConsistencyConfig):
             raise ValueError(
                 "virtual_negatives: must be 0 with representation deterministic (it has no variance)"
             )
+        if self.anchors % self.share:
+            raise ValueError(f"share: must divide anchors ({self.anchors})")
         return self
 
 

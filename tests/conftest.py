@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from prcl_fast.config import Config, parse_config
 
 torch.set_num_threads(1)
+os.environ.setdefault("COLUMNS", "200")  # so that tables are not cut where there is no terminal
+if not torch.cuda.is_available():
+    # Before any kernel is imported: without a GPU, Triton kernels are tested in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def tiny_tree(output: Path, **method: Any) -> dict[str, Any]:

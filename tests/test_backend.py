@@ -59,7 +59,7 @@ def test_auto_prefers_native_and_a_choice_is_obeyed(calls: list[str]) -> None:
 
 def test_auto_takes_the_next_backend_that_can_run(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     table = _backend._implementations[OP]
-    broken = dataclasses.replace(table["native"], unavailable=lambda device_type: "it is broken")
+    broken = dataclasses.replace(table["native"], unavailable=lambda device_type, dtype: "it is broken")
     monkeypatch.setitem(_backend._implementations, OP, table | {"native": broken})
     score()
     assert calls == ["torch"]

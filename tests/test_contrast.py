@@ -107,6 +107,26 @@ def test_local_prototypes_are_this_batchs_and_leave_no_state(monkeypatch: pytest
     assert not contrast.state_dict()
 
 
+def test_shared_negatives_leave_the_expectation_of_loss_and_gradient() -> None:
+    direction = torch.randn(scene()["mu"].shape, generator=torch.Generator().manual_seed(3))
+    results: dict[int, list[Tensor]] = {1: [], 8: []}
+    for share, values in results.items():
+        contrast = make(prototype="local", share=share, virtual_negatives=0, tau=0.5)
+        for step in range(200):
+            batch = scene() | {"seed": torch.tensor([11, step])}
+            loss = contrast(**batch)
+            loss.backward()
+            slope = (batch["mu"].grad * direction).sum()  # one number that has a mean and a spread
+            values.append(torch.stack([loss.detach(), slope]))
+    mean, error = zip(
+        *((torch.stack(v).mean(0), torch.stack(v).std(0) / 200**0.5) for v in results.values()), strict=True
+    )
+    assert ((mean[0] - mean[1]).abs() < 4 * (error[0].square() + error[1].square()).sqrt()).all()
+    assert (mean[0].abs() > 4 * error[0]).all()  # else the comparison would say nothing
+    with pytest.raises(ValueError, match="share must divide the 16 anchors; got 5"):
+        make(share=5)
+
+
 @pytest.mark.parametrize("prototype", ["global", "ema"])
 def test_state_survives_a_checkpoint_bit_for_bit(prototype: str) -> None:
     contrast = make(prototype=prototype)

@@ -31,10 +31,12 @@ def test_versions_and_every_op_are_shown(monkeypatch: pytest.MonkeyPatch) -> Non
         assert name in text
 
 
-def test_the_automatic_choice_is_marked_once_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_automatic_choice_is_shown_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [line.split() for line in output(monkeypatch).splitlines() if "│ cpu " in line]
-    assert len(rows) == len(_backend.op_names())
-    assert all(row.count("auto") == 1 for row in rows)
+    assert [row[1] for row in rows] == list(_backend.op_names())
+    for row in rows:
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        assert row[5:12:2] == [_backend.automatic(row[1], "cpu", dtype) for dtype in dtypes]
 
 
 def test_a_missing_library_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +48,7 @@ def test_a_missing_library_is_named_with_its_remedy(tmp_path: Path, monkeypatch:
         _native.cpu_library_error.cache_clear()
     assert "_native.so was not built: install prcl_fast again without PRCL_NO_NATIVE" in text
     row = next(line for line in text.splitlines() if " mutual_likelihood_score " in line).split()
-    assert row[5] == "auto"  # op, device, torch between bars
+    assert row[5] == "torch"  # op, device, float32 between bars
 
 
 def test_a_missing_compiler_does_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

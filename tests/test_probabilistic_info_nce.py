@@ -6,11 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from backends import run_everywhere
 from torch import Tensor
 from torch.nn import functional as F
 
-from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce
+from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce, use_backend
 from prcl_fast.reference import probabilistic_info_nce as reference
+
+place = run_everywhere("probabilistic_info_nce")
+unwrapped = probabilistic_info_nce
+
+
+def in_float64(mu: Tensor, var: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss and gradients to mu and var by the reference, on the CPU, wherever the test runs."""
+    exact = [x.detach().double().requires_grad_() for x in (mu, var)]
+    with use_backend("torch"):
+        loss = unwrapped(*exact, *arguments, **options)
+        return loss.detach(), torch.autograd.grad(loss, exact)
+
 
 B, D, H, W = 2, 6, 5, 4
 C, A, N, V = 5, 7, 9, 3
@@ -106,23 +119,74 @@ def test_lower_precisions_accumulate_in_float32(
     case = scene(dtype)
     for name in ("mu", "var"):
         case[name] = case[name].detach().contiguous(memory_format=memory_format).requires_grad_()
-    exact = {**case, "mu": case["mu"].detach().double().requires_grad_()}
-    exact["var"] = case["var"].detach().double().requires_grad_()
     options: dict[str, Any] = {"tau": 0.5, "reduction": "sum", "normalize": True}
-    expected = probabilistic_info_nce(**exact, **options)
-    expected.backward()
+    expected, expected_grads = in_float64(*case.values(), **options)
     loss = probabilistic_info_nce(**case, **options)
     loss.backward()
     assert loss.dtype == torch.float32
     assert abs(loss.double() - expected) < 1e-5 * expected
     # Accumulated in float32, then rounded once to the dtype.
     tolerance = 1e-5 + torch.finfo(dtype).eps
-    for name in ("mu", "var"):
+    for name, want in zip(("mu", "var"), expected_grads, strict=True):
         grad = case[name].grad
         assert grad.dtype == dtype
         assert grad.is_contiguous(memory_format=memory_format)
-        error = (grad.double() - exact[name].grad).norm() / exact[name].grad.norm()
-        assert error < tolerance
+        assert (grad.double() - want).norm() < tolerance * want.norm()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_of_anchors_may_share_their_negatives(groups: int) -> None:
+    case = scene(torch.float32)
+    case["anchor_index"] = torch.cat([case["anchor_index"], case["anchor_index"][:, :1]], dim=1)  # A = 8
+    shared = case["negative_index"][:, :groups]
+    options: dict[str, Any] = {"tau": 0.5, "reduction": "mean", "normalize": True}
+    results = []
+    for negatives in (shared, shared.repeat_interleave(8 // groups, dim=1)):
+        mu, var = (case[name].detach().clone().requires_grad_() for name in ("mu", "var"))
+        loss = probabilistic_info_nce(
+            **{**case, "mu": mu, "var": var, "negative_index": negatives}, **options
+        )
+        loss.backward()
+        results.append((loss, mu.grad, var.grad))
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("classes", "anchors", "negatives", "dim"),
+    [
+        (2, 1, 1, 1),
+        (3, 2, 5, 3),
+        (4, 9, 33, 8),
+        (6, 3, 17, 33),
+        (3, 5, 70, 64),
+        (3, 4, 8, 100),
+        (2, 3, 9, 300),
+    ],
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_odd_sizes_agree_with_float64(
+    classes: int, anchors: int, negatives: int, dim: int, normalize: bool
+) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    pixels = 2 * 7 * 5
+    mu = torch.randn(2, dim, 7, 5, generator=generator)
+    var = torch.rand(2, dim, 7, 5, generator=generator) * 0.9 + 0.05
+    anchor_index = torch.randint(0, pixels, (classes, anchors), generator=generator)
+    negative_index = torch.randint(0, pixels, (classes, anchors, negatives), generator=generator)
+    precision = torch.rand(classes, dim, generator=generator) + 0.5
+    positive = PrototypeStatistics(precision, precision * mu[0, :, 0, 0], torch.ones(classes).long())
+    virtual_mu = torch.randn(classes, 2, dim, generator=generator)
+    arguments = (anchor_index, negative_index, positive, virtual_mu)
+    options: dict[str, Any] = {"tau": 0.05 * dim, "normalize": normalize}
+    leaves = [x.requires_grad_() for x in (mu, var)]
+    loss = probabilistic_info_nce(*leaves, *arguments, **options)
+    grads = torch.autograd.grad(loss, leaves)
+    expected, expected_grads = in_float64(*leaves, *arguments, **options)
+    assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
+    for got, want in zip(grads, expected_grads, strict=True):
+        # With one normalised dimension the means' gradient is 0.
+        assert (got.double() - want).norm() < 1e-5 * want.norm() + 1e-9
 
 
 def test_gradcheck() -> None:
@@ -149,7 +213,7 @@ def test_gradcheck() -> None:
 
 
 def test_only_anchors_get_a_gradient() -> None:
-    case = scene()
+    case = scene(torch.float32)
     probabilistic_info_nce(**case, tau=1.0).backward()
     index = case["anchor_index"]
     touched = torch.zeros(B * H * W, dtype=torch.bool).index_fill(0, index[index >= 0], True)
@@ -159,7 +223,7 @@ def test_only_anchors_get_a_gradient() -> None:
 
 
 def test_gradient_to_variance_is_zero_where_the_sum_is_clamped() -> None:
-    case = scene()
+    case = scene(torch.float32)
     var = case["var"].detach().clone()
     i = case["anchor_index"][0, 0]
     b, y, x = int(i) // (H * W), int(i) % (H * W) // W, int(i) % W
@@ -199,7 +263,7 @@ def test_no_anchor_gives_a_zero_that_stays_in_the_graph() -> None:
 
 
 def test_classes_without_anchors_are_counted_in_the_mean() -> None:
-    case = scene()
+    case = scene(torch.float32)
     loss = probabilistic_info_nce(**case, tau=1.0)
     case["virtual_mu"] = None
     without_virtual = probabilistic_info_nce(**case, tau=1.0)
@@ -253,6 +317,35 @@ def test_repeated_anchors_add_up_the_same_way_every_time() -> None:
     assert torch.equal(grads[0], grads[2])
 
 
+def test_the_graph_may_be_used_twice_and_by_one_input_alone() -> None:
+    case = scene(torch.float32)
+    loss = probabilistic_info_nce(**case, tau=1.0)
+    loss.backward(retain_graph=True)
+    once = case["mu"].grad.clone(), case["var"].grad.clone()
+    (-3.0 * loss).backward()
+    for name, grad in zip(("mu", "var"), once, strict=True):
+        torch.testing.assert_close(case[name].grad, -2.0 * grad)
+    for name, grad in zip(("mu", "var"), once, strict=True):
+        alone = {**case, "mu": case["mu"].detach(), "var": case["var"].detach()}
+        alone[name].requires_grad_()
+        probabilistic_info_nce(**alone, tau=1.0).backward()
+        assert torch.equal(alone[name].grad, grad)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = scene(torch.float32)
+    (grad,) = torch.autograd.grad(probabilistic_info_nce(**case, tau=1.0), case["mu"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
+
+
+def test_more_pixels_than_an_index_can_name_are_refused() -> None:
+    case = scene(torch.float32)
+    huge = torch.zeros(1).expand(2, D, 1 << 15, 1 << 15)
+    with pytest.raises(ValueError, match=r"mu must hold between 1 and 2\^31 - 1 pixels; got 2147483648"):
+        probabilistic_info_nce(**{**case, "mu": huge, "var": huge}, tau=1.0)
+
+
 def test_autocast_does_not_change_the_result() -> None:
     case = scene(torch.float32)
     expected = probabilistic_info_nce(**case, tau=1.0)
@@ -262,7 +355,7 @@ def test_autocast_does_not_change_the_result() -> None:
 
 
 def test_no_gradient_is_made_where_none_is_asked_for() -> None:
-    case = scene()
+    case = scene(torch.float32)
     with torch.no_grad():
         loss = probabilistic_info_nce(**case, tau=1.0)
     assert not loss.requires_grad
@@ -276,7 +369,19 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="reduction must be sum or mean"):
         probabilistic_info_nce(**case, tau=1.0, reduction="none")
     for name, value, error, match in (
-        ("negative_index", case["negative_index"][:, 1:], ValueError, "negative_index must have shape"),
+        ("negative_index", case["negative_index"][1:], ValueError, "negative_index must have shape"),
+        (
+            "negative_index",
+            case["negative_index"][:, 1:],
+            ValueError,
+            "divide the 7 anchors of a class; got 6",
+        ),
+        (
+            "negative_index",
+            case["negative_index"][:, :0],
+            ValueError,
+            "divide the 7 anchors of a class; got 0",
+        ),
         ("anchor_index", case["anchor_index"].int(), TypeError, "anchor_index must be int64"),
         ("virtual_mu", case["virtual_mu"][..., 1:], ValueError, "virtual_mu must have shape"),
         ("var", case["var"].float(), TypeError, "var must be float64"),

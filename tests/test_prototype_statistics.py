@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import run_everywhere
 from torch import Tensor
 
 from prcl_fast.ops import PrototypeStatistics, prototype_statistics
+
+place = run_everywhere("prototype_statistics")
 
 C, D = 5, 12
 
@@ -43,9 +46,10 @@ def test_sums_equal_equation_4(dtype: torch.dtype, memory_format: torch.memory_f
     got = prototype_statistics(mu, var, label, valid, C)
     precision, weighted_mean, count = by_hand(mu, var, label, valid)
     assert got.precision.dtype == got.weighted_mean.dtype == torch.float32
-    # Sums in float64, rounded once: float32 half an ulp.
-    torch.testing.assert_close(got.precision.double(), precision, rtol=1e-7, atol=0)
-    torch.testing.assert_close(got.weighted_mean.double(), weighted_mean, rtol=1e-7, atol=1e-9)
+    # Terms and short sums in float32, a few ulp; terms of both signs may cancel in the second.
+    torch.testing.assert_close(got.precision.double(), precision, rtol=5e-7, atol=0)
+    size = (1 / var.double()).sum()
+    torch.testing.assert_close(got.weighted_mean.double(), weighted_mean, rtol=5e-7, atol=1e-8 * size)
     assert torch.equal(got.count, count)
 
 
@@ -80,6 +84,45 @@ def test_pixels_that_do_not_count_may_hold_anything() -> None:
     got = prototype_statistics(mu.masked_fill(out, torch.nan), var.masked_fill(out, 0.0), label, valid, C)
     assert torch.equal(got.precision, expected.precision)
     assert torch.equal(got.weighted_mean, expected.weighted_mean)
+
+
+def test_a_class_of_many_pixels_keeps_its_precision() -> None:
+    """A plain float32 sum of so many terms would be off by more than 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.randn(1, 1, 100, 401, generator=generator) + 3
+    var = torch.rand(1, 1, 100, 401, generator=generator) + 0.01
+    label = torch.zeros(1, 100, 401, dtype=torch.int64)
+    got = prototype_statistics(mu, var, label, label == 0, 1)
+    assert got.precision.item() == pytest.approx((1 / var.double()).sum().item(), rel=2e-7)
+    assert got.weighted_mean.item() == pytest.approx((mu.double() / var.double()).sum().item(), rel=2e-7)
+    assert got.count.item() == 40100
+
+
+def test_the_same_call_gives_the_same_bits_for_any_number_of_threads() -> None:
+    mu, var, label, valid = (torch.cat([part] * 40) for part in scene())
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(prototype_statistics(mu, var, label, valid, C))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0].precision, results[1].precision)
+    assert torch.equal(results[0].weighted_mean, results[1].weighted_mean)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8, 33, 64, 300])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_any_number_of_dimensions(dim: int, memory_format: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    mu, var = (torch.rand(2, dim, 5, 13, generator=generator) + 0.1 for _ in range(2))
+    label = torch.randint(-1, 3, (2, 5, 13), generator=generator)
+    mu, var = mu.contiguous(memory_format=memory_format), var.contiguous(memory_format=memory_format)
+    got = prototype_statistics(mu, var, label, label > -2, 3)
+    for c in range(3):
+        s = var.double().movedim(1, -1)[label == c]
+        torch.testing.assert_close(got.precision[c].double(), (1 / s).sum(0), rtol=5e-7, atol=0)
+        m = mu.double().movedim(1, -1)[label == c]
+        torch.testing.assert_close(got.weighted_mean[c].double(), (m / s).sum(0), rtol=5e-7, atol=0)
 
 
 def test_uint8_labels_count_as_int64_ones() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import run_everywhere
 from torch.nn import functional as F
 
 from prcl_fast.ops import pseudo_label
+
+place = run_everywhere("pseudo_label")
 
 
 def logits(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -31,6 +34,21 @@ def test_label_and_confidence_equal_equation_1(
     clear = top[:, 0] - top[:, 1] > 1e-4  # below it, float32 may round either way
     assert clear.float().mean() > 0.99
     assert torch.equal(label[clear].long(), argmax[clear])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 21, 40, 200])
+def test_any_number_of_classes_and_any_strides(classes: int) -> None:
+    x = logits(2, classes, 4, 7)
+    strided = x.contiguous(memory_format=torch.channels_last)
+    label, confidence = pseudo_label(x, (11, 18))
+    highest, argmax = (
+        F.interpolate(x.double(), (11, 18), mode="bilinear", align_corners=True).softmax(1).max(1)
+    )
+    torch.testing.assert_close(confidence.double(), highest, rtol=1e-5, atol=0)
+    assert (label.long() == argmax).float().mean() > 0.99
+    strided_label, strided_confidence = pseudo_label(strided, (11, 18))
+    assert (strided_label == label).float().mean() > 0.99
+    torch.testing.assert_close(strided_confidence, confidence, rtol=1e-5, atol=0)
 
 
 def test_one_class_and_equal_logits() -> None:

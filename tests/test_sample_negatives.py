@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from backends import run_everywhere
 from scipy.stats import chi2
 from torch import Tensor
 
 from prcl_fast.ops import sample_negatives
 from prcl_fast.reference.philox import philox_4x32
+
+place = run_everywhere("sample_negatives", float64=("torch", "native", "triton", "emulated"))
 
 C, A, N = 5, 6, 40
 ONE = 1 << 31

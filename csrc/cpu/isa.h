@@ -17,6 +17,9 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 Isa isa();  // the same for the whole process
 
+// The kBytes of the kernels that `dispatch` runs.
+inline int64_t vector_bytes() { return isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16; }
+
 // T repeated to fill kBytes, its bits as integers, and the layout of T's bits.
 template <class T, int kBytes>
 struct Vector;
@@ -53,6 +56,24 @@ PRCL_INLINE V load(const T* from) {
 template <class V, class T>
 PRCL_INLINE void store(T* to, const V& value) {
   std::memcpy(to, &value, sizeof(V));
+}
+
+// All lanes combined into one, halves first: f(f(lane 0, lane 4), ...) and so on.
+template <class T, class V, class F>
+PRCL_INLINE T combine(V value, const F& f) {
+  if constexpr (sizeof(V) <= 16) {
+    T lanes[sizeof(V) / sizeof(T)];
+    store(lanes, value);
+    if constexpr (sizeof(V) == 2 * sizeof(T))
+      return f(lanes[0], lanes[1]);
+    else
+      return f(f(lanes[0], lanes[1]), f(lanes[2], lanes[3]));
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    store(halves, value);
+    return combine<T>(Half(f(halves[0], halves[1])), f);
+  }
 }
 
 #if defined(__x86_64__)

@@ -10,7 +10,7 @@
 // thread count.
 #pragma once
 
-#include "cpu/isa.h"
+#include "cpu/vector_math.h"
 #include "mls.h"
 
 #include <algorithm>
@@ -34,30 +34,6 @@ struct ForwardArgs {
   int64_t row_begin, row_end, n, dims;
   Affine<T> affine;
 };
-
-// Splits positive `value` into a mantissa in [1, 2), returned, and its biased exponent, added to `exponent`.
-template <class Traits>
-PRCL_INLINE typename Traits::Type split(typename Traits::Type value, typename Traits::Bits& exponent) {
-  const auto bits = (typename Traits::Bits)value;
-  exponent += bits >> Traits::kMantissaBits;
-  return (typename Traits::Type)((bits & Traits::kMantissaMask) | Traits::kOne);
-}
-
-// log(mantissa * 2^exponent) for a mantissa in [1, 2): 2 atanh((m - 1) / (m + 1)) with m moved to
-// [0.707, 1.414], whose series ends where its next term is below the type's rounding.
-template <class T, class Traits>
-PRCL_INLINE typename Traits::Type log_of(typename Traits::Type mantissa, typename Traits::Bits exponent) {
-  using V = typename Traits::Type;
-  const auto high = mantissa > T(1.41421356237309505);
-  const V m = high ? mantissa * T(0.5) : mantissa;
-  const V e = __builtin_convertvector(exponent - (typename Traits::Bits)high, V);  // a true lane is -1
-  const V z = (m - T(1)) / (m + T(1));
-  const V z2 = z * z;
-  constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;
-  V series = z2 * T(0) + T(1) / T(2 * kTerms - 1);
-  for (int k = kTerms - 2; k >= 0; --k) series = series * z2 + T(1) / T(2 * k + 1);
-  return T(2) * z * series + e * T(0.693147180559945309);
-}
 
 template <class T>
 struct Forward {

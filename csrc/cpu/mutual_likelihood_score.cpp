@@ -19,8 +19,6 @@ using torch::stable::parallel_for;
 constexpr int64_t kRowsPerTask = 32;      // 64 KB of rows a at D = 256: they stay in L2 while b passes
 constexpr int64_t kSerialWork = 1 << 16;  // pairs times dimensions below which a second thread does not pay
 
-int64_t vector_bytes() { return isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16; }
-
 // Calls f(batch, row_begin, row_end) for all rows of all batch entries, in parallel.
 template <class F>
 void for_rows(int64_t batches, int64_t rows, int64_t work_per_row, const F& f) {

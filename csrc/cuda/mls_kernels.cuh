@@ -9,10 +9,13 @@
 // each y from shared memory. Sums run over y in ascending order, without atomics: deterministic. The other
 // side is a second launch with the roles exchanged, which recomputes the reciprocals.
 //
-// float32 uses the hardware's reciprocal (2 ulp) and log2 (2^-22 absolute near one): over D terms the score's
-// error stays near 1e-6 of the sum of their magnitudes.
+// Where one side's variances show that no sum can lie below the smallest one, the clamp is left out.
+//
+// float32 uses the approximate functions of approximate.cuh: over D terms the score's error stays near 1e-6
+// of the sum of their magnitudes.
 #pragma once
 
+#include "cuda/approximate.cuh"
 #include "mls.h"
 
 namespace prcl::cuda::mls {
@@ -28,9 +31,9 @@ constexpr int kRows = 16;           // rows per block of the backward kernel
 constexpr int kGrads = 32;          // rows y between two loads of their gradients
 constexpr int kMaxThreads = 128;
 
-__device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
-__device__ __forceinline__ double divide(double a, double b) { return a / b; }
-__device__ __forceinline__ float log_base_2(float x) { return __log2f(x); }
+__device__ __forceinline__ float reciprocal(float x) { return approximate_reciprocal(x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+__device__ __forceinline__ float log_base_2(float x) { return approximate_log2(x); }
 __device__ __forceinline__ double log_base_2(double x) { return log2(x); }
 
 template <class T>
@@ -51,20 +54,62 @@ struct Operand {
 };
 
 // Reads dimensions first_dim.. of rows first_row.. ; what lies outside is zero with variance one half, so
-// that two such variances sum to one and add nothing to the score.
+// that two such variances sum to one and add nothing to the score. Returns whether this thread has read a
+// variance below kMinVariance.
 template <class T>
-__device__ __forceinline__ void load_operand(Operand<T>& to, const T* mu, const T* var, int64_t first_row,
+__device__ __forceinline__ bool load_operand(Operand<T>& to, const T* mu, const T* var, int64_t first_row,
                                              int64_t rows, int64_t first_dim, int64_t dims) {
+  constexpr int kRowStep = kThreadsPerSide * kThreadsPerSide / kDims;
   const int thread = threadIdx.y * kThreadsPerSide + threadIdx.x;
+  const int l = thread % kDims, first = thread / kDims;
+  const bool real_dim = first_dim + l < dims;
+  int64_t from = (first_row + first) * dims + first_dim + l;
+  bool tiny = false;
 #pragma unroll
-  for (int i = thread; i < kTile * kDims; i += kThreadsPerSide * kThreadsPerSide) {
-    const int row = i / kDims, l = i % kDims;
-    const bool real = first_row + row < rows && first_dim + l < dims;
-    const int64_t from = (first_row + row) * dims + first_dim + l;
+  for (int row = first; row < first + kTile; row += kRowStep) {
+    const bool real = real_dim && first_row + row < rows;
     const T variance = real ? var[from] : T(0.5);
     to.mu[l][row] = real ? mu[from] : T(0);
     to.var[l][row] = cut(variance);
     if (isinf(variance)) to.infinite[row] = 1;
+    tiny |= variance < T(prcl::mls::kMinVariance);
+    from += kRowStep * dims;
+  }
+  return tiny;
+}
+
+// Adds the kDims dimensions in shared memory to a thread's scores.
+template <bool kMayClamp, class T>
+__device__ __forceinline__ void add_dimensions(const Operand<T>& a, const Operand<T>& b, int row, int column,
+                                               T (&quadratic)[kPerThread][kPerThread],
+                                               T (&log2_product)[kPerThread][kPerThread]) {
+#pragma unroll 2
+  for (int l = 0; l < kDims; l += 2) {
+    T mu[2][kPerThread], var[2][kPerThread];
+#pragma unroll
+    for (int c = 0; c < kPerThread; ++c) {
+      mu[0][c] = b.mu[l][column + c];
+      mu[1][c] = b.mu[l + 1][column + c];
+      var[0][c] = b.var[l][column + c];
+      var[1][c] = b.var[l + 1][column + c];
+    }
+#pragma unroll
+    for (int r = 0; r < kPerThread; ++r) {
+      const T mu0 = a.mu[l][row + r], mu1 = a.mu[l + 1][row + r];
+      const T var0 = a.var[l][row + r], var1 = a.var[l + 1][row + r];
+#pragma unroll
+      for (int c = 0; c < kPerThread; ++c) {
+        T s0 = var0 + var[0][c], s1 = var1 + var[1][c];
+        if (kMayClamp) {
+          s0 = clamped(s0);
+          s1 = clamped(s1);
+        }
+        const T d0 = mu0 - mu[0][c], d1 = mu1 - mu[1][c];
+        const T p = s0 * s1;
+        quadratic[r][c] += (d0 * d0 * s1 + d1 * d1 * s0) * reciprocal(p);
+        log2_product[r][c] += log_base_2(p);
+      }
+    }
   }
 }
 
@@ -87,32 +132,12 @@ __global__ void __launch_bounds__(kThreadsPerSide* kThreadsPerSide)
   const int row = threadIdx.y * kPerThread, column = threadIdx.x * kPerThread;
   for (int64_t first_dim = 0; first_dim < dims; first_dim += kDims) {
     __syncthreads();
-    load_operand(a, mu_a, var_a, first_a, m, first_dim, dims);
+    const bool tiny = load_operand(a, mu_a, var_a, first_a, m, first_dim, dims);
     load_operand(b, mu_b, var_b, first_b, n, first_dim, dims);
-    __syncthreads();
-#pragma unroll 2
-    for (int l = 0; l < kDims; l += 2) {
-      T mu[2][kPerThread], var[2][kPerThread];
-#pragma unroll
-      for (int c = 0; c < kPerThread; ++c) {
-        mu[0][c] = b.mu[l][column + c];
-        mu[1][c] = b.mu[l + 1][column + c];
-        var[0][c] = b.var[l][column + c];
-        var[1][c] = b.var[l + 1][column + c];
-      }
-#pragma unroll
-      for (int r = 0; r < kPerThread; ++r) {
-        const T mu0 = a.mu[l][row + r], mu1 = a.mu[l + 1][row + r];
-        const T var0 = a.var[l][row + r], var1 = a.var[l + 1][row + r];
-#pragma unroll
-        for (int c = 0; c < kPerThread; ++c) {
-          const T s0 = clamped(var0 + var[0][c]), s1 = clamped(var1 + var[1][c]);
-          const T d0 = mu0 - mu[0][c], d1 = mu1 - mu[1][c];
-          const T p = s0 * s1;
-          quadratic[r][c] += divide(d0 * d0 * s1 + d1 * d1 * s0, p);
-          log2_product[r][c] += log_base_2(p);
-        }
-      }
+    if (__syncthreads_or(tiny)) {
+      add_dimensions<true>(a, b, row, column, quadratic, log2_product);
+    } else {
+      add_dimensions<false>(a, b, row, column, quadratic, log2_product);
     }
   }
 #pragma unroll
@@ -125,6 +150,20 @@ __global__ void __launch_bounds__(kThreadsPerSide* kThreadsPerSide)
       if ((a.infinite[row + r] || b.infinite[column + c]) && score == score) score = -T(INFINITY);
       out[(first_a + row + r) * n + first_b + column + c] = score;
     }
+  }
+}
+
+// Adds one row y to the gradients of a thread's dimension of rows x.
+template <bool kMayClamp, class T>
+__device__ __forceinline__ void add_row(const T (&grads)[kRows], T mu_j, T var_j, const T (&mu)[kRows],
+                                        const T (&var)[kRows], T (&sum_mu)[kRows], T (&sum_var)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const T sum = var[r] + var_j;
+    const bool is_clamped = kMayClamp && sum < T(prcl::mls::kMinVariance);
+    const T inverse = reciprocal(is_clamped ? T(prcl::mls::kMinVariance) : sum), t = (mu[r] - mu_j) * inverse;
+    sum_mu[r] -= grads[r] * t;
+    sum_var[r] += is_clamped ? T(0) : grads[r] * (t * t - inverse);
   }
 }
 
@@ -142,12 +181,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   mu_y += batch * n * dims + dim;
   var_y += batch * n * dims + dim;
   T mu[kRows], var[kRows], sum_mu[kRows], sum_var[kRows];
+  bool tiny = false;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const bool inside = real && first + r < m;
     const int64_t at = (batch * m + first + r) * dims + dim;
     mu[r] = inside ? mu_x[at] : T(0);
     var[r] = inside ? cut(var_x[at]) : T(1);
+    tiny |= var[r] < T(prcl::mls::kMinVariance);
     sum_mu[r] = sum_var[r] = T(0);
   }
   for (int64_t start = 0; start < n; start += kGrads) {
@@ -163,12 +204,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int j = 0; j < count; ++j) {
       const T mu_j = real ? mu_y[(start + j) * dims] : T(0);
       const T var_j = real ? cut(var_y[(start + j) * dims]) : T(1);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const T sum = var[r] + var_j, g = grads[j][r];
-        const T reciprocal = divide(T(1), clamped(sum)), t = (mu[r] - mu_j) * reciprocal;
-        sum_mu[r] -= g * t;
-        sum_var[r] += sum < T(prcl::mls::kMinVariance) ? T(0) : g * (t * t - reciprocal);
+      if (tiny) {
+        add_row<true>(grads[j], mu_j, var_j, mu, var, sum_mu, sum_var);
+      } else {
+        add_row<false>(grads[j], mu_j, var_j, mu, var, sum_mu, sum_var);
       }
     }
   }

@@ -4,8 +4,6 @@
 #include "cuda/launch.h"
 #include "cuda/mls_kernels.cuh"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 
@@ -32,10 +30,9 @@ Tensor mutual_likelihood_score(Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor va
   const dim3 block(mls::kThreadsPerSide, mls::kThreadsPerSide);
   dispatch_float_or_double(mu_a, [&](auto zero) {
     using T = decltype(zero);
-    mls::forward_kernel<T><<<grid, block, 0, device.stream()>>>(
-        ma.const_data_ptr<T>(), va.const_data_ptr<T>(), mb.const_data_ptr<T>(), vb.const_data_ptr<T>(),
-        out.mutable_data_ptr<T>(), m, n, dims, mls::Affine<T>(dims, mean));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(mls::forward_kernel<T>, grid, block, 0, device.stream(), ma.const_data_ptr<T>(),
+           va.const_data_ptr<T>(), mb.const_data_ptr<T>(), vb.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
+           m, n, dims, mls::Affine<T>(dims, mean));
   });
   return out;
 }
@@ -62,12 +59,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(Tens
     const dim3 grid(ceil_div(rows, mls::kRows), ceil_div(dims, threads), batches);
     dispatch_float_or_double(mu_x, [&](auto zero) {
       using T = decltype(zero);
-      mls::backward_kernel<T><<<grid, threads, 0, device.stream()>>>(
-          g.const_data_ptr<T>(), mu_x.const_data_ptr<T>(), var_x.const_data_ptr<T>(),
-          mu_y.const_data_ptr<T>(), var_y.const_data_ptr<T>(), to_mu.mutable_data_ptr<T>(),
-          to_var.mutable_data_ptr<T>(), rows, others, dims, stride_x, stride_y,
-          T(prcl::mls::gradient_scale(dims, mean)));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(mls::backward_kernel<T>, grid, dim3(threads), 0, device.stream(), g.const_data_ptr<T>(),
+             mu_x.const_data_ptr<T>(), var_x.const_data_ptr<T>(), mu_y.const_data_ptr<T>(),
+             var_y.const_data_ptr<T>(), to_mu.mutable_data_ptr<T>(), to_var.mutable_data_ptr<T>(), rows,
+             others, dims, stride_x, stride_y, T(prcl::mls::gradient_scale(dims, mean)));
     });
   };
   if (need_a) one_side(ma, va, mb, vb, m, n, n, 1, grad_mu_a, grad_var_a);
@@ -78,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_likelihood_score_backward(Tens
 }  // namespace
 }  // namespace prcl::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(prcl_fast_native, CUDA, m) {
+PRCL_CUDA_LIBRARY(m) {
   m.impl("mutual_likelihood_score", TORCH_BOX(&prcl::cuda::mutual_likelihood_score));
   m.impl("mutual_likelihood_score_backward", TORCH_BOX(&prcl::cuda::mutual_likelihood_score_backward));
 }

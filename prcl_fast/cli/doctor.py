@@ -18,6 +18,9 @@ from rich.text import Text
 from prcl_fast import __version__
 from prcl_fast.ops import _backend, _native
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OPTIONAL = ("native", "triton")  # torch runs everywhere
+
 
 def doctor() -> None:
     """Show versions, the state of the native libraries, and which backend runs each op on each device."""
@@ -57,17 +60,20 @@ def _libraries() -> Table:
 
 
 def _ops(devices: list[str]) -> tuple[Table, list[str]]:
-    """One row per op and device; a backend that cannot run shows the number of its reason."""
-    table = Table("op", "device", *_backend.BACKENDS, title="ops", title_justify="left")
+    """One row per op and device: what `auto` takes for each dtype, and what else could run float32 there.
+
+    A backend that cannot run shows the number of its reason.
+    """
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in _DTYPES]
+    table = Table("op", "device", *dtypes, *_OPTIONAL, title="ops", title_justify="left")
     reasons: list[str] = []
     for name in _backend.op_names():
         for device in devices:
-            chosen = _backend.automatic(name, device)
-            cells = []
-            for backend in _backend.BACKENDS:
+            cells = [_backend.automatic(name, device, dtype) for dtype in _DTYPES]
+            for backend in _OPTIONAL:
                 reason = _backend.unavailable(name, backend, device)
                 if reason is None:
-                    cells.append("auto" if backend == chosen else "yes")
+                    cells.append("yes")
                     continue
                 if reason not in reasons:
                     reasons.append(reason)

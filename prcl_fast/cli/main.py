@@ -11,6 +11,7 @@ import typer
 
 from prcl_fast import __version__
 from prcl_fast.cli import data
+from prcl_fast.cli.bench import bench_command
 from prcl_fast.cli.demo import demo
 from prcl_fast.cli.doctor import doctor
 from prcl_fast.cli.eval import evaluate_command
@@ -35,6 +36,7 @@ app.command("figures")(figures_command)
 app.command("demo")(demo)
 app.add_typer(data.app, name="data")
 app.command("weights")(convert_weights)
+app.command("bench")(bench_command)
 app.command("doctor")(doctor)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels and their launchers, one file per op. Only `unavailable` may be imported without Triton."""
+"""Triton kernels and their launchers, one file per op. Only this module may be imported without Triton."""
 
 from __future__ import annotations
 

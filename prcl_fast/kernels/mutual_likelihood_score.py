@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prcl_fast.kernels.launch import device_of
 from prcl_fast.reference.mutual_likelihood_score import MIN_VARIANCE
 
 _MIN_VARIANCE = tl.constexpr(MIN_VARIANCE)
@@ -107,7 +108,7 @@ def mutual_likelihood_score(mu_a: Tensor, var_a: Tensor, mu_b: Tensor, var_b: Te
         return out
     operands = [value.transpose(1, 2).contiguous() for value in (mu_a, var_a, mu_b, var_b)]
     grid = (triton.cdiv(n, _TILE), triton.cdiv(m, _TILE), batches)
-    with _device_of(mu_a):
+    with device_of(mu_a):
         _forward_kernel[grid](*operands, out, m, n, dims, MEAN=mean, TILE=_TILE, num_warps=8)
     return out
 
@@ -147,12 +148,7 @@ def _one_side(
     if grad_mu.numel() == 0:
         return grad_mu, grad_var
     grid = (triton.cdiv(m, _ROWS), triton.cdiv(dims, _DIMS), batches)
-    with _device_of(grad):
+    with device_of(grad):
         shape = (m, n, dims, *strides)
         _backward_kernel[grid](grad, *x, *y, grad_mu, grad_var, *shape, MEAN=mean, ROWS=_ROWS, DIMS=_DIMS)
     return grad_mu, grad_var
-
-
-def _device_of(tensor: Tensor) -> torch.cuda.device_of:
-    """Triton launches on the current device; a no-op for CPU tensors, which the interpreter takes."""
-    return torch.cuda.device_of(tensor)

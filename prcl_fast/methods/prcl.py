@@ -30,6 +30,7 @@ class PRCL(MeanTeacher):
             tau=self.prcl.tau,
             num_anchors=self.prcl.anchors,
             num_negatives=self.prcl.negatives,
+            share=self.prcl.share,
             delta_s=self.prcl.delta_s,
             reduction=self.prcl.reduction,
             normalize=self.prcl.normalize,

@@ -7,8 +7,8 @@ could be compiled, with one implementation per backend:
 - `native`: the compiled C++ (CPU) and CUDA libraries;
 - `triton`: Triton kernels, on CUDA, or anywhere under `TRITON_INTERPRET=1`.
 
-The implementation is looked up when the op runs, so a choice made by `use_backend` also holds inside compiled
-graphs.
+What `auto` takes stands in `_preference.py`. The implementation is looked up when the op runs, so a choice
+made by `use_backend` also holds inside compiled graphs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from prcl_fast.ops._preference import preference
+
 BACKENDS = ("torch", "native", "triton")
 
 _library = torch.library.Library("prcl_fast", "DEF")
@@ -30,23 +32,23 @@ class BackendUnavailableError(RuntimeError):
     """The chosen backend cannot run this op here; the message says why."""
 
 
+def _always(device_type: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend's function for an op.
 
-    `unavailable(device_type)` returns None where it can run and the reason, one sentence, where it cannot.
+    `unavailable(device_type, dtype)` returns None where it can run and the reason, one sentence, where it
+    cannot; `dtype` is that of the op's first floating-point tensor, float32 where it has none.
     """
 
     function: Callable[..., Any]
-    unavailable: Callable[[str], str | None] = lambda device_type: None
+    unavailable: Callable[[str, torch.dtype], str | None] = _always
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
-# The order in which `auto` tries the backends, per device type: the first that can run wins.
-_AUTO_ORDER: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("native", "torch"),
-    "cuda": ("native", "triton", "torch"),
-}
 
 
 def define_op(
@@ -65,9 +67,10 @@ def define_op(
     _implementations[name] = dict(implementations)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))
-        return select(name, device.type)(*args, **kwargs)
+    def run(*args: Any) -> Any:
+        tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        return select(name, tensors[0].device.type, dtype)(*args)
 
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
@@ -79,31 +82,33 @@ def define_op(
     return getattr(torch.ops.prcl_fast, name).default
 
 
-def select(name: str, device_type: str) -> Callable[..., Any]:
-    """The function that runs op `name` on `device_type` now.
+def select(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
+    """The function that runs op `name` on `device_type` with values of `dtype` now.
 
     Raises:
-        BackendUnavailableError: none can run it, with the reason.
+        BackendUnavailableError: the chosen backend cannot run it, with the reason.
     """
-    backend = automatic(name, device_type) if _selected == "auto" else _selected
-    reason = unavailable(name, backend, device_type)
+    backend = automatic(name, device_type, dtype) if _selected == "auto" else _selected
+    reason = unavailable(name, backend, device_type, dtype)
     if reason is not None:
         raise BackendUnavailableError(f"{name}: backend '{backend}' cannot run on {device_type}: {reason}")
     return _implementations[name][backend].function
 
 
-def automatic(name: str, device_type: str) -> str:
-    """The backend that `auto` chooses for op `name` on `device_type`; the last one where none can run."""
-    order = _AUTO_ORDER.get(device_type, ("torch",))
-    return next((backend for backend in order if unavailable(name, backend, device_type) is None), order[-1])
+def automatic(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that `auto` chooses: the first of the op's preference that can run, `torch` at last."""
+    order = preference(name, device_type)
+    return next(
+        (backend for backend in order if unavailable(name, backend, device_type, dtype) is None), "torch"
+    )
 
 
-def unavailable(name: str, backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run op `name` on `device_type`, or None if it can."""
+def unavailable(name: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot run op `name` on `device_type` with values of `dtype`, or None if it can."""
     implementation = _implementations[name].get(backend)
     if implementation is None:
         return "this op has no such implementation"
-    return implementation.unavailable(device_type)
+    return implementation.unavailable(device_type, dtype)
 
 
 def op_names() -> tuple[str, ...]:

@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from prcl_fast.ops._backend import Implementation
+
+HALF = (torch.bfloat16, torch.float16)
 
 OLDEST_TORCH = (2, 11)
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -21,12 +26,30 @@ def ops() -> Any:
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why no native op can run on `device_type`, or None; for `Implementation.unavailable`."""
+    """Why no native op can run on `device_type`, or None."""
     if device_type == "cpu":
         return cpu_library_error()
     if device_type == "cuda":
         return cpu_library_error() or cuda_library_error()
     return f"there is no native code for {device_type}"
+
+
+def implementation(
+    call: Callable[..., Any], *, cuda_dtypes: Sequence[torch.dtype] = (*HALF, torch.float32)
+) -> Implementation:
+    """The native backend of an op.
+
+    Args:
+        call: called as call(ops(), *arguments of the op).
+        cuda_dtypes: what the CUDA kernels take; those of the CPU take float64 as well.
+    """
+
+    def reason(device_type: str, dtype: torch.dtype) -> str | None:
+        if device_type == "cuda" and dtype not in cuda_dtypes:
+            return f"there is no native CUDA code for {str(dtype).removeprefix('torch.')}"
+        return unavailable(device_type)
+
+    return Implementation(lambda *arguments: call(ops(), *arguments), reason)
 
 
 @functools.cache

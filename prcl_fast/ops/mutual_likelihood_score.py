@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 
-from prcl_fast.kernels import unavailable as triton_unavailable
-from prcl_fast.ops import _native
+from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import FLOATING, check_tensor, reduction_is_mean
 from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.reference import mutual_likelihood_score as reference
@@ -101,33 +100,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(value if need else None for value, need in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
-def _native_forward(*arguments: Any) -> Any:
-    return _native.ops().mutual_likelihood_score(*arguments)
-
-
-def _native_backward(*arguments: Any) -> Any:
-    return _native.ops().mutual_likelihood_score_backward(*arguments)
-
-
-def _triton_forward(*arguments: Any) -> Any:
-    from prcl_fast.kernels import mutual_likelihood_score as kernels
-
-    return kernels.mutual_likelihood_score(*arguments)
-
-
-def _triton_backward(*arguments: Any) -> Any:
-    from prcl_fast.kernels import mutual_likelihood_score as kernels
-
-    return kernels.mutual_likelihood_score_backward(*arguments)
-
-
+_DTYPES = (torch.float32, torch.float64)  # what the public function passes on
 _op = define_op(
     "mutual_likelihood_score(Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, bool mean) -> Tensor",
     fake=_fake,
     implementations={
         "torch": Implementation(reference.mutual_likelihood_score),
-        "native": Implementation(_native_forward, _native.unavailable),
-        "triton": Implementation(_triton_forward, triton_unavailable),
+        "native": _native.implementation(
+            lambda native, *arguments: native.mutual_likelihood_score(*arguments), cuda_dtypes=_DTYPES
+        ),
+        "triton": _triton.implementation(
+            "mutual_likelihood_score",
+            lambda kernels, *arguments: kernels.mutual_likelihood_score(*arguments),
+            dtypes=_DTYPES,
+        ),
     },
     backward=_backward,
     setup_context=_setup_context,
@@ -139,7 +125,14 @@ _backward_op = define_op(
     fake=_fake_backward,
     implementations={
         "torch": Implementation(reference.mutual_likelihood_score_backward),
-        "native": Implementation(_native_backward, _native.unavailable),
-        "triton": Implementation(_triton_backward, triton_unavailable),
+        "native": _native.implementation(
+            lambda native, *arguments: native.mutual_likelihood_score_backward(*arguments),
+            cuda_dtypes=_DTYPES,
+        ),
+        "triton": _triton.implementation(
+            "mutual_likelihood_score",
+            lambda kernels, *arguments: kernels.mutual_likelihood_score_backward(*arguments),
+            dtypes=_DTYPES,
+        ),
     },
 )

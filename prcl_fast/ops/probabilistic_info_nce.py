@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prcl_fast.ops._arguments import FLOATING, check_features, check_tensor, reduction_is_mean
+from prcl_fast.ops import _native, _triton
+from prcl_fast.ops._arguments import FLOATING, check_count, check_features, check_tensor, reduction_is_mean
 from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.ops.prototype_statistics import PrototypeStatistics
 from prcl_fast.reference import probabilistic_info_nce as reference
@@ -38,7 +39,9 @@ def probabilistic_info_nce(
             at least.
         var: [B, D, h, w] variances sigma^2 > 0, dtype of mu.
         anchor_index: [C, A] int64, flat indices into B*h*w, -1 for none.
-        negative_index: [C, A, N] int64, likewise; -1 is left out of the log-sum.
+        negative_index: [C, G, N] int64, likewise; -1 is left out of the log-sum. With G = A each anchor has
+            negatives of its own; with fewer, each run of A / G anchors shares a set, which leaves the law of
+            each anchor's loss as it is.
         positive: the prototypes of the C classes.
         virtual_mu: [C, V, D] virtual negatives, variance 0, or None. An anchor of class c is set against the
             rows of the other classes present.
@@ -54,9 +57,14 @@ def probabilistic_info_nce(
     dim = mu.shape[1]
     check_tensor("anchor_index", anchor_index, ("C", "A"), (torch.int64,), ("mu", mu))
     num_classes, num_anchors = anchor_index.shape
-    check_tensor(
-        "negative_index", negative_index, (num_classes, num_anchors, "N"), (torch.int64,), ("mu", mu)
-    )
+    check_tensor("negative_index", negative_index, (num_classes, "G", "N"), (torch.int64,), ("mu", mu))
+    check_count("anchor_index.shape[1]", num_anchors)
+    num_groups = negative_index.shape[1]
+    if num_groups < 1 or num_anchors % num_groups:
+        raise ValueError(
+            f"negative_index must have as many groups as divide the {num_anchors} anchors of a class; "
+            f"got {num_groups}"
+        )
     check_tensor("positive.precision", positive.precision, (num_classes, dim), FLOATING, ("mu", mu))
     check_tensor("positive.weighted_mean", positive.weighted_mean, (num_classes, dim), FLOATING, ("mu", mu))
     check_tensor("positive.count", positive.count, (num_classes,), (torch.int64,), ("mu", mu))
@@ -150,13 +158,49 @@ def _backward_fake(
     return grad, torch.empty_like(grad)
 
 
+def _prepared(
+    mu: Tensor,
+    var: Tensor,
+    anchor_index: Tensor,
+    negative_index: Tensor,
+    positive_mean: Tensor,
+    positive_variance: Tensor,
+    positive_count: Tensor,
+    virtual_mu: Tensor | None,
+    *options: float | bool,
+) -> tuple[Any, ...]:
+    """What the kernels may trust: rows [P, D], a view where mu is channels_last and else a copy."""
+    work = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    rows = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous() for x in (mu, var)]
+    index = [x.contiguous() for x in (anchor_index, negative_index)]
+    positive = [x.to(work).contiguous() for x in (positive_mean, positive_variance)]
+    virtual = None if virtual_mu is None else virtual_mu.to(work).contiguous()
+    return *rows, *index, *positive, positive_count.contiguous(), virtual, *options
+
+
+def _backward_prepared(
+    grad_loss: Tensor, grad_mu_rows: Tensor, grad_var_rows: Tensor, anchor_index: Tensor, *options: Any
+) -> tuple[Any, ...]:
+    rows = [x.contiguous() for x in (grad_mu_rows, grad_var_rows)]
+    return grad_loss.to(grad_mu_rows.dtype), *rows, anchor_index.contiguous(), *options
+
+
 _op = define_op(
     "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index,"
     " Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu, float tau,"
     " bool mean, bool normalize, bool needs_grad)"
     " -> (Tensor loss, Tensor grad_mu_rows, Tensor grad_var_rows)",
     fake=_fake,
-    implementations={"torch": Implementation(reference.probabilistic_info_nce)},
+    implementations={
+        "torch": Implementation(reference.probabilistic_info_nce),
+        "native": _native.implementation(
+            lambda native, *arguments: native.probabilistic_info_nce(*_prepared(*arguments))
+        ),
+        "triton": _triton.implementation(
+            "probabilistic_info_nce",
+            lambda kernels, *arguments: kernels.probabilistic_info_nce(*_prepared(*arguments)),
+        ),
+    },
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -165,5 +209,16 @@ _backward_op = define_op(
     " Tensor anchor_index, SymInt batch, SymInt height, SymInt width, ScalarType dtype, bool channels_last)"
     " -> (Tensor grad_mu, Tensor grad_var)",
     fake=_backward_fake,
-    implementations={"torch": Implementation(reference.probabilistic_info_nce_backward)},
+    implementations={
+        "torch": Implementation(reference.probabilistic_info_nce_backward),
+        "native": _native.implementation(
+            lambda native, *arguments: native.probabilistic_info_nce_backward(*_backward_prepared(*arguments))
+        ),
+        "triton": _triton.implementation(
+            "probabilistic_info_nce",
+            lambda kernels, *arguments: kernels.probabilistic_info_nce_backward(
+                *_backward_prepared(*arguments)
+            ),
+        ),
+    },
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import BOOL, INTEGER, check_count, check_features, check_tensor
 from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.reference import prototype_statistics as reference
@@ -80,9 +82,25 @@ def _fake(
     return table, torch.empty_like(table), mu.new_empty((num_classes,), dtype=torch.int64)
 
 
+def _prepared(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int) -> tuple[Any, ...]:
+    """What the kernels may trust: one memory format for mu and var, either of the two."""
+    if not (mu.is_contiguous() and var.is_contiguous()):
+        mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
+    return mu, var, label.contiguous(), valid.contiguous(), num_classes
+
+
 _op = define_op(
     "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, SymInt num_classes)"
     " -> (Tensor precision, Tensor weighted_mean, Tensor count)",
     fake=_fake,
-    implementations={"torch": Implementation(reference.prototype_statistics)},
+    implementations={
+        "torch": Implementation(reference.prototype_statistics),
+        "native": _native.implementation(
+            lambda native, *arguments: native.prototype_statistics(*_prepared(*arguments))
+        ),
+        "triton": _triton.implementation(
+            "prototype_statistics",
+            lambda kernels, *arguments: kernels.prototype_statistics(*_prepared(*arguments)),
+        ),
+    },
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import FLOATING, check_count, check_pixels, check_tensor
 from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.reference import pseudo_label as reference
@@ -49,5 +50,11 @@ _op = define_op(
     "pseudo_label(Tensor logits, SymInt height, SymInt width, bool align_corners)"
     " -> (Tensor label, Tensor confidence)",
     fake=_fake,
-    implementations={"torch": Implementation(reference.pseudo_label)},
+    implementations={
+        "torch": Implementation(reference.pseudo_label),
+        "native": _native.implementation(lambda native, *arguments: native.pseudo_label(*arguments)),
+        "triton": _triton.implementation(
+            "pseudo_label", lambda kernels, *arguments: kernels.pseudo_label(*arguments)
+        ),
+    },
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import (
     BOOL,
+    FLOATING,
     INTEGER,
     check_count,
     check_draws,
@@ -55,9 +59,28 @@ def _fake(
     return label.new_empty((num_classes, num_anchors), dtype=torch.int64)
 
 
+def _prepared(
+    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int, num_anchors: int, seed: Tensor
+) -> tuple[Any, ...]:
+    return (
+        label.contiguous(), valid.contiguous(), hard.contiguous(), num_classes, num_anchors, seed.contiguous()
+    )  # fmt: skip
+
+
 _op = define_op(
     "sample_anchors(Tensor label, Tensor valid, Tensor hard, SymInt num_classes, SymInt num_anchors,"
     " Tensor seed) -> Tensor",
     fake=_fake,
-    implementations={"torch": Implementation(reference.sample_anchors)},
+    implementations={
+        "torch": Implementation(reference.sample_anchors),
+        "native": _native.implementation(
+            lambda native, *arguments: native.sample_anchors(*_prepared(*arguments)),
+            cuda_dtypes=FLOATING,
+        ),
+        "triton": _triton.implementation(
+            "sample_anchors",
+            lambda kernels, *arguments: kernels.sample_anchors(*_prepared(*arguments)),
+            dtypes=FLOATING,
+        ),
+    },
 )

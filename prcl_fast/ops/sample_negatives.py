@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import (
     BOOL,
     FLOATING,
@@ -73,9 +76,32 @@ def _fake(
     return label.new_empty((class_probability.shape[0], num_anchors, num_negatives), dtype=torch.int64)
 
 
+def _prepared(
+    class_probability: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    num_anchors: int,
+    num_negatives: int,
+    seed: Tensor,
+) -> tuple[Any, ...]:
+    probability = class_probability.double().contiguous()
+    return probability, label.contiguous(), valid.contiguous(), num_anchors, num_negatives, seed.contiguous()
+
+
 _op = define_op(
     "sample_negatives(Tensor class_probability, Tensor label, Tensor valid, SymInt num_anchors,"
     " SymInt num_negatives, Tensor seed) -> Tensor",
     fake=_fake,
-    implementations={"torch": Implementation(reference.sample_negatives)},
+    implementations={
+        "torch": Implementation(reference.sample_negatives),
+        "native": _native.implementation(
+            lambda native, *arguments: native.sample_negatives(*_prepared(*arguments)),
+            cuda_dtypes=FLOATING,
+        ),
+        "triton": _triton.implementation(
+            "sample_negatives",
+            lambda kernels, *arguments: kernels.sample_negatives(*_prepared(*arguments)),
+            dtypes=FLOATING,
+        ),
+    },
 )

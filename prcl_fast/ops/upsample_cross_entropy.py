@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import (
     FLOATING,
     check_count,
@@ -87,11 +88,27 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | N
     return (grad_logits * grad_loss).to(ctx.dtype), None, None, None, None, None, None
 
 
+def _prepared(
+    logits: Tensor, target: Tensor, weight: Tensor | None, *options: int | bool
+) -> tuple[Tensor | int | bool | None, ...]:
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits, target.contiguous(), None if weight is None else weight.to(work).contiguous(), *options
+
+
 _op = define_op(
     "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index,"
     " bool align_corners, bool mean, bool needs_grad) -> (Tensor loss, Tensor grad_logits)",
     fake=_fake,
-    implementations={"torch": Implementation(reference.upsample_cross_entropy)},
+    implementations={
+        "torch": Implementation(reference.upsample_cross_entropy),
+        "native": _native.implementation(
+            lambda native, *arguments: native.upsample_cross_entropy(*_prepared(*arguments))
+        ),
+        "triton": _triton.implementation(
+            "upsample_cross_entropy",
+            lambda kernels, *arguments: kernels.upsample_cross_entropy(*_prepared(*arguments)),
+        ),
+    },
     backward=_backward,
     setup_context=_setup_context,
 )

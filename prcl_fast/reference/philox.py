@@ -90,10 +90,10 @@ def bounded(high: Tensor, low: Tensor, n: Tensor) -> Tensor:
     return (high * n + ((low * n) >> 32)) >> 32
 
 
-def philox_normal(seed: Tensor, shape: tuple[int, ...], purpose: Purpose) -> Tensor:
-    """Standard normal numbers, float32 of the given shape, a function of (seed, step, purpose) alone."""
-    element = torch.arange(math.prod(shape), device=seed.device)
-    w0, w1, _, _ = philox_words(seed, element, purpose)
+def philox_normal(seed: Tensor, count: int, purpose: int) -> Tensor:
+    """`count` standard normal numbers, float32, a function of (seed, step, purpose) alone."""
+    element = torch.arange(count, device=seed.device)
+    w0, w1, _, _ = philox_words(seed, element, Purpose(purpose))
     radius = torch.sqrt(-2.0 * torch.log((w0 + 1).double() * 2.0**-32))
     angle = w1.double() * (2.0 * math.pi * 2.0**-32)
-    return (radius * torch.cos(angle)).float().reshape(shape)
+    return (radius * torch.cos(angle)).float()

@@ -66,7 +66,8 @@ def probabilistic_info_nce(
     shape = (num_classes * num_anchors, dim) if needs_grad else (0,)
     grad_mu, grad_var = mu.new_zeros(shape, dtype=work), mu.new_zeros(shape, dtype=work)
 
-    anchors, negatives = anchor_index.flatten(), negative_index.flatten(0, 1)
+    anchors, negatives = anchor_index.flatten(), negative_index.flatten(0, 1)  # [C*A], [C*G, N]
+    anchors_per_group = num_anchors // negative_index.shape[1]
     if _values_are_at_hand(mu.device):
         # Classes without anchors need no work; no sum was clamped if the anchors' variances alone are larger.
         used = weight.nonzero()[:, 0]
@@ -83,9 +84,10 @@ def probabilistic_info_nce(
             anchor_mu = anchor_mu * inverse_norm[pixel, None]
 
         groups = [_pairs(anchor_mu, anchor_var, prototype_mu[classes, None], prototype_var[classes, None])]
-        kept = negatives[rows] >= 0
+        drawn = negatives[rows // anchors_per_group]
+        kept = drawn >= 0
         # The anchor itself stands in for a negative that is missing: as finite as the rest, and masked below.
-        other = torch.where(kept, negatives[rows], pixel[:, None]).flatten()
+        other = torch.where(kept, drawn, pixel[:, None]).flatten()
         other_mu = mu_rows.index_select(0, other).to(work)
         if inverse_norm is not None:
             other_mu *= inverse_norm[other, None]
@@ -106,7 +108,7 @@ def probabilistic_info_nce(
             continue
 
         w = torch.softmax(logits, dim=1)
-        w[:, 0] -= 1.0
+        w[:, 0] = -w[:, 1:].sum(1)  # softmax - 1, without the cancellation
         w *= (row_weight * scale)[:, None]
         row_mu, row_var = torch.zeros_like(anchor_mu), torch.zeros_like(anchor_mu)
         # Sums instead of matmuls, which autocast and TF32 would round.

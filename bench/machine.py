@@ -1,0 +1,115 @@
+"""What a number depends on: device, driver, versions, commit, threads.
+
+python -m bench.machine FILE writes it for this machine's GPU, with the backends that cannot run there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prcl_fast import __version__
+from prcl_fast.data.atomic import write_text
+from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
+
+_SHARE_OF_MEMORY = 0.7
+_SOURCES = Path(__file__).resolve().parent.parent
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine as a result carries it."""
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "device_type": device,
+        "driver": driver() if cuda else None,
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "prcl_fast": __version__,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def commit() -> str:
+    """Of the sources, with -dirty where they were changed; PRCL_COMMIT says it for a copy without git."""
+    text = output("git", "-C", str(_SOURCES), "describe", "--always", "--dirty", "--exclude=*").strip()
+    return text or os.environ.get("PRCL_COMMIT", "unknown")
+
+
+def driver() -> str:
+    lines = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
+    return lines[0] if lines else "unknown"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def fits(needed: int, device: str) -> bool:
+    """Whether so many bytes can be had without driving the machine to its limit."""
+    return needed <= _SHARE_OF_MEMORY * available_bytes(device)
+
+
+def available_bytes(device: str) -> int:
+    """Memory that nobody uses: of the GPU, or of the machine; a very large number where that is unknown."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 1 << 62
+
+
+def output(*command: str) -> str:
+    """What the command prints, or nothing where it cannot run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def main() -> None:
+    missing: dict[str, None] = {}
+    for backend in BACKENDS:
+        for op in op_names():
+            reason = unavailable(op, backend, "cuda")
+            if reason is not None:
+                missing[f"{backend}: {reason}"] = None
+    facts = describe("cuda") | {
+        "cuda": torch.version.cuda,
+        "capability": torch.cuda.get_device_capability(),
+        "not available": list(missing),
+        "nvidia-smi": output("nvidia-smi").splitlines(),
+    }
+    write_text(Path(sys.argv[1]), json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

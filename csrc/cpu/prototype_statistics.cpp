@@ -1,0 +1,166 @@
+// Prototype statistics on the CPU: sums of 1 / s and mu / s over each class's valid pixels.
+//
+// A task owns a fixed range of one image's pixels and a table [C, 2D] of float64 sums. It walks over its
+// pixels and adds each row to the sums of the current run of one class, kept in L1 in the work type; a run is
+// flushed into the table when the class changes, or after kRun pixels, which bounds the rounding. Rows that
+// do not count are never read. Contiguous (NCHW) input is transposed into rows a few pixels at a time. The
+// tables are added in the order of the tasks, whatever thread ran them.
+
+#include "cpu/buffer.h"
+#include "cpu/convert.h"
+#include "labels.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+namespace prcl::cpu {
+namespace {
+
+constexpr int64_t kPixelsPerTask = 4096;
+constexpr int64_t kPixelsPerTile = 32;  // transposed at once: 64 KB of rows at D = 256
+constexpr int kRun = 64;
+
+template <class S>
+struct StatisticsArgs {
+  const S* mu;  // of the image
+  const S* var;
+  const int32_t* label;  // of the task's pixels, -1 where they do not count
+  int64_t first, count, dims, pixel_stride, channel_stride;
+  double* precision;  // [C, D]
+  double* weighted_mean;
+  int64_t* counts;  // [C]
+};
+
+template <class S>
+struct Statistics {
+  using T = Work<S>;
+
+  template <int kBytes>
+  PRCL_INLINE static void run(const StatisticsArgs<S>& args) {
+    using V = typename Vector<T, kBytes>::Type;
+    constexpr int64_t kLanes = Vector<T, kBytes>::kLanes;
+    const int64_t dims = args.dims;
+    const bool transposed = args.channel_stride != 1;
+    const Buffer<T> sums(2 * dims);
+    const Buffer<S> tile(transposed ? 2 * kPixelsPerTile * dims : 0);
+    T *precision = sums.data(), *mean = precision + dims;
+    int32_t current = -1;
+    int run = 0;
+
+    const auto flush = [&]() __attribute__((always_inline)) {
+      if (run > 0) {
+        double *to_precision = args.precision + current * dims,
+               *to_mean = args.weighted_mean + current * dims;
+        for (int64_t l = 0; l < dims; ++l) to_precision[l] += double(precision[l]);
+        for (int64_t l = 0; l < dims; ++l) to_mean[l] += double(mean[l]);
+        args.counts[current] += run;
+      }
+      std::fill_n(precision, 2 * dims, T(0));
+      run = 0;
+    };
+
+    flush();
+    for (int64_t i = 0; i < args.count; ++i) {
+      if (transposed && i % kPixelsPerTile == 0) {
+        const int64_t width = std::min(kPixelsPerTile, args.count - i);
+        if (std::all_of(args.label + i, args.label + i + width, [](int32_t c) { return c < 0; })) {
+          i += width - 1;
+          continue;
+        }
+        transpose(args.mu, args, i, width, tile.data());
+        transpose(args.var, args, i, width, tile.data() + kPixelsPerTile * dims);
+      }
+      const int32_t c = args.label[i];
+      if (c < 0) continue;
+      if (c != current || run == kRun) {
+        flush();
+        current = c;
+      }
+      ++run;
+      const S* mu = transposed ? tile.data() + i % kPixelsPerTile * dims
+                               : args.mu + (args.first + i) * args.pixel_stride;
+      const S* var =
+          transposed ? mu + kPixelsPerTile * dims : args.var + (args.first + i) * args.pixel_stride;
+      int64_t l = 0;
+      for (; l + kLanes <= dims; l += kLanes) {
+        const V r = T(1) / load_as<V>(var + l);
+        store(precision + l, load<V>(precision + l) + r);
+        store(mean + l, load<V>(mean + l) + load_as<V>(mu + l) * r);
+      }
+      for (; l < dims; ++l) {
+        const T r = T(1) / T(var[l]);
+        precision[l] += r;
+        mean[l] += T(mu[l]) * r;
+      }
+    }
+    flush();
+  }
+
+  // Rows [width, D] of pixels first + i ...
+  PRCL_INLINE static void transpose(const S* from, const StatisticsArgs<S>& args, int64_t i, int64_t width,
+                                    S* to) {
+    for (int64_t l = 0; l < args.dims; ++l) {
+      const S* plane = from + l * args.channel_stride + args.first + i;
+      for (int64_t j = 0; j < width; ++j) to[j * args.dims + l] = plane[j];
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid,
+                                                        int64_t num_classes) {
+  const int64_t batch = mu.size(0), dims = mu.size(1), pixels = mu.size(2) * mu.size(3);
+  const bool rows = !mu.is_contiguous();
+  const int64_t tasks_per_image = ceil_div(pixels, kPixelsPerTask), tasks = batch * tasks_per_image;
+  const int64_t table = num_classes * dims;
+  std::vector<double> sums(tasks * 2 * table);
+  std::vector<int64_t> counts(tasks * num_classes);
+  const Labels labels = labels_of(label);
+  const bool* is_valid = valid.const_data_ptr<bool>();
+
+  dispatch_floating(mu, [&](auto zero) {
+    using S = decltype(zero);
+    const S *mu_data = mu.const_data_ptr<S>(), *var_data = var.const_data_ptr<S>();
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> task_label(kPixelsPerTask);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t image = task / tasks_per_image, first = task % tasks_per_image * kPixelsPerTask;
+        const int64_t count = std::min(kPixelsPerTask, pixels - first);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t pixel = image * pixels + first + i;
+          task_label[i] = is_valid[pixel] ? labels.at(pixel, num_classes) : -1;
+        }
+        double* to = sums.data() + task * 2 * table;
+        const int64_t offset = image * dims * pixels;
+        dispatch<Statistics<S>>(StatisticsArgs<S>{mu_data + offset, var_data + offset, task_label.data(),
+                                                  first, count, dims, rows ? dims : 1, rows ? 1 : pixels, to,
+                                                  to + table, counts.data() + task * num_classes});
+      }
+    });
+  });
+
+  Tensor precision = empty_like_of(mu, {num_classes, dims}, ScalarType::Float);
+  Tensor weighted_mean = empty_like_of(mu, {num_classes, dims}, ScalarType::Float);
+  Tensor count = empty_like_of(mu, {num_classes}, ScalarType::Long);
+  float* to[2] = {precision.mutable_data_ptr<float>(), weighted_mean.mutable_data_ptr<float>()};
+  for (int64_t i = 0; i < 2 * table; ++i) {
+    double sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) sum += sums[task * 2 * table + i];
+    to[i / table][i % table] = float(sum);
+  }
+  for (int64_t c = 0; c < num_classes; ++c) {
+    int64_t sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) sum += counts[task * num_classes + c];
+    count.mutable_data_ptr<int64_t>()[c] = sum;
+  }
+  return {precision, weighted_mean, count};
+}
+
+}  // namespace
+}  // namespace prcl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(prcl_fast_native, CPU, m) {
+  m.impl("prototype_statistics", TORCH_BOX(&prcl::cpu::prototype_statistics));
+}

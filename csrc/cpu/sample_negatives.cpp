@@ -1,0 +1,87 @@
+// Negatives on the CPU: a counting sort, a cumulative table of integer weights, and draws in blocks whose
+// random words are made together, so that the generator runs in vectors. Draws are shared among threads; each
+// is a function of its position alone.
+
+#include "cpu/class_lists.h"
+#include "cpu/isa.h"
+#include "philox.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+namespace prcl::cpu {
+namespace {
+
+constexpr int kBlock = 16;  // draws whose words are made together
+constexpr int64_t kDrawsPerTask = 8192;
+
+struct DrawArgs {
+  const ClassLists& lists;
+  const int64_t* cumulative;  // [C, C]
+  const int64_t* seed;
+  int64_t num_classes, draws_per_class, begin, end;
+  int64_t* index;
+};
+
+struct Draw {
+  template <int kBytes>
+  PRCL_INLINE static void run(const DrawArgs& args) {
+    philox::Words words[kBlock];
+    for (int64_t first = args.begin; first < args.end; first += kBlock) {
+      for (int i = 0; i < kBlock; ++i) {
+        words[i] = philox::draw(args.seed, uint32_t(first + i), philox::kNegatives);
+      }
+      const int64_t last = std::min(first + kBlock, args.end);
+      for (int64_t element = first; element < last; ++element) {
+        const philox::Words& w = words[element - first];
+        const int64_t* row = args.cumulative + element / args.draws_per_class * args.num_classes;
+        const int64_t total = row[args.num_classes - 1];
+        const int64_t x = philox::bounded(w.w0, w.w1, total);
+        const int64_t k = std::upper_bound(row, row + args.num_classes, x) - row;
+        args.index[element] =
+            total == 0
+                ? -1
+                : args.lists.pixel[args.lists.start[k] + philox::bounded(w.w2, w.w3, args.lists.count(k))];
+      }
+    }
+  }
+};
+
+std::vector<int64_t> cumulative_weights(const double* probability, const ClassLists& lists,
+                                        int64_t num_classes) {
+  std::vector<int64_t> cumulative(num_classes * num_classes);
+  for (int64_t c = 0; c < num_classes; ++c) {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < num_classes; ++k) {
+      if (k != c && lists.count(k) > 0) sum += philox::weight(probability[c * num_classes + k]);
+      cumulative[c * num_classes + k] = std::min(sum, philox::kOne);
+    }
+  }
+  return cumulative;
+}
+
+Tensor sample_negatives(Tensor class_probability, Tensor label, Tensor valid, int64_t num_anchors,
+                        int64_t num_negatives, Tensor seed) {
+  const int64_t num_classes = class_probability.size(0), draws_per_class = num_anchors * num_negatives;
+  Tensor index = empty_like_of(seed, {num_classes, num_anchors, num_negatives});
+  const bool* is_valid = valid.const_data_ptr<bool>();
+  const ClassLists lists =
+      class_lists(labels_of(label), label.numel(), num_classes, [=](int64_t i) { return is_valid[i]; });
+  const std::vector<int64_t> cumulative =
+      cumulative_weights(class_probability.const_data_ptr<double>(), lists, num_classes);
+  const int64_t draws = num_classes * draws_per_class, tasks = ceil_div(draws, kDrawsPerTask);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    dispatch<Draw>(DrawArgs{lists, cumulative.data(), seed.const_data_ptr<int64_t>(), num_classes,
+                            draws_per_class, begin * kDrawsPerTask, std::min(end * kDrawsPerTask, draws),
+                            index.mutable_data_ptr<int64_t>()});
+  });
+  return index;
+}
+
+}  // namespace
+}  // namespace prcl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(prcl_fast_native, CPU, m) {
+  m.impl("sample_negatives", TORCH_BOX(&prcl::cpu::sample_negatives));
+}

@@ -1,0 +1,268 @@
+// The CUDA kernels of the prototype statistics: sums of 1 / var and mu / var over each class's pixels.
+//
+// Two kernels, one for each memory format, write partial sums [slot, 2, width]; merge_kernel adds each
+// class's slots in a fixed order in float64. No atomics: the result depends on the input and on the number of
+// multiprocessors alone.
+//
+// Rows (channels_last): a warp owns an equal share of the list of counted pixels. The list is sorted by
+// class, so that sums stay in registers until the class changes, which is rare however labels lie in the
+// image. Each row is read once, 16 bytes a lane, kInFlight rows ahead; rows that do not count are never read.
+// Where a row needs fewer than 32 lanes, groups of lanes take different rows; where it needs more, blockIdx.y
+// counts slices of channels. float32 sums run over at most 32 pixels, and these sums over a warp's share.
+// Warp w puts its sums of class c into slot w + c: along the list, w or c grows from one slot to the next.
+//
+// Planes (contiguous NCHW): a block owns kChannels channels, one range of pixels and at most kTableClasses
+// classes. A tile of pixels is read once, 16 bytes a lane along the pixels, and put into shared memory; then
+// each thread walks over the tile's pixels of one channel. A run of one class stays in registers and is added
+// to the thread's float64 sums in shared memory when the class changes or the tile ends. Range r puts class c
+// into slot r * C + c.
+//
+// The reciprocal is the hardware's (1 ulp).
+#pragma once
+
+#include "cuda/approximate.cuh"
+#include "cuda/vector_load.cuh"
+#include "labels.h"
+
+#include <type_traits>
+
+namespace prcl::cuda::prototype {
+
+constexpr unsigned kAll = 0xFFFFFFFF;
+
+constexpr int kWarps = 8, kRowThreads = 32 * kWarps;
+constexpr int kInFlight = 4;
+constexpr int kMinLanes = 4;  // of a row, so that kInFlight rows of each group are at most 32
+
+constexpr int kChannels = 64, kPlaneThreads = kChannels;
+constexpr int kTableClasses = 48;
+constexpr int kVectorsPerRow = 8;                // of a tile: one channel's pixels
+constexpr int kRowVectors = kVectorsPerRow + 1;  // one more between rows spreads the channels over the banks
+template <class S>
+constexpr int kTilePixels = kVectorsPerRow * kVector<S>;
+
+constexpr int kMergeThreads = 32;  // in x over channels, in y over slots
+
+// `count` values, at least one, and `fill` after them. Where rows are aligned, they have whole vectors.
+template <bool kAligned, class S>
+__device__ __forceinline__ Vector<S> read(const S* from, int64_t count, float fill) {
+  return kAligned ? load(from) : load_masked(from, count, fill);
+}
+
+template <class S>
+__device__ __forceinline__ void accumulate(const Vector<S>& mu, const Vector<S>& var,
+                                           float (&precision)[kVector<S>], float (&mean)[kVector<S>]) {
+  float m[kVector<S>], v[kVector<S>];
+  unpack(mu, m);
+  unpack(var, v);
+#pragma unroll
+  for (int i = 0; i < kVector<S>; ++i) {
+    const float r = approximate_reciprocal(v[i]);
+    precision[i] += r;
+    mean[i] = fmaf(m[i], r, mean[i]);
+  }
+}
+
+// How many of the counted pixels each of `units` warps owns.
+__device__ __forceinline__ int64_t share(int64_t counted, int64_t units) {
+  return (counted + units - 1) / units;
+}
+
+// mu, var [pixels, dims]; order, start: the class lists; partial [warps + C, 2, width]. `lanes` is a power of
+// two, at least kMinLanes.
+template <class S, bool kAligned>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    rows_kernel(const S* mu, const S* var, const int* order, const int* start, int classes, int64_t dims,
+                int64_t width, int lanes, float* partial) {
+  const int lane = threadIdx.x % 32, group = lane / lanes, groups = 32 / lanes;
+  const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t channel = (int64_t(blockIdx.y) * 32 + lane % lanes) * kVector<S>;
+  const int64_t loaded = channel < dims ? channel : 0;  // lanes past the row's end do as the first one does
+  const int64_t counted = start[classes], pixels = share(counted, int64_t(gridDim.x) * kWarps);
+  int64_t at = warp * pixels;
+  const int64_t last = at + pixels < counted ? at + pixels : counted;
+  if (at >= last) return;
+  int c = 0;  // the last class that starts at or before `at`
+  for (int above = classes; above - c > 1;) {
+    const int middle = (c + above) / 2;
+    (start[middle] <= at ? c : above) = middle;
+  }
+  for (; at < last; ++c) {
+    const int64_t end = start[c + 1] < last ? start[c + 1] : last;
+    if (at >= end) continue;
+    float precision[kVector<S>] = {}, mean[kVector<S>] = {};
+    int next = at + lane < end ? order[at + lane] : -1;
+    for (; at < end; at += 32) {
+      const int mine = next, here = end - at < 32 ? int(end - at) : 32;
+      next = at + 32 + lane < end ? order[at + 32 + lane] : -1;
+      float step_precision[kVector<S>] = {}, step_mean[kVector<S>] = {};
+      const auto add_rows = [&](auto all_there, int first) {
+        Vector<S> m[kInFlight], v[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          const int64_t pixel = __shfl_sync(kAll, mine, first + i * groups + group);
+          const int64_t from = pixel * dims + loaded, count = dims - loaded;
+          if (decltype(all_there)::value || pixel >= 0) {
+            m[i] = read<kAligned>(mu + from, count, 0.0f);
+            v[i] = read<kAligned>(var + from, count, INFINITY);
+          } else {  // infinite variance adds nothing
+            m[i] = load_masked(mu, 0, 0.0f);
+            v[i] = load_masked(var, 0, INFINITY);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) accumulate(m[i], v[i], step_precision, step_mean);
+      };
+      int first = 0;
+      for (; first + kInFlight * groups <= here; first += kInFlight * groups)
+        add_rows(std::true_type{}, first);
+      if (first < here) add_rows(std::false_type{}, first);
+#pragma unroll
+      for (int i = 0; i < kVector<S>; ++i) {
+        precision[i] += step_precision[i];
+        mean[i] += step_mean[i];
+      }
+    }
+    at = end;
+    for (int across = lanes; across < 32; across *= 2) {
+#pragma unroll
+      for (int i = 0; i < kVector<S>; ++i) {
+        precision[i] += __shfl_xor_sync(kAll, precision[i], across);
+        mean[i] += __shfl_xor_sync(kAll, mean[i], across);
+      }
+    }
+    if (group != 0 || channel >= dims) continue;
+    float* const to = partial + (warp + c) * 2 * width + channel;
+#pragma unroll
+    for (int i = 0; i < kVector<S>; ++i) {
+      to[i] = precision[i];
+      to[width + i] = mean[i];
+    }
+  }
+}
+
+// mu, var [B, dims, plane]; tiles = B * ceil(plane / kTilePixels); partial [ranges, C, 2, width]. Dynamic
+// shared memory: float64 [min(C, kTableClasses), 2, kChannels].
+template <class S, bool kAligned>
+__global__ void __launch_bounds__(kPlaneThreads)
+    planes_kernel(const S* mu, const S* var, Labels label, const bool* valid, int classes, int64_t dims,
+                  int64_t plane, int64_t tiles, int64_t tiles_per_range, int64_t width, float* partial) {
+  constexpr int kPixels = kTilePixels<S>, kRowsAtOnce = kPlaneThreads / kVectorsPerRow;
+  static_assert(kPixels <= kPlaneThreads, "a thread finds the class of one pixel of the tile");
+  __shared__ Vector<S> mu_tile[kChannels][kRowVectors], var_tile[kChannels][kRowVectors];
+  __shared__ int class_of[2][kPixels];  // two tiles': the next one's are found while others still read
+  const int first_class = blockIdx.z * kTableClasses, thread = threadIdx.x;
+  const int own_classes = classes - first_class < kTableClasses ? classes - first_class : kTableClasses;
+  const int64_t first_channel = int64_t(blockIdx.y) * kChannels, channel = first_channel + thread;
+  double* const sums = dynamic_shared<double>() + thread;  // the thread's column of the table
+  for (int k = 0; k < 2 * own_classes; ++k) sums[k * kChannels] = 0;
+
+  const int64_t tiles_per_plane = (plane + kPixels - 1) / kPixels;
+  const int64_t first_tile = blockIdx.x * tiles_per_range;
+  const int64_t last_tile = first_tile + tiles_per_range < tiles ? first_tile + tiles_per_range : tiles;
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const int64_t image = tile / tiles_per_plane, offset = (tile - image * tiles_per_plane) * kPixels;
+    int* const classes_here = class_of[tile % 2];
+    bool counts = false;
+    if (thread < kPixels) {
+      const int64_t pixel = image * plane + offset + thread;
+      const bool inside = offset + thread < plane, kept = inside && valid[pixel];
+      const int c = (inside ? label.at(pixel, classes) : -1) - first_class;
+      counts = kept && c >= 0 && c < own_classes;
+      classes_here[thread] = counts ? c : -1;
+    }
+    if (!__syncthreads_or(counts)) continue;
+
+    const int column = thread % kVectorsPerRow;
+    bool needed = false;
+#pragma unroll
+    for (int i = 0; i < kVector<S>; ++i) needed |= classes_here[column * kVector<S> + i] >= 0;
+    Vector<S> m[kChannels / kRowsAtOnce] = {}, v[kChannels / kRowsAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kChannels / kRowsAtOnce; ++i) {
+      const int64_t row = first_channel + thread / kVectorsPerRow + i * kRowsAtOnce;
+      const int64_t pixel = offset + column * kVector<S>;
+      if (!needed) continue;
+      // A channel past the last one is never written: any row will do.
+      const int64_t from = (image * dims + (row < dims ? row : 0)) * plane + pixel;
+      m[i] = read<kAligned>(mu + from, plane - pixel, 0.0f);
+      v[i] = read<kAligned>(var + from, plane - pixel, 1.0f);
+    }
+#pragma unroll
+    for (int i = 0; i < kChannels / kRowsAtOnce; ++i) {
+      mu_tile[thread / kVectorsPerRow + i * kRowsAtOnce][column] = m[i];
+      var_tile[thread / kVectorsPerRow + i * kRowsAtOnce][column] = v[i];
+    }
+    __syncthreads();
+
+    int run = -1;
+    float precision = 0, mean = 0;
+    const auto end_run = [&] {
+      if (run < 0) return;
+      sums[2 * run * kChannels] += precision;
+      sums[(2 * run + 1) * kChannels] += mean;
+      precision = mean = 0;
+    };
+    for (int i = 0; i < kVectorsPerRow; ++i) {
+      float values[kVector<S>], variances[kVector<S>];
+      unpack(mu_tile[thread][i], values);
+      unpack(var_tile[thread][i], variances);
+#pragma unroll
+      for (int j = 0; j < kVector<S>; ++j) {
+        const int c = classes_here[i * kVector<S> + j];
+        if (c != run) {
+          end_run();
+          run = c;
+        }
+        if (c < 0) continue;
+        const float r = approximate_reciprocal(variances[j]);
+        precision += r;
+        mean = fmaf(values[j], r, mean);
+      }
+    }
+    end_run();
+  }
+  if (channel >= dims) return;
+  for (int k = 0; k < own_classes; ++k) {
+    float* const to = partial + (int64_t(blockIdx.x) * classes + first_class + k) * 2 * width + channel;
+    to[0] = float(sums[2 * k * kChannels]);
+    to[width] = float(sums[(2 * k + 1) * kChannels]);
+  }
+}
+
+struct Slots {
+  int64_t first, count, stride;
+};
+
+// Where rows_kernel, run by `parts` warps, or planes_kernel, for `parts` ranges, put the sums of class c.
+__device__ __forceinline__ Slots slots_of(int c, bool rows, int64_t parts, const int* start, int classes) {
+  if (!rows) return {c, parts, classes};
+  if (start[c] == start[c + 1]) return {0, 0, 0};
+  const int64_t pixels = share(start[classes], parts), first = start[c] / pixels;
+  return {first + c, (start[c + 1] - 1) / pixels - first + 1, 1};
+}
+
+// Block (x, y, z): kMergeThreads channels of the precision (y = 0) or the weighted mean of class z.
+__global__ void __launch_bounds__(kMergeThreads* kMergeThreads)
+    merge_kernel(const float* partial, bool rows, int64_t parts, const int* start, int classes, int64_t dims,
+                 int64_t width, float* precision, float* weighted_mean, int64_t* count) {
+  __shared__ double sums[kMergeThreads][kMergeThreads];
+  const int c = blockIdx.z, which = blockIdx.y, x = threadIdx.x, y = threadIdx.y;
+  const int64_t channel = int64_t(blockIdx.x) * kMergeThreads + x;
+  const Slots slots = slots_of(c, rows, parts, start, classes);
+  double sum = 0;
+  if (channel < dims) {
+#pragma unroll 4
+    for (int64_t i = y; i < slots.count; i += kMergeThreads) {
+      sum += partial[((slots.first + i * slots.stride) * 2 + which) * width + channel];
+    }
+  }
+  sums[y][x] = sum;
+  __syncthreads();
+  if (y > 0) return;
+  for (int i = 1; i < kMergeThreads; ++i) sum += sums[i][x];
+  if (channel < dims) (which == 0 ? precision : weighted_mean)[c * dims + channel] = float(sum);
+  if (channel == 0 && which == 0) count[c] = start[c + 1] - start[c];
+}
+
+}  // namespace prcl::cuda::prototype

@@ -1,0 +1,43 @@
+// Sums over a warp, a block and a list of partial sums, each in an order that never changes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace prcl::cuda {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// Every lane gets the sum.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+// Every thread of the block, which has whole warps, gets the sum.
+template <class T>
+__device__ __forceinline__ T block_sum(T value) {
+  __shared__ T of_warp[32];
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warps = int(blockDim.x) / 32;
+  value = warp_sum(value);
+  __syncthreads();  // of_warp may still be read from an earlier call
+  if (lane == 0) of_warp[warp] = value;
+  __syncthreads();
+  return warp_sum(lane < warps ? of_warp[lane] : T(0));
+}
+
+constexpr int kSumThreads = 512;
+
+// One block: sum[0] = the sum of all partial sums.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const T* partial, int64_t count, T* sum) {
+  double mine = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) mine += double(partial[i]);
+  const double all = block_sum(mine);
+  if (threadIdx.x == 0) *sum = T(all);
+}
+
+}  // namespace prcl::cuda

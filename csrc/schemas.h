@@ -1,0 +1,40 @@
+// Every native op's schema, once. They are raw: argument checks, autograd and fake kernels live in
+// prcl_fast/ops, whose docstrings say what the arguments mean.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace prcl {
+
+template <class Library>
+void define_schemas(Library& m) {
+  m.def("mutual_likelihood_score(Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, bool mean) -> Tensor");
+  m.def(
+      "mutual_likelihood_score_backward(Tensor grad, Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, "
+      "bool mean, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, int num_classes) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sample_anchors(Tensor label, Tensor valid, Tensor hard, int num_classes, int num_anchors, Tensor "
+      "seed) "
+      "-> Tensor");
+  m.def("philox_normal(Tensor seed, int count, int purpose) -> Tensor");
+  m.def(
+      "sample_negatives(Tensor class_probability, Tensor label, Tensor valid, int num_anchors, "
+      "int num_negatives, Tensor seed) -> Tensor");
+  m.def(
+      "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index, "
+      "Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu, float tau, "
+      "bool mean, bool normalize, bool needs_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows, Tensor grad_var_rows, "
+      "Tensor anchor_index, int batch, int height, int width, ScalarType dtype, bool channels_last) "
+      "-> (Tensor, Tensor)");
+  m.def("pseudo_label(Tensor logits, int height, int width, bool align_corners) -> (Tensor, Tensor)");
+  m.def(
+      "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
+      "bool align_corners, bool mean, bool needs_grad) -> (Tensor, Tensor)");
+}
+
+}  // namespace prcl

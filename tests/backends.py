@@ -1,0 +1,132 @@
+"""Runs tests once for each place: a pair of a device and a backend that can run an op there.
+
+The place cpu-emulated is the CUDA code compiled for the CPU (tests/cuda_emulation): its indices and sums can
+be checked without a GPU. Triton runs in its interpreter where there is no GPU (conftest.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cuda_emulation
+import pytest
+import torch
+from torch.utils import _pytree as tree
+
+from prcl_fast.ops import _backend, _native, use_backend
+
+_PLACES = (
+    ("cpu", "torch"),
+    ("cpu", "native"),
+    ("cpu", "triton"),
+    ("cpu", "emulated"),
+    ("cuda", "torch"),
+    ("cuda", "native"),
+    ("cuda", "triton"),
+)
+# Set in the processes that `rerun` starts: only the place named takes part.
+_ONLY = os.environ.get("PRCL_TEST_PLACE")
+
+
+def everywhere(op: str) -> Any:
+    """Parametrises a test over (device, backend); places where the op cannot run skip, saying why."""
+    places = [pytest.param(*place, marks=_marks(op, place), id="-".join(place)) for place in _PLACES]
+    return pytest.mark.parametrize(("device", "backend"), places)
+
+
+def run_everywhere(op: str, *, float64: tuple[str, ...] = ("torch", "native")) -> Any:
+    """A fixture that repeats all tests of its module at every place of `op`.
+
+    The module's function of that name is wrapped: tensors go to the place's device and come back, so that the
+    tests need not know where they run.
+
+    Args:
+        float64: backends that take float64; on others a test whose first floating-point tensor is of that
+            dtype skips.
+    """
+
+    places = [pytest.param(place, marks=_marks(op, place), id="-".join(place)) for place in _PLACES]
+
+    @pytest.fixture(autouse=True, params=places)
+    def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+        device, backend = request.param
+        function = getattr(request.module, op)
+        monkeypatch.setattr(request.module, op, _moved(function, device, backend, float64))
+        with on_backend(backend):
+            yield device, backend
+
+    return place
+
+
+@contextlib.contextmanager
+def on_backend(backend: str) -> Iterator[None]:
+    """Runs every op on `backend`."""
+    if backend != "emulated":
+        with use_backend(backend):
+            yield
+        return
+    native = _native.ops
+    _native.ops = lambda: torch.ops.prcl_fast_emulated
+    try:
+        with use_backend("native"):
+            yield
+    finally:
+        _native.ops = native
+
+
+def rerun(files: Sequence[str], place: str, **environment: str) -> None:
+    """Test files' tests at one place, in a process with another environment; at least one must have run."""
+    options = ["-k", "not compile and not opcheck", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        env=os.environ | {"PRCL_TEST_PLACE": place} | environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout
+
+
+def _moved(
+    function: Callable[..., Any], device: str, backend: str, float64: tuple[str, ...]
+) -> Callable[..., Any]:
+    def move(values: Any, to: str) -> Any:
+        if dataclasses.is_dataclass(values) and not isinstance(values, type):
+            fields = dataclasses.fields(values)
+            return type(values)(**{field.name: getattr(values, field.name).to(to) for field in fields})
+        return values.to(to) if isinstance(values, torch.Tensor) else values
+
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in tree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        dtype = next((value.dtype for value in tensors if value.is_floating_point()), None)
+        if dtype == torch.float64 and backend not in float64:
+            pytest.skip(f"no float64 on {backend}")
+        if device == "cpu":
+            return function(*args, **kwargs)
+        args, kwargs = tree.tree_map(lambda value: move(value, device), (args, kwargs))
+        return tree.tree_map(lambda value: move(value, "cpu"), function(*args, **kwargs))
+
+    return moved
+
+
+def _marks(op: str, place: tuple[str, str]) -> list[pytest.MarkDecorator]:
+    reason = _reason(op, *place) if _ONLY in (None, "-".join(place)) else f"this process tests {_ONLY}"
+    gpu = [pytest.mark.gpu] if place[0] == "cuda" else []
+    return [*gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
+
+
+def _reason(op: str, device: str, backend: str) -> str | None:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    if backend == "emulated":
+        return cuda_emulation.load()
+    return _backend.unavailable(op, backend, device)

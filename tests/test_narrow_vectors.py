@@ -1,0 +1,22 @@
+"""The CPU kernels with narrower vector instructions than this processor has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from backends import rerun
+
+from prcl_fast.ops import _backend
+
+FILES = [str(Path(__file__).parent / f"test_{op}.py") for op in _backend.op_names() if "backward" not in op]
+
+
+@pytest.mark.skipif("PRCL_CPU_ISA" in os.environ, reason="this is the process with fewer instructions")
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_kernels_agree_with_float64(isa: str) -> None:
+    reason = _backend.unavailable("mutual_likelihood_score", "native", "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    rerun(FILES, "cpu-native", PRCL_CPU_ISA=isa)

@@ -1,0 +1,275 @@
+"""Every Triton kernel compiles for a GPU that need not be there, and keeps its values in registers.
+
+Triton decides when a kernel is decorated whether it is interpreted, so the kernels are compiled by this file,
+run as a script in a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ARCHITECTURE = 90
+# What each kernel is launched with for 21 classes and 256 dimensions. `types` has the pointers' element
+# types, where "x" stands for the features'; other arguments are 32-bit integers, or float32 if in `floats`.
+KERNELS: dict[str, dict[str, Any]] = {
+    "class_lists._count_kernel": {
+        "types": {"label": "i64", "keep": "u8", "table": "i32"},
+        "meta": {"BLOCK": 1024},
+    },
+    "class_lists._scatter_kernel": {
+        "types": {"label": "u8", "keep": "u8", "begin": "i64", "order": "i32"},
+        "meta": {"BLOCK": 1024},
+    },
+    "mutual_likelihood_score._forward_kernel": {
+        "types": dict.fromkeys(("mu_a", "var_a", "mu_b", "var_b", "out"), "x"),
+        "dtypes": ("fp32", "fp64"),
+        "meta": {"MEAN": False, "TILE": 64},
+        "num_warps": 8,
+    },
+    "mutual_likelihood_score._backward_kernel": {
+        "types": dict.fromkeys(("grad", "mu_x", "var_x", "mu_y", "var_y", "grad_mu", "grad_var"), "x"),
+        "dtypes": ("fp32", "fp64"),
+        "meta": {"MEAN": False, "ROWS": 16, "DIMS": 64},
+    },
+    "probabilistic_info_nce._weight_kernel": {
+        "types": {"anchor_index": "i64", "positive_count": "i64", "weights": "fp32"},
+        "meta": {"BLOCK": 128},
+    },
+    "probabilistic_info_nce._anchor_kernel": {
+        "types": {
+            "mu": "x",
+            "var": "x",
+            "anchor_index": "i64",
+            "negative_index": "i64",
+            "positive_mean": "fp32",
+            "positive_variance": "fp32",
+            "positive_count": "i64",
+            "virtual_mu": "fp32",
+            "weights": "fp32",
+            "loss": "fp32",
+            "grad_mu": "fp32",
+            "grad_var": "fp32",
+        },
+        "floats": ("scale",),
+        "meta": {"NORMALIZE": True, "NEEDS_GRAD": True, "ROWS": 4, "DIMS": 256},
+        "num_warps": 1,
+    },
+    "probabilistic_info_nce._scatter_kernel": {
+        "types": {
+            "grad_loss": "fp32",
+            "grad_mu_rows": "fp32",
+            "grad_var_rows": "fp32",
+            "pixels": "i64",
+            "order": "i64",
+            "ends": "i64",
+            "grad_mu": "x",
+            "grad_var": "x",
+        },
+        "meta": {"DIMS": 256},
+    },
+    "prototype_statistics._sum_kernel": {
+        "types": {"mu": "x", "var": "x", "label": "i64", "valid": "u8", "sums": "fp32", "counts": "i32"},
+        "meta": {"SPAN": 1024, "PIXELS": 32, "DIMS": 64, "CLASSES": 32},
+    },
+    "pseudo_label._label_kernel": {
+        "types": {"logits": "x", "label": "u8", "confidence": "fp32"},
+        "floats": ("scale_y", "scale_x"),
+        "meta": {"ALIGN": True, "BLOCK": 512},
+    },
+    "sample_anchors._draw_kernel": {
+        "types": {"seed": "i64", "order": "i32", "start": "i64", "end": "i64", "out": "i64"},
+        "meta": {"BLOCK": 256},
+    },
+    "sample_negatives._draw_kernel": {
+        "types": {
+            "seed": "i64",
+            "probability": "fp64",
+            "order": "i32",
+            "start": "i64",
+            "end": "i64",
+            "out": "i64",
+        },
+        "meta": {"CLASSES": 32, "BLOCK": 128},
+    },
+    "upsample_cross_entropy._loss_kernel": {
+        "types": {
+            "logits": "x",
+            "target": "u8",
+            "weight": "fp32",
+            "losses": "fp32",
+            "counts": "i32",
+            "log_sums": "fp32",
+        },
+        "floats": ("scale_y", "scale_x"),
+        "meta": {"NEEDS_GRAD": True, "ALIGN": True, "BLOCK": 512},
+    },
+    "upsample_cross_entropy._axis_kernel": {
+        "types": {"starts": "i32", "lows": "i32", "fractions": "fp32"},
+        "floats": ("scale",),
+        "meta": {"ALIGN": False, "BLOCK": 64},
+    },
+    "upsample_cross_entropy._gradient_kernel": {
+        "types": {
+            "logits": "x",
+            "target": "u8",
+            "weight": "fp32",
+            "log_sums": "fp32",
+            "scale": "fp32",
+            "starts_y": "i32",
+            "fractions_y": "fp32",
+            "starts_x": "i32",
+            "lows_x": "i32",
+            "fractions_x": "fp32",
+            "grad": "fp32",
+        },
+        "meta": {"CLASSES": 4, "ROWS": 16, "COLUMNS": 8, "SPAN": 16},
+    },
+}
+# What kernels call; compiled with them.
+FUNCTIONS = {
+    "class_lists._classes",
+    "interpolation.bilinear",
+    "interpolation.corners",
+    "interpolation.taps",
+    "philox.bounded",
+    "philox.philox_words",
+    "probabilistic_info_nce._add",
+    "probabilistic_info_nce._log1p",
+    "probabilistic_info_nce._pairs",
+}
+
+
+def cases() -> list[tuple[str, str, bool]]:
+    """(kernel, dtype of the features, whether all sizes are 1, which Triton makes compile-time constants)."""
+    return [
+        (name, dtype, ones)
+        for name, kernel in KERNELS.items()
+        for dtype in (
+            kernel.get("dtypes", ("fp32", "bf16")) if "x" in kernel["types"].values() else ("fp32",)
+        )
+        for ones in ((False, True) if dtype == "fp32" else (False,))
+    ]
+
+
+def jitted() -> set[str]:
+    """Everything in the package that Triton compiles, as module.name."""
+    from triton.runtime.jit import KernelInterface
+
+    from prcl_fast import kernels
+
+    found = set()
+    for info in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"{kernels.__name__}.{info.name}")
+        for name, value in vars(module).items():
+            # An interpreted function has no module of its own: its Python function says where it is from.
+            function = getattr(value, "fn", None)
+            if isinstance(value, KernelInterface) and function.__module__ == module.__name__:
+                found.add(f"{info.name}.{name}")
+    return found
+
+
+def compile_all() -> list[dict[str, Any]]:
+    """Per case: the error, or the report of the assembler (None where Triton brings no ptxas)."""
+    from triton import compile as triton_compile
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    ptxas = knobs.nvidia.ptxas.path if Path(knobs.nvidia.ptxas.path).is_file() else None
+    results = []
+    for name, dtype, ones in cases():
+        case = KERNELS[name]
+        module, _, attribute = name.partition(".")
+        kernel = getattr(importlib.import_module(f"prcl_fast.kernels.{module}"), attribute)
+        signature: dict[str, str] = {}
+        constants = dict(case["meta"])
+        for argument in kernel.arg_names:
+            if argument in case["types"]:
+                element = case["types"][argument]
+                signature[argument] = "*" + (dtype if element == "x" else element)
+            elif argument in case["meta"]:
+                signature[argument] = "constexpr"
+            elif argument in case.get("floats", ()):
+                signature[argument] = "fp32"
+            else:
+                signature[argument] = "constexpr" if ones else "i32"
+                constants |= {argument: 1} if ones else {}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, kind in enumerate(signature.values())
+            if kind.startswith("*")
+        }
+        result: dict[str, Any] = {"case": [name, dtype, ones], "error": None, "report": None}
+        try:
+            compiled = triton_compile(
+                ASTSource(kernel, signature, constants, aligned),
+                target=GPUTarget("cuda", ARCHITECTURE, 32),
+                options={"num_warps": case.get("num_warps", 4)},
+            )
+            assert compiled.asm["cubin"]
+            if ptxas and not ones:
+                result["report"] = assemble(ptxas, compiled.asm["ptx"])
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {error}"
+        results.append(result)
+    return results
+
+
+def assemble(ptxas: str, ptx: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name=sm_{ARCHITECTURE}a", str(source), "-o", str(source) + ".cubin"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str, bool], dict[str, Any]]:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return {tuple(result["case"]): result for result in json.loads(process.stdout)}
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case[0]}-{case[1]}{'-ones' * case[2]}")
+def test_a_kernel_compiles(
+    compiled: dict[tuple[str, str, bool], dict[str, Any]], case: tuple[str, str, bool]
+) -> None:
+    assert compiled[case]["error"] is None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in cases() if case[1] != "fp64" and not case[2]],
+    ids=lambda case: f"{case[0]}-{case[1]}",
+)
+def test_a_kernel_keeps_its_values_in_registers(
+    compiled: dict[tuple[str, str, bool], dict[str, Any]], case: tuple[str, str, bool]
+) -> None:
+    report = compiled[case]["report"]
+    if report is None:
+        pytest.skip("Triton brings no ptxas, which knows of spills")
+    assert re.findall(r"(\d+) bytes spill (?:stores|loads)", report) == ["0", "0"], report
+
+
+def test_every_kernel_of_the_package_is_compiled_here() -> None:
+    pytest.importorskip("triton")
+    assert jitted() == set(KERNELS) | FUNCTIONS
+
+
+if __name__ == "__main__":
+    json.dump(compile_all(), sys.stdout)
