@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.run import Row, label
+from bench.run import RESULT_DIFFERS, Row, label
 from prcl_fast.analysis.style import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure, styled
 from prcl_fast.errors import InputError
 
@@ -48,10 +48,10 @@ def write_figures(result: Mapping[str, Any], folder: Path, stem: str) -> list[Pa
 
 
 def _groups(result: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """The rows of each op that have a time: forward with backward where there is a gradient."""
+    """The rows of each op that have a time and the right result; forward with backward where both exist."""
     groups: dict[str, list[Row]] = {}
     for row in result["rows"]:
-        if row["ms"] is not None and row["direction"] != "backward":
+        if row["ms"] is not None and row["direction"] != "backward" and row["note"] != RESULT_DIFFERS:
             groups.setdefault(label(row), []).append(row)
     for name, rows in groups.items():
         last = "both" if any(row["direction"] == "both" for row in rows) else "forward"
@@ -159,4 +159,4 @@ def _ms(row: Row) -> float:
 def _milliseconds(value: float) -> str:
     if value < 0.1:
         return f"{value * 1e3:.0f} µs"
-    return f"{value / 1e3:.1f} s" if value >= 1e4 else f"{value:.3g} ms"
+    return f"{value / 1e3:.1f} s" if value >= 1e3 else f"{value:.3g} ms"

@@ -22,6 +22,7 @@ from prcl_fast.data.atomic import write_text
 from prcl_fast.errors import InputError
 
 KIND = "prcl bench 1"
+RESULT_DIFFERS = "its result differs"  # the note of such a row
 Row = dict[str, Any]
 # What a row is about: equal in two rows that may be compared.
 KEY = ("op", "variant", "size", "dtype", "labels", "shape", "direction", "candidate")
@@ -167,7 +168,7 @@ def _numbers(
     error = errors.get(which)
     note = found.failure or candidate.note
     if not note and error is not None and error > case.bounds[which]:
-        note = "its result differs"
+        note = RESULT_DIFFERS
     return {
         "ms": percentile(times, 50) if times else None,
         "ms_20": percentile(times, 20) if times else None,

@@ -100,6 +100,8 @@ def test_lower_precisions_accumulate_in_float32(dtype: torch.dtype) -> None:
         (40, (2, 3), (33, 2)),
         (1, (4, 4), (8, 8)),
         (19, (33, 5), (131, 19)),
+        (3, (3, 700), (4, 3)),  # most input columns touch no output
+        (2, (1, 1), (5, 700)),
     ],
 )
 def test_any_sizes_and_classes_agree_with_float64(

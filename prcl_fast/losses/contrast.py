@@ -270,7 +270,8 @@ class ProbabilisticContrast(nn.Module):
             "hard_per_class": hard_per_class,
             "anchors_per_class": hard_per_class.clamp(max=self.num_anchors),
             "present_classes": present,
-            "negatives": (negatives >= 0).sum() * self.share,
+            # A class has all of its negatives or none: one look at each is enough.
+            "negatives": (negatives[:, 0, 0] >= 0).sum() * (self.num_anchors * self.num_negatives),
             "loss": loss.detach(),
             "chance_level": torch.log1p((self.num_negatives + self.virtual_negatives * others).float()),
         }
