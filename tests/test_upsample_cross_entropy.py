@@ -115,11 +115,13 @@ def test_any_sizes_and_classes_agree_with_float64(
     exact = logits.detach().double().requires_grad_()
     expected = by_hand(exact, target, weight.double(), align_corners=align_corners)
     (expected_grad,) = torch.autograd.grad(expected, exact)
+    # float32 holds a position between two inputs of a wide map less closely.
+    tolerance = max(1e-5, 4 * max(size) * 2.0**-24)
     for x in (logits, logits.detach().contiguous(memory_format=torch.channels_last).requires_grad_()):
         loss = upsample_cross_entropy(x, target, weight=weight, align_corners=align_corners)
         (grad,) = torch.autograd.grad(loss, x)
-        assert abs(loss.double() - expected) <= 1e-5 * expected
-        assert (grad.double() - expected_grad).norm() <= 1e-5 * expected_grad.norm() + 1e-12
+        assert abs(loss.double() - expected) <= tolerance * expected
+        assert (grad.double() - expected_grad).norm() <= tolerance * expected_grad.norm() + 1e-12
 
 
 def test_the_same_call_gives_the_same_bits_for_any_number_of_threads() -> None:

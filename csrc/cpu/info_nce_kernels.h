@@ -6,8 +6,10 @@
 // anchors of the group pass over it. For each pair the first pass makes the score and, when gradients are
 // wanted, per dimension t = (mu_j - mu_i) r and u = t^2 - r with r = 1 / (s_i + s_j), also kept in L1. The
 // second adds w t and w u to the anchor's sums, w = exp(score - highest): an online softmax, the sums being
-// rescaled when the highest score rises. Two dimensions share a division; the logarithm is that of the
-// product of all s_i + s_j, kept as mantissas and exponents. All sums run in the order of the candidates.
+// rescaled when the highest score rises. The positive stays out of them: its weight, softmax minus one, is
+// minus the sum of the others', which leaves nothing to cancel. Two dimensions share a division; the
+// logarithm is that of the product of all s_i + s_j, kept as mantissas and exponents. All sums run in the
+// order of the candidates.
 //
 // Rows are padded to whole pairs of vectors, with equal means and variances of one half: such dimensions add
 // nothing to a score.
