@@ -20,7 +20,9 @@ from torch import Tensor
 
 from prcl_fast.losses import ProbabilisticContrast
 from prcl_fast.ops import (
+    Purpose,
     mutual_likelihood_score,
+    philox_normal,
     probabilistic_info_nce,
     prototype_statistics,
     pseudo_label,
@@ -66,6 +68,7 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
         "sample_negatives",
         lambda: (sample_negatives(x.probability, x.label, x.valid, *amounts, _NEGATIVES, x.seed),),
     )
+    yield "philox_normal", lambda: (philox_normal(x.seed, (3, 300), Purpose.VIRTUAL_NEGATIVES),)
     for dim in _DIMS:
         rows = [torch.rand(count, dim, generator=generator).to(device) for count in (33, 33, 17, 17)]
         yield f"mutual_likelihood_score D={dim}", _with_gradients(mutual_likelihood_score, rows)

@@ -120,3 +120,9 @@ def test_an_older_pytorch_is_named(
     (tmp_path / "_native.so").touch()
     monkeypatch.setattr(torch, "__version__", "2.10.1")
     assert _native.cpu_library_error() == "_native.so needs PyTorch 2.11 or newer; this is 2.10.1"
+
+
+def test_every_op_has_every_backend() -> None:
+    """A loss made of several ops must run as a whole on the backend that was chosen."""
+    for name in _backend.op_names():
+        assert tuple(_backend._implementations[name]) == _backend.BACKENDS

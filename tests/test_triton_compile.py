@@ -46,6 +46,10 @@ KERNELS: dict[str, dict[str, Any]] = {
         "types": {"anchor_index": "i64", "positive_count": "i64", "weights": "fp32"},
         "meta": {"BLOCK": 128},
     },
+    "philox_normal._normal_kernel": {
+        "types": {"seed": "i64", "out": "fp32"},
+        "meta": {"PURPOSE": 3, "BLOCK": 256},
+    },
     "probabilistic_info_nce._anchor_kernel": {
         "types": {
             "mu": "x",
@@ -263,7 +267,10 @@ def test_a_kernel_keeps_its_values_in_registers(
     report = compiled[case]["report"]
     if report is None:
         pytest.skip("Triton brings no ptxas, which knows of spills")
-    assert re.findall(r"(\d+) bytes spill (?:stores|loads)", report) == ["0", "0"], report
+    # Two numbers for the kernel, and two for each function that it calls, such as the double cosine's.
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    assert len(spills) >= 2, report
+    assert set(spills) == {"0"}, report
 
 
 def test_every_kernel_of_the_package_is_compiled_here() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prcl_fast.ops import _native
+from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import check_count, check_draws, check_seed
 from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.reference import philox as reference
@@ -50,6 +50,10 @@ _op = define_op(
         "torch": Implementation(reference.philox_normal),
         "native": _native.implementation(
             lambda native, seed, count, purpose: native.philox_normal(seed.contiguous(), count, purpose)
+        ),
+        "triton": _triton.implementation(
+            "philox_normal",
+            lambda kernels, seed, count, purpose: kernels.philox_normal(seed.contiguous(), count, purpose),
         ),
     },
 )
