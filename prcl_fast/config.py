@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prcl_fast.config_errors import first_message
 from prcl_fast.config_files import PATH_KEYS, apply_override, read_tree
@@ -31,6 +31,11 @@ Count = Annotated[int, Field(ge=1)]
 Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
 Rgb = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 PathString = Annotated[Path, Field(strict=False)]
+
+
+def _off_is_a_word(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 class SyntheticConfig(Section):
@@ -98,6 +103,12 @@ class DataConfig(Section):
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     std: list[Positive] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
     workers: int = Field(2, ge=0, description="Processes that decode images; 0 decodes in the main process.")
+    cache: Literal["none", "ram", "disk"] = Field(
+        "none", description="Keep the decoded training images: in memory that processes share, or on disk."
+    )
+    cache_dir: PathString | None = Field(
+        None, description="Folder of cache: disk; null: prcl_fast/images in the user's cache folder."
+    )
     scan: bool = Field(True, description="Check every label file for ids out of range before training.")
 
     @model_validator(mode="after")
@@ -217,8 +228,15 @@ class TrainConfig(Section):
     batch_labeled: Count = Field(8, description="Labeled images of a step, over all processes.")
     batch_unlabeled: Count = Field(8, description="Unlabeled images of a step, over all processes.")
     accumulate: Count = Field(1, description="Forward and backward passes that share one optimiser step.")
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: Annotated[Literal["off", "bf16", "fp16"], BeforeValidator(_off_is_a_word)] = "off"
+    tf32: bool = Field(
+        True, description="CUDA: float32 products and convolutions with TF32's 10-bit mantissa."
+    )
     compile: bool = Field(False, description="torch.compile for the networks.")
+    graph: bool = Field(False, description="CUDA: the whole step as one captured graph.")
+    sync_check: bool = Field(
+        False, description="CUDA: an error where a step makes the host wait for the device."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's choice.")
     log_every: Count = 20
@@ -322,9 +340,9 @@ def config_fingerprint(config: Config) -> str:
     """A hash of all that shapes a run's result: two runs of one fingerprint may share an output directory."""
     tree = dump_config(config)
     del tree["output"]
-    for key in ("workers", "scan"):
+    for key in ("workers", "scan", "cache", "cache_dir"):
         del tree["data"][key]
-    for key in ("threads", "log_every", "save_every", "device"):
+    for key in ("threads", "log_every", "save_every", "device", "graph", "sync_check"):
         del tree["train"][key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 

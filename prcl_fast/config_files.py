@@ -17,6 +17,7 @@ PATH_KEYS = (
     ("data", "unlabeled"),
     ("data", "val"),
     ("data", "classes"),
+    ("data", "cache_dir"),
     ("model", "weights"),
 )
 

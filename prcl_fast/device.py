@@ -1,4 +1,4 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and how it computes."""
 
 from __future__ import annotations
 
@@ -25,3 +25,19 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= available:
         raise InputError(f"device: {name} was asked for, but this machine has {available} CUDA devices")
     return device
+
+
+def prepare_device(device: torch.device, *, threads: int | None, tf32: bool) -> None:
+    """Settings of PyTorch, for the whole process, with which a training runs.
+
+    Args:
+        threads: of the CPU; None leaves PyTorch's choice.
+        tf32: CUDA: float32 products and convolutions may round their factors to TF32's 10 bits.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = True  # a training's shapes are fixed

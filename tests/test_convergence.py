@@ -52,7 +52,7 @@ def losses_and_gradient(
     method = trainer.method
     method.train()
     with use_backend(backend):
-        losses = method.losses(batch, Step(step, STEPS))
+        losses = method.losses(batch, Step(torch.tensor(step), STEPS))
         losses["loss"].backward()
     gradient = torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
     return {name: value.detach() for name, value in losses.items()}, gradient
@@ -61,20 +61,20 @@ def losses_and_gradient(
 def test_every_step_has_the_same_losses_and_gradient(tmp_path: Path) -> None:
     reference, fused = trainer_in(tmp_path / "reference"), trainer_in(tmp_path / "fused")
     apart = []
-    with contextlib.closing(reference._batches()) as batches:
+    with contextlib.closing(reference.batches()) as batches:
         for step in range(STEPS):
             batch = next(batches)
             fused.method.load_state_dict(reference.method.state_dict())
-            fused.optimizer.zero_grad()
+            fused.train_step.optimizer.zero_grad()
             expected, expected_gradient = losses_and_gradient(reference, batch, step, "torch")
             got, gradient = losses_and_gradient(fused, batch, step, FUSED)
             error = (gradient - expected_gradient).norm() / expected_gradient.norm()
             close = all(abs(got[name] - expected[name]) <= 1e-5 * expected[name] + 1e-7 for name in expected)
             if not close or error > 1e-4:
                 apart.append((step, got, expected, float(error)))
-            reference.optimizer.step()
-            reference.optimizer.zero_grad()
-            reference.method.after_step(step)
+            reference.train_step.optimizer.step()
+            reference.train_step.optimizer.zero_grad()
+            reference.method.after_step(Step(torch.tensor(step), STEPS))
     # A confidence that rounds to the other side of a threshold changes what is drawn: rare, but right.
     assert len(apart) <= STEPS // 100, apart
 
@@ -85,14 +85,14 @@ def test_two_trainings_take_the_same_course(tmp_path: Path) -> None:
     for backend in ("torch", FUSED):
         trainer = trainer_in(tmp_path / backend)
         record: list[Tensor] = []
-        step = trainer._step
+        step = trainer.step
 
         def recorded(batches: Any, step: Any = step, record: list[Tensor] = record) -> dict[str, Tensor]:
             losses = step(batches)
             record.append(torch.stack([losses[name] for name in SMOOTH_LOSSES]))
             return losses
 
-        trainer._step = recorded  # type: ignore[method-assign]
+        trainer.step = recorded  # type: ignore[method-assign]
         with use_backend(backend):
             summaries[backend] = trainer.run()
         curves[backend] = torch.stack(record).unfold(0, 20, 20).mean(-1)  # [STEPS / 20, losses]

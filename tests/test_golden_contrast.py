@@ -139,7 +139,7 @@ def test_unsupervised_loss_is_the_recorded_one() -> None:
 
 
 def test_schedules_are_the_recorded_ones() -> None:
-    rates = [poly_lr(6.4e-3, step, 50, floor=1e-6) for step in range(50)]
+    rates = [poly_lr(6.4e-3, torch.tensor(step), 50, floor=1e-6) for step in range(50)]
     np.testing.assert_allclose(rates, GOLDEN["poly_lr_50"], rtol=1e-6)
-    weights = [lambda_c(1.0, step, 50) for step in range(50)]
+    weights = [lambda_c(1.0, torch.tensor(step), 50) for step in range(50)]
     np.testing.assert_allclose(weights, GOLDEN["lambda_c_50"], rtol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "prcl_fast"
 
-# What each part may import besides itself, and besides config, errors and device, which know nobody.
+# What each part may import besides itself, and besides the leaves, which know nobody.
 ALLOWED = {
     "reference": set(),
     "kernels": {"reference"},
@@ -22,7 +22,7 @@ ALLOWED = {
     "engine": {"methods", "losses", "ops", "models", "data"},
     "cli": {"engine", "analysis", "methods", "models", "data", "ops", "losses"},
 }
-LEAVES = {"config", "config_files", "config_errors", "errors", "device", "__version__"}
+LEAVES = {"config", "config_files", "config_errors", "errors", "device", "parts", "__version__"}
 
 
 def imported_parts(file: Path) -> set[str]:

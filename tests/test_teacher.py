@@ -31,7 +31,7 @@ def copy_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_first_update_copies_the_student(student):
     teacher = EMATeacher(student)
     change(student)
-    teacher.update(0)
+    teacher.update(torch.tensor(0))
     for key, value in student.state_dict().items():
         torch.testing.assert_close(teacher.network.state_dict()[key], value, rtol=0, atol=0)
 
@@ -41,7 +41,7 @@ def test_update_averages_parameters_and_buffers_with_the_warm_decay(student, ste
     teacher = EMATeacher(student)
     before = copy_of(teacher.network)
     change(student)
-    teacher.update(step)
+    teacher.update(torch.tensor(step))
     now, target = teacher.network.state_dict(), student.state_dict()
     kinds = set()
     for key, value in target.items():
@@ -55,18 +55,18 @@ def test_decay_limit_can_be_set(student):
     teacher = EMATeacher(student, decay=0.9)
     before = teacher.network.classifier[3].bias.clone()
     change(student)
-    teacher.update(1000)
+    teacher.update(torch.tensor(1000))
     expected = 0.9 * before + 0.1 * student.classifier[3].bias
     torch.testing.assert_close(teacher.network.classifier[3].bias, expected)
 
 
 def test_update_follows_a_student_whose_tensors_moved(student):
     teacher = EMATeacher(student)
-    teacher.update(0)
+    teacher.update(torch.tensor(0))
     student.double()
     teacher.double()
     change(student)
-    teacher.update(0)
+    teacher.update(torch.tensor(0))
     assert teacher.network.backbone.bn1.running_mean.dtype == torch.float64
     for key, value in student.state_dict().items():
         torch.testing.assert_close(teacher.network.state_dict()[key], value, rtol=0, atol=0)
@@ -103,6 +103,6 @@ def test_teacher_keeps_the_memory_format(student):
     student.to(memory_format=torch.channels_last)
     teacher = EMATeacher(student)
     change(student)
-    teacher.update(4)
+    teacher.update(torch.tensor(4))
     weight = teacher.network.backbone.layer1[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -244,11 +244,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
 
 def test_the_guard_names_the_first_term_and_iteration() -> None:
-    guard = FiniteGuard()
-    bad = torch.tensor(float("inf"))
-    guard.watch({"loss": torch.tensor(1.0), "loss_a": torch.tensor(1.0), "loss_b": torch.tensor(1.0)}, 0)
+    guard = FiniteGuard(("loss", "loss_a", "loss_b"), torch.device("cpu"))
+    good, bad = 1.0, float("inf")
+    guard.watch(torch.tensor([good, good, good]), torch.tensor(0))
     guard.check()
-    guard.watch({"loss": bad, "loss_a": torch.tensor(1.0), "loss_b": bad}, 1)
-    guard.watch({"loss": bad, "loss_a": bad, "loss_b": bad}, 2)
+    guard.watch(torch.tensor([bad, good, bad]), torch.tensor(1))
+    guard.watch(torch.tensor([bad, bad, bad]), torch.tensor(2))
     with pytest.raises(NonFiniteLossError, match="loss_b was not finite at iteration 1"):
         guard.check()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+_NEVER = torch.iinfo(torch.int64).max
 
 
 class NonFiniteLossError(RuntimeError):
@@ -15,31 +17,24 @@ class NonFiniteLossError(RuntimeError):
 class FiniteGuard:
     """Remembers on the device, for each term, the first iteration at which it was not finite."""
 
-    def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
-        self._first: Tensor | None = None
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        """`names` of the terms that `watch` will be given."""
+        self._names = tuple(names)
+        self._first = torch.full((len(names),), _NEVER, device=device)
 
-    def watch(self, losses: Mapping[str, Tensor], iteration: int) -> None:
-        """Records this iteration's terms (scalars)."""
-        # The total is last, so that a term is named rather than the sum that it spoilt.
-        names = (*(name for name in losses if name != "loss"), "loss")
-        values = torch.stack([losses[name].detach().float() for name in names])
-        if self._first is None:
-            self._names = names
-            self._first = torch.full((len(names),), torch.iinfo(torch.int64).max, device=values.device)
-        now = torch.full_like(self._first, iteration)
-        self._first = torch.where(values.isfinite(), self._first, torch.minimum(self._first, now))
+    def watch(self, values: Tensor, iteration: Tensor) -> None:
+        """Records the terms [names] of `iteration`, an integer scalar."""
+        now = torch.where(values.isfinite(), _NEVER, iteration)
+        torch.minimum(self._first, now, out=self._first)
 
     def check(self) -> None:
         """Raises NonFiniteLossError if any recorded term was not finite. Reads from the device."""
-        if self._first is None:
+        first = dict(zip(self._names, self._first.tolist(), strict=True))
+        # Terms rather than the total that they spoilt.
+        name = min(first, key=lambda name: (first[name], name == "loss"))
+        if first[name] == _NEVER:
             return
-        first = self._first.tolist()
-        earliest = min(first)
-        if earliest == torch.iinfo(torch.int64).max:
-            return
-        name = self._names[first.index(earliest)]
         raise NonFiniteLossError(
-            f"the term {name} was not finite at iteration {earliest}; the last checkpoint is from before it. "
-            "A smaller optim.lr, a larger method.tau or train.amp=bf16 instead of fp16 often helps."
+            f"the term {name} was not finite at iteration {first[name]}; the last checkpoint is from before "
+            "it. A smaller optim.lr, a larger method.tau or train.amp=bf16 instead of fp16 often helps."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -16,14 +16,15 @@ from prcl_fast.config import Config, config_fingerprint, dump_config
 from prcl_fast.data.batches import Batch, training_batches
 from prcl_fast.data.scan import scan_labels
 from prcl_fast.data.source import build_source
-from prcl_fast.device import choose_device
+from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.checkpoint import load_checkpoint, restore, save_checkpoint
 from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.guard import FiniteGuard
+from prcl_fast.engine.graph import CapturedStep
 from prcl_fast.engine.logging import RunLog
 from prcl_fast.engine.rundir import claim_output, label_scan_cache
-from prcl_fast.losses import poly_lr
-from prcl_fast.methods import Step, build_method
+from prcl_fast.engine.step import TrainStep
+from prcl_fast.errors import InputError
+from prcl_fast.methods import build_method
 
 
 class InterruptedRunError(RuntimeError):
@@ -43,22 +44,19 @@ class Trainer:
     def __init__(self, config: Config, console: Console) -> None:
         self.config, self.console = config, console
         self.device = choose_device(config.train.device)
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
+        if self.device.type != "cuda":
+            for key in ("graph", "sync_check"):
+                if getattr(config.train, key):
+                    raise InputError(f"train.{key}: needs a CUDA device; this run is on {self.device}")
+        prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
         if config.data.scan:
             scan_labels(self.source, cache=label_scan_cache())
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.groups = self.method.parameter_groups()
-        self.base_lr = [group["lr"] for group in self.groups]
-        optim = config.optim
-        self.optimizer = torch.optim.SGD(
-            self.groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, foreach=True
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
-        self.guard = FiniteGuard()
+        self.train_step = TrainStep(self.method, config, self.device)
+        self._run_step = CapturedStep(self.train_step) if config.train.graph else self.train_step
         self.iteration = 0
         self.progress: dict[str, Any] = {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}}
         self.stopping = False
@@ -67,6 +65,8 @@ class Trainer:
         if config.train.compile:
             for network in self.method.networks().values():
                 network.compile()
+        self.method.train()
+        self._steps_here = 0
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the summary of the run.
@@ -81,25 +81,21 @@ class Trainer:
         with (
             RunLog(self.output, start=self.iteration, total=total, console=self.console) as log,
             self._stop_on_signal(),
-            contextlib.closing(self._batches()) as batches,
+            contextlib.closing(self.batches()) as batches,
         ):
-            sums = _Means()
             while self.iteration < total:
-                losses = self._step(batches)
-                self.iteration += 1
-                sums.add(losses)
+                self.step(batches)
                 self.progress["seconds"] = time.monotonic() - started
                 done = self.iteration == total
                 if self._due(train.log_every) or done:
-                    self.guard.check()
-                    log.train(self.iteration, self._record(sums))
-                    sums = _Means()
+                    self.train_step.check_finite()
+                    log.train(self.iteration, self._record())
                 log.advance(self.iteration)
                 if self._due(train.eval_every) or done:
                     self._evaluate(log)
                     self.progress["seconds"] = time.monotonic() - started
                 if self._due(train.save_every) or done or self.stopping:
-                    self.guard.check()
+                    self.train_step.check_finite()
                     log.flush()
                     self._save("last.pt")
                 if self.stopping and not done:
@@ -122,31 +118,22 @@ class Trainer:
             "output": str(self.output),
         }
 
-    def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """One optimiser step over `accumulate` micro-batches; the named losses, averaged over them."""
-        config, step = self.config, Step(self.iteration, self.config.train.iterations)
-        for group, base in zip(self.optimizer.param_groups, self.base_lr, strict=True):
-            group["lr"] = poly_lr(base, step.iteration, step.total, power=config.optim.power)
-        self.method.train()
-        means = _Means()
-        for _ in range(config.train.accumulate):
-            batch = next(batches)
-            with self._autocast():
-                losses = self.method.losses(batch, step)
-            self.scaler.scale(losses["loss"] / config.train.accumulate).backward()
-            means.add(losses)
-        mean = means.tensors()
-        self.guard.watch(mean, self.iteration)
-        if self.device.type == "cpu":  # nothing to synchronise with: stop before the weights are spoilt
-            self.guard.check()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(self.iteration)
-        return mean
+    def step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """One optimiser step over the next `accumulate` micro-batches; the named losses, averaged over them.
+
+        On CUDA the losses are written anew by the next step where `train.graph` is set.
+        """
+        micro_batches = [next(batches) for _ in range(self.config.train.accumulate)]
+        with self._no_waiting():
+            losses = self._run_step(micro_batches)
+        self.iteration += 1
+        self._steps_here += 1
+        return losses
 
     def _evaluate(self, log: RunLog) -> None:
         config = self.config
+        # Whole images come in many sizes: trying algorithms for each would take longer than it saves.
+        torch.backends.cudnn.benchmark = False
         results = evaluate(
             self.method.networks(),
             self.source,
@@ -155,19 +142,21 @@ class Trainer:
             self.device,
             amp=config.train.amp,
         )
+        torch.backends.cudnn.benchmark = True
+        self.method.train()
         main = next(iter(results.values()))
         iou = dict(zip(self.source.classes, (100 * main.iou).tolist(), strict=True))
         last = {"miou": main.miou, "miou_student": results["student"].miou}
         log.evaluation(self.iteration, last | {"iou": iou})
         self.progress["last"] = last
         if main.miou > self.progress["best_miou"]:
-            self.guard.check()
+            self.train_step.check_finite()
             self.progress |= {"best_miou": main.miou, "best_iteration": self.iteration}
             self._save("best.pt")
 
-    def _record(self, means: _Means) -> dict[str, Any]:
-        values = {name: float(value) for name, value in means.tensors().items()}
-        values |= {"seconds": round(self.progress["seconds"], 2), "lr": self.optimizer.param_groups[0]["lr"]}
+    def _record(self) -> dict[str, Any]:
+        values: dict[str, Any] = dict(self.train_step.take_means())
+        values |= {"seconds": round(self.progress["seconds"], 2), "lr": self.train_step.learning_rate()}
         return values | self.method.diagnostics()
 
     def _save(self, name: str) -> None:
@@ -178,9 +167,8 @@ class Trainer:
             "palette": self.source.palette.tolist(),
             "iteration": self.iteration,
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
             "progress": self.progress,
+            **self.train_step.state_dict(),
         }
         save_checkpoint(self.output / name, state)
 
@@ -190,12 +178,11 @@ class Trainer:
             return
         state = load_checkpoint(path)
         restore(self.method, state["method"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
         self.iteration, self.progress = state["iteration"], state["progress"]
+        self.train_step.load_state_dict(state, self.iteration)
         self.console.print(f"{path}: going on from iteration {self.iteration}", highlight=False)
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def batches(self) -> Generator[Batch, None, None]:
         return training_batches(
             self.source,
             self.config,
@@ -204,10 +191,18 @@ class Trainer:
             unlabeled=self.method.needs_unlabeled,
         )
 
-    def _autocast(self) -> torch.autocast:
-        amp = self.config.train.amp
-        dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=amp != "off")
+    @contextlib.contextmanager
+    def _no_waiting(self) -> Iterator[None]:
+        """With `train.sync_check`, what makes the host wait for the device is an error."""
+        # In the first step libraries and compilers set themselves up.
+        if not self.config.train.sync_check or self._steps_here == 0:
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     def _due(self, every: int) -> bool:
         return self.iteration % every == 0
@@ -240,20 +235,3 @@ class Trainer:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-
-
-class _Means:
-    """Means of named scalars, kept on their device."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: total / self._count for name, total in self._sums.items()}

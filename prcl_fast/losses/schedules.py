@@ -1,15 +1,29 @@
-"""What changes with the iteration: the weight of the contrast and the learning rate."""
+"""What changes with the iteration, computed where the iteration is counted: on the device."""
 
 from __future__ import annotations
 
-import math
+import torch
+from torch import Tensor
 
 
-def lambda_c(initial: float, iteration: int, total: int, *, alpha: float = -5.0) -> float:
-    """Weight of the contrast, eq. (12) of the IJCV paper: initial * exp(alpha * (iteration / total)^2)."""
-    return initial * math.exp(alpha * (iteration / total) ** 2)
+def lambda_c(initial: float, iteration: Tensor, total: int, *, alpha: float = -5.0) -> Tensor:
+    """Weight of the contrast, eq. (12) of the IJCV paper: initial * exp(alpha * (iteration / total)^2).
+
+    Args:
+        iteration: integer scalar, on any device.
+    Returns:
+        float64 scalar beside it.
+    """
+    return initial * torch.exp(alpha * (iteration.double() / total) ** 2)
 
 
-def poly_lr(base: float, iteration: int, total: int, *, power: float = 0.9, floor: float = 0.0) -> float:
-    """Polynomial decay of a learning rate: base * (1 - iteration / total)^power, never below `floor`."""
-    return max(base * max(1.0 - iteration / total, 0.0) ** power, floor)
+def poly_lr(base: float, iteration: Tensor, total: int, *, power: float = 0.9, floor: float = 0.0) -> Tensor:
+    """Polynomial decay of a learning rate: base * (1 - iteration / total)^power, never below `floor`.
+
+    Args:
+        iteration: integer scalar, on any device.
+    Returns:
+        float64 scalar beside it.
+    """
+    left = (1.0 - iteration.double() / total).clamp(min=0.0)
+    return (base * left**power).clamp(min=floor)

@@ -15,9 +15,12 @@ from prcl_fast.models.network import SegmentationNetwork, build_network
 
 @dataclass(frozen=True)
 class Step:
-    """Where training stands: `iteration` counts optimiser steps from 0, of `total`."""
+    """Where training stands: `iteration` counts optimiser steps from 0, of `total`.
 
-    iteration: int
+    The count lies on the device, so that a captured step can go on counting.
+    """
+
+    iteration: Tensor  # int64 scalar
     total: int
 
 
@@ -59,8 +62,8 @@ class Method(nn.Module):
         """The scalars of one micro-batch: "loss" is what is minimised, the others are its named terms."""
         raise NotImplementedError
 
-    def after_step(self, iteration: int) -> None:
-        """Called once after the optimiser step of `iteration` (from 0)."""
+    def after_step(self, step: Step) -> None:
+        """Called once after the optimiser step of `step`."""
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to evaluate, by name; the first is the one that counts."""

@@ -18,6 +18,7 @@ from prcl_fast.methods.base import Method, Step
 from prcl_fast.models.network import NetworkOutput
 from prcl_fast.models.teacher import EMATeacher
 from prcl_fast.ops import pseudo_label
+from prcl_fast.parts import part
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class MeanTeacher(Method):
         assert batch.unlabeled_image is not None
         assert batch.inside is not None
         assert batch.strong is not None
-        with torch.no_grad():
-            weak = batch.unlabeled_image
+        weak = batch.unlabeled_image
+        with torch.no_grad(), part("teacher"):
             logits = self.teacher(self.normalize(weak), representations=False).logits
             label, confidence = pseudo_label(logits, weak.shape[-2:])
             label = label.masked_fill(~batch.inside, IGNORE)
             confidence = confidence.masked_fill(~batch.inside, 0.0)
+        with torch.no_grad(), part("strong augmentation"):
             image = strong_augment(weak, batch.strong)
             image, label, confidence = mix(image, label, confidence, batch.strong, self.settings.mix)
             return Unlabeled(self.normalize(image), label, confidence)
@@ -68,39 +70,42 @@ class MeanTeacher(Method):
         self, batch: Batch, unlabeled: Unlabeled, *, representations: bool
     ) -> tuple[NetworkOutput, NetworkOutput]:
         """The student on labeled and on unlabeled images, in one pass or in two (batch statistics differ)."""
-        labeled_image = self.normalize(batch.labeled_image)
-        if self.settings.forward == "separate":
-            return (
-                self.student(labeled_image, representations=representations),
-                self.student(unlabeled.image, representations=representations),
-            )
-        both = self.student(torch.cat([labeled_image, unlabeled.image]), representations=representations)
-        count = len(labeled_image)
-        return both.rows(slice(None, count)), both.rows(slice(count, None))
+        with part("student"):
+            labeled_image = self.normalize(batch.labeled_image)
+            if self.settings.forward == "separate":
+                return (
+                    self.student(labeled_image, representations=representations),
+                    self.student(unlabeled.image, representations=representations),
+                )
+            both = self.student(torch.cat([labeled_image, unlabeled.image]), representations=representations)
+            count = len(labeled_image)
+            return both.rows(slice(None, count)), both.rows(slice(count, None))
 
     def segmentation_losses(
         self, batch: Batch, unlabeled: Unlabeled, labeled_out: NetworkOutput, unlabeled_out: NetworkOutput
     ) -> dict[str, Tensor]:
         """L_s, L_u and their sum."""
         settings = self.settings
-        supervised = supervised_loss(labeled_out.logits, batch.label)
-        unsupervised = unsupervised_loss(
-            unlabeled_out.logits,
-            unlabeled.label,
-            unlabeled.confidence,
-            delta_u=settings.delta_u,
-            omega=settings.omega,
-        )
-        self._omega = (unlabeled.confidence > settings.delta_u).sum() / (unlabeled.label != IGNORE).sum()
-        return {
-            "loss": supervised + unsupervised,
-            "loss_supervised": supervised,
-            "loss_unsupervised": unsupervised,
-        }
+        with part("losses"):
+            supervised = supervised_loss(labeled_out.logits, batch.label)
+            unsupervised = unsupervised_loss(
+                unlabeled_out.logits,
+                unlabeled.label,
+                unlabeled.confidence,
+                delta_u=settings.delta_u,
+                omega=settings.omega,
+            )
+            self._omega = (unlabeled.confidence > settings.delta_u).sum() / (unlabeled.label != IGNORE).sum()
+            return {
+                "loss": supervised + unsupervised,
+                "loss_supervised": supervised,
+                "loss_unsupervised": unsupervised,
+            }
 
-    def after_step(self, iteration: int) -> None:
+    def after_step(self, step: Step) -> None:
         """Moves the teacher towards the student."""
-        self.teacher.update(iteration)
+        with part("ema"):
+            self.teacher.update(step.iteration)
 
     def networks(self) -> dict[str, nn.Module]:
         """The teacher counts; the student is shown beside it."""

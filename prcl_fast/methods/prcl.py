@@ -14,6 +14,7 @@ from prcl_fast.losses import ProbabilisticContrast, explain_inert, lambda_c
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.mean_teacher import MeanTeacher, Unlabeled
 from prcl_fast.models.network import NetworkOutput
+from prcl_fast.parts import part
 
 
 class PRCL(MeanTeacher):
@@ -42,16 +43,18 @@ class PRCL(MeanTeacher):
         )
         self._mu: Tensor | None = None
         self._var: Tensor | None = None
-        self._lambda_c = 0.0
+        self._lambda_c: Tensor | None = None
 
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Algorithm 1: L_s and L_u as in MeanTeacher, then L_c over labeled and unlabeled pixels together."""
         unlabeled = self.pseudo_labeled(batch)
         outputs = self.student_pass(batch, unlabeled, representations=True)
         losses = self.segmentation_losses(batch, unlabeled, *outputs)
-        contrast = self._contrastive_loss(batch, unlabeled, *outputs)
-        self._lambda_c = lambda_c(self.prcl.lambda_c, step.iteration, step.total, alpha=self.prcl.alpha)
-        losses["loss"] = losses["loss"] + self._lambda_c * contrast
+        with part("contrast"):
+            contrast = self._contrastive_loss(batch, unlabeled, *outputs)
+            weight = lambda_c(self.prcl.lambda_c, step.iteration, step.total, alpha=self.prcl.alpha)
+            self._lambda_c = weight.to(contrast.dtype)
+            losses["loss"] = losses["loss"] + self._lambda_c * contrast
         losses["loss_contrast"] = contrast
         return losses
 
@@ -84,7 +87,9 @@ class PRCL(MeanTeacher):
 
     def diagnostics(self) -> dict[str, Any]:
         """The contrast beside its chance level, its sampling, and the spread of the representation."""
-        values = super().diagnostics() | {"lambda_c": self._lambda_c}
+        values = super().diagnostics()
+        if self._lambda_c is not None:
+            values["lambda_c"] = float(self._lambda_c)
         for name, tensor in (("mu", self._mu), ("variance", self._var)):
             if tensor is not None:
                 values[f"{name}_mean"] = float(tensor.float().mean())

@@ -7,6 +7,7 @@ from torch import Tensor
 from prcl_fast.data.batches import Batch
 from prcl_fast.losses import supervised_loss
 from prcl_fast.methods.base import Method, Step
+from prcl_fast.parts import part
 
 
 class Supervised(Method):
@@ -14,5 +15,7 @@ class Supervised(Method):
 
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """One term, the cross-entropy of the labeled pixels."""
-        logits = self.student(self.normalize(batch.labeled_image), representations=False).logits
-        return {"loss": supervised_loss(logits, batch.label)}
+        with part("student"):
+            logits = self.student(self.normalize(batch.labeled_image), representations=False).logits
+        with part("losses"):
+            return {"loss": supervised_loss(logits, batch.label)}

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from prcl_fast.models.flat import FlatState
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
 
 
@@ -31,6 +32,7 @@ class EMATeacher(nn.Module):
         self.decay = decay
         # Held in a tuple so that the student is no submodule: its weights are not the teacher's state.
         self._student = (student,)
+        self._flat: tuple[FlatState, FlatState] | None = None
 
     def train(self, mode: bool = True) -> EMATeacher:
         """Does nothing: the teacher stays in evaluation mode."""
@@ -42,27 +44,17 @@ class EMATeacher(nn.Module):
         return self.network(x, representations=representations)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the student with decay min(1 - 1 / (step + 1), decay); step 0 copies it.
+    def update(self, iteration: Tensor) -> None:
+        """Move towards the student with decay min(1 - 1 / (iteration + 1), decay); iteration 0 copies it.
+
+        Both networks' floating-point state is laid out flat on the way, so that this is one pass over it.
 
         Args:
-            step: number of updates made before this one.
+            iteration: integer scalar on the networks' device, the number of updates made before this one.
         """
-        teacher_floats, teacher_others = _state(self.network)
-        student_floats, student_others = _state(self._student[0])
-        decay = min(1.0 - 1.0 / (step + 1), self.decay)
-        torch._foreach_lerp_(teacher_floats, student_floats, 1.0 - decay)
-        torch._foreach_copy_(teacher_others, student_others)
-
-
-def _state(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and buffers, floating-point ones and the others.
-
-    Collected anew at each update: moving a module to a device replaces its buffers, and a stored list would
-    go on averaging the old ones.
-    """
-    floats: list[Tensor] = list(network.parameters())
-    others: list[Tensor] = []
-    for buffer in network.buffers():
-        (floats if buffer.is_floating_point() else others).append(buffer)
-    return floats, others
+        if self._flat is None or not self._flat[0].holds(self.network):
+            self._flat = FlatState(self.network), FlatState(self._student[0])
+        teacher, student = self._flat
+        decay = (1.0 - 1.0 / (iteration.double() + 1.0)).clamp(max=self.decay)
+        teacher.values.lerp_(student.values, (1.0 - decay).to(teacher.values.dtype))
+        torch._foreach_copy_(teacher.others, student.others)

@@ -1,0 +1,105 @@
+"""The whole step as one CUDA graph: a single launch in place of thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prcl_fast.data.batches import Batch
+
+# Real steps before the capture: libraries make their handles, compilers their code, the optimiser its state.
+WARM_UP = 3
+
+
+class GraphCaptureError(RuntimeError):
+    """The step does something that a CUDA graph cannot hold; the message says what PyTorch says of it."""
+
+
+class CapturedStep:
+    """Runs `step` eagerly a few times, then captures it and replays it on batches of the same shapes.
+
+    Each batch is copied into the tensors that the graph reads; the tensors that the step returns and those
+    that its method remembers are the graph's own, written anew by every replay.
+
+    Args:
+        step: a function of micro-batches that changes nothing but tensors on the device, in place.
+    """
+
+    def __init__(self, step: Callable[[Sequence[Batch]], dict[str, Tensor]]) -> None:
+        self._step = step
+        self._calls = 0
+        self._stream = torch.cuda.Stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Batch] = []
+        self._outputs: dict[str, Tensor] = {}
+
+    def __call__(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """One step.
+
+        Raises:
+            GraphCaptureError: the step cannot be captured.
+            ValueError: a batch has another shape than those before.
+        """
+        self._calls += 1
+        if self._calls <= WARM_UP:
+            # On the stream of the capture, so that the gradients' accumulation belongs to it.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                losses = self._step(batches)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return losses
+        if self._graph is None:
+            self._inputs = [cloned(batch) for batch in batches]
+            self._graph = self._capture()
+        for own, batch in zip(self._inputs, batches, strict=True):
+            copy_batch(own, batch)
+        self._graph.replay()
+        return self._outputs
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        try:
+            # Other threads may go on: the loader's pins memory meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._outputs = self._step(self._inputs)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise GraphCaptureError(
+                f"train.graph: this configuration's step cannot be captured: {reason}; set train.graph=false"
+            ) from error
+        return graph
+
+
+def cloned(batch: Batch) -> Batch:
+    """A batch with tensors of its own, of the same memory formats."""
+    return _mapped(batch, torch.clone)
+
+
+def copy_batch(target: Batch, source: Batch) -> None:
+    """Copies every tensor into `target`'s. Raises ValueError where the shapes differ."""
+    for own, other in zip(_tensors(target), _tensors(source), strict=True):
+        if own.shape != other.shape:
+            raise ValueError(f"a captured step takes {list(own.shape)}; got {list(other.shape)}")
+        own.copy_(other, non_blocking=True)
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _mapped(getattr(value, f.name), function) for f in fields(value)})
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))

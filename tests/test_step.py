@@ -1,0 +1,111 @@
+"""A training step is a function of tensors on its device, which a graph can hold."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_tree
+from recording import HostReadError, Recording
+from rich.console import Console
+from torch import Tensor
+
+from prcl_fast.config import parse_config
+from prcl_fast.engine.graph import cloned, copy_batch
+from prcl_fast.engine.guard import FiniteGuard
+from prcl_fast.engine.trainer import Trainer
+from prcl_fast.errors import InputError
+
+WARM_UP, STEPS = 2, 8
+
+
+def trainer_in(folder: Path, train: dict[str, Any], method: dict[str, Any]) -> Trainer:
+    tree = tiny_tree(folder, **method)
+    tree["train"] |= {"iterations": STEPS} | train
+    return Trainer(parse_config(tree, "tiny"), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("train", "method"),
+    [
+        ({}, {"prototype": "global", "virtual_negatives": 4, "share": 4}),
+        ({"accumulate": 2, "batch_labeled": 2, "batch_unlabeled": 4}, {"prototype": "ema"}),
+        ({"amp": "fp16"}, {"mix": "cutmix", "forward": "separate", "omega": "image"}),
+        ({"amp": "bf16"}, {"name": "mean_teacher", "mix": "cutout"}),
+        ({}, {"name": "supervised"}),
+    ],
+    ids=["prcl", "accumulated", "fp16", "mean_teacher", "supervised"],
+)
+def test_replayed_steps_are_the_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], method: dict[str, Any]
+) -> None:
+    # The one thing that a step reads, on a CPU alone.
+    monkeypatch.setattr(FiniteGuard, "check", lambda self: None)
+    eager, replayed = (trainer_in(tmp_path / name, train, method) for name in ("eager", "replayed"))
+    recording: Recording | None = None
+    with contextlib.closing(eager.batches()) as batches:
+        for number in range(STEPS):
+            micro_batches = [next(batches) for _ in range(eager.config.train.accumulate)]
+            expected = eager.train_step(micro_batches)
+            if number < WARM_UP:
+                losses = replayed.train_step(micro_batches)
+            elif recording is None:
+                inputs = [cloned(batch) for batch in micro_batches]
+                recording = Recording(lambda inputs=inputs: replayed.train_step(inputs))
+                losses = recording.outputs
+            else:
+                for own, batch in zip(inputs, micro_batches, strict=True):
+                    copy_batch(own, batch)
+                recording.replay()
+            assert losses.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(losses[name], value), (number, name)
+    assert replayed.train_step.iteration == STEPS
+    assert replayed.train_step.take_means() == eager.train_step.take_means()
+    assert replayed.method.diagnostics() == eager.method.diagnostics()
+    for name, value in eager.method.state_dict().items():
+        assert torch.equal(replayed.method.state_dict()[name], value), name
+
+
+def test_a_recording_refuses_what_the_host_reads() -> None:
+    value = torch.ones(3)
+    for read in (lambda: value.sum().item(), lambda: value[value > 0], lambda: value.nonzero()):
+        with pytest.raises(HostReadError):
+            Recording(read)
+
+
+def test_a_batch_of_another_shape_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, {}, {})
+    with contextlib.closing(trainer.batches()) as batches:
+        batch = next(batches)
+    own = cloned(batch)
+    assert own.labeled_image.stride() == batch.labeled_image.stride()
+    batch.label = batch.label[:, :-1]
+    with pytest.raises(ValueError, match=r"takes \[2, 64, 64\]; got \[2, 63, 64\]"):
+        copy_batch(own, batch)
+
+
+@pytest.mark.parametrize("key", ["graph", "sync_check"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_what_needs_a_gpu_says_so_without_one(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InputError, match=f"train.{key}: needs a CUDA device; this run is on cpu"):
+        trainer_in(tmp_path / "run", {key: True}, {})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "train", [{}, {"amp": "bf16"}, {"amp": "fp16"}, {"accumulate": 2, "batch_unlabeled": 4}]
+)
+def test_a_captured_run_has_the_losses_of_an_eager_one(tmp_path: Path, train: dict[str, Any]) -> None:
+    curves: list[list[Tensor]] = []
+    for graph in (False, True):
+        own = train | {"graph": graph, "sync_check": True, "device": "cuda", "tf32": False}
+        trainer = trainer_in(tmp_path / str(graph), own, {})
+        with contextlib.closing(trainer.batches()) as batches:
+            curves.append([trainer.step(batches)["loss"].clone() for _ in range(STEPS)])
+    torch.testing.assert_close(torch.stack(curves[1]), torch.stack(curves[0]), rtol=1e-4, atol=1e-5)
