@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from prcl_fast.config import ModelConfig
 from prcl_fast.errors import InputError
+from prcl_fast.models.convolution import Conv3x3
 from prcl_fast.models.deeplab import ASPP, ImagePooling
 from prcl_fast.models.network import SegmentationNetwork, build_network
 from prcl_fast.models.resnet import ResNet
@@ -285,3 +286,25 @@ def test_build_network_follows_the_configuration():
     assert "backbone.conv1.6.weight" in network.state_dict()
     assert "backbone.layer3.5.conv1.weight" in network.state_dict()
     assert network.backbone(torch.randn(2, 3, 32, 32))[1].shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize(("height", "width", "dilation"), [(3, 5, 1), (4, 4, 2), (2, 3, 6)])
+def test_a_convolution_on_few_pixels_is_the_same_sum(height, width, dilation, monkeypatch):
+    layer = Conv3x3(32, 48, dilation=dilation).double().to(memory_format=torch.channels_last)
+    products = []
+    as_product = Conv3x3._as_product
+    monkeypatch.setattr(Conv3x3, "_as_product", lambda *args: products.append(1) or as_product(*args))
+    image = torch.randn(2, 32, height, width, dtype=torch.float64).to(memory_format=torch.channels_last)
+    ways = []
+    for function in (layer, lambda x: F.conv2d(x, layer.weight, None, 1, dilation, dilation)):
+        x = image.clone().requires_grad_()
+        y = function(x)
+        layer.weight.grad = None
+        y.square().sum().backward()
+        ways.append((y.detach(), x.grad, layer.weight.grad))
+    assert products == [1]
+    assert ways[0][0].is_contiguous(memory_format=torch.channels_last)
+    for own, expected in zip(*ways, strict=True):
+        torch.testing.assert_close(own, expected)
+    layer(torch.randn(5, 32, height, width, dtype=torch.float64))
+    assert products == [1] * (1 + (5 * height * width <= 32))

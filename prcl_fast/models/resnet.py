@@ -9,10 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prcl_fast.errors import InputError
-
-
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+from prcl_fast.models.convolution import Conv3x3
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -33,9 +30,9 @@ class BasicBlock(nn.Module):
         self, in_channels: int, channels: int, stride: int, first_dilation: int, dilation: int
     ) -> None:
         super().__init__()
-        self.conv1 = conv3x3(in_channels, channels, stride, first_dilation)
+        self.conv1 = Conv3x3(in_channels, channels, stride, first_dilation)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv3x3(channels, channels, dilation=dilation)
+        self.conv2 = Conv3x3(channels, channels, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, channels, stride)
@@ -59,7 +56,7 @@ class Bottleneck(nn.Module):
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv3x3(channels, channels, stride, first_dilation)
+        self.conv2 = Conv3x3(channels, channels, stride, first_dilation)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -141,13 +138,13 @@ class ResNet(nn.Module):
         if stem == "plain":
             return nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         return nn.Sequential(
-            conv3x3(3, 64, stride=2),
+            Conv3x3(3, 64, stride=2),
             nn.BatchNorm2d(64),
             nn.ReLU(inplace=True),
-            conv3x3(64, 64),
+            Conv3x3(64, 64),
             nn.BatchNorm2d(64),
             nn.ReLU(inplace=True),
-            conv3x3(64, 128),
+            Conv3x3(64, 128),
         )
 
     def _initialise(self) -> None:
