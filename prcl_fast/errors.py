@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong."""
+"""The exceptions that end a command with one line and without a traceback."""
 
 
 class InputError(Exception):
@@ -7,3 +7,7 @@ class InputError(Exception):
     The message is one line that names the file, key or argument at fault. The command line prints it
     without a traceback and exits with status 2.
     """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on. The message is one line; the command line prints it and exits with 1."""

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prcl_fast.config import Config, parse_config
 from prcl_fast.data.batches import Batch, rank_seed, training_batches
 from prcl_fast.data.source import IGNORE, Split, build_source
+from prcl_fast.data.workers import WorkerDiedError
 from prcl_fast.errors import InputError
 
 CPU = torch.device("cpu")
@@ -67,8 +69,10 @@ class NumberedSource:
     classes = tuple("abcdefghijklmnopqrstuvwxyz")
     palette = np.zeros((26, 3), dtype=np.uint8)
 
-    def __init__(self, labeled: int = 12, unlabeled: int = 24, fails: str = "") -> None:
-        self.fails = fails
+    def __init__(
+        self, labeled: int = 12, unlabeled: int = 24, fails: str = "", how: Callable[[], None] | None = None
+    ) -> None:
+        self.fails, self.how = fails, how or self._unreadable
         self.splits: Mapping[str, Split] = {
             subset: Split("ids", tuple(f"{subset}_{k}" for k in range(count)), "0" * 12)
             for subset, count in (("labeled", labeled), ("unlabeled", unlabeled), ("val", 0))
@@ -76,9 +80,12 @@ class NumberedSource:
 
     def image(self, name: str) -> np.ndarray:
         if name == self.fails:
-            raise InputError(f"{name}.jpg: cannot be decoded")
+            self.how()
         number = int(name.rpartition("_")[2])
         return np.full((50 + number, 70 - number, 3), number, dtype=np.uint8)
+
+    def _unreadable(self) -> None:
+        raise InputError(f"{self.fails}.jpg: cannot be decoded")
 
     def label(self, name: str) -> np.ndarray:
         assert name.startswith("labeled_")
@@ -179,6 +186,68 @@ def test_an_unreadable_image_is_an_input_error_with_its_own_message(workers):
     with pytest.raises(InputError) as caught:
         batches(3, config(data__workers=workers), source=source)
     assert str(caught.value) == "unlabeled_7.jpg: cannot be decoded"
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_failure_of_decoding_is_one_line_that_names_the_image(workers):
+    def fail() -> None:
+        raise ZeroDivisionError("a text\nof two lines")
+
+    with pytest.raises(InputError) as caught:
+        batches(3, config(data__workers=workers), source=NumberedSource(fails="unlabeled_7", how=fail))
+    assert str(caught.value) == "unlabeled_7: cannot be decoded: ZeroDivisionError: a text of two lines"
+
+
+def test_a_label_of_another_size_than_its_image_is_an_input_error():
+    source = NumberedSource()
+    source.label = lambda name: np.zeros((3, 4), dtype=np.uint8)
+    with pytest.raises(InputError, match=r"labeled_\d+: the image is 5\d x \d\d pixels, its label 3 x 4"):
+        batches(1, source=source)
+
+
+def look_for_deaths_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The loader waits 5 s for an item before it looks whether its workers live.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by signal 9 (SIGKILL)"),
+        (lambda: os._exit(3), "ended with exit status 3"),
+    ],
+)
+def test_a_worker_that_dies_is_an_error_that_names_its_images(end, how, monkeypatch):
+    look_for_deaths_often(monkeypatch)
+    source = NumberedSource(fails="unlabeled_7", how=end)
+    with pytest.raises(WorkerDiedError) as caught:
+        batches(3, config(data__workers=2), source=source)
+    message = str(caught.value)
+    assert message.startswith(f"data.workers: a worker {how} at micro-step ")
+    assert message.endswith("; if memory ran out, lower data.workers")
+    step = int(message.split("at micro-step ")[1].split()[0])
+    images = message.split("(images ")[1].split(")")[0].split(", ")
+    assert len(images) == 4 + 8
+    assert "unlabeled_7" in images
+    assert step in range(3)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_dying_worker_disturbs_nothing_but_the_stream(monkeypatch):
+    look_for_deaths_often(monkeypatch)
+    settings = config(data__workers=2)
+    handler = signal.getsignal(signal.SIGCHLD)
+    stream = training_batches(NumberedSource(), settings, start=0, device=CPU, unlabeled=True)
+    with contextlib.closing(stream):
+        next(stream)
+        assert signal.getsignal(signal.SIGCHLD) == handler
+        victim = multiprocessing.active_children()[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join(60)
+        sum(range(10**6))  # a handler would raise here
+        with pytest.raises(WorkerDiedError, match=r"killed by signal 9"):
+            list(islice(stream, 20))
     assert multiprocessing.active_children() == []
 
 

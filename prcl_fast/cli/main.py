@@ -17,9 +17,10 @@ from prcl_fast.cli.doctor import doctor
 from prcl_fast.cli.eval import evaluate_command
 from prcl_fast.cli.figures import figures_command
 from prcl_fast.cli.predict import predict_command
+from prcl_fast.cli.profile import profile_command
 from prcl_fast.cli.train import train_command
 from prcl_fast.cli.weights import convert_weights
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, RunError
 
 app = typer.Typer(
     help="Semi-supervised semantic segmentation with probabilistic representations.",
@@ -37,6 +38,7 @@ app.command("demo")(demo)
 app.add_typer(data.app, name="data")
 app.command("weights")(convert_weights)
 app.command("bench")(bench_command)
+app.command("profile")(profile_command)
 app.command("doctor")(doctor)
 
 
@@ -62,6 +64,9 @@ def main() -> None:
     except InputError as error:
         print(f"prcl: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"prcl: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

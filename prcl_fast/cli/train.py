@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,17 +29,12 @@ def train_command(
 
 
 def train(config: Config, console: Console) -> dict[str, Any]:
-    """Runs `config` to its end, with its figures; returns the summary. Status 1 where it stopped early."""
+    """Runs `config` to its end, with its figures; returns the summary. Raises RunError, InputError."""
     from prcl_fast.analysis.figures import write_figures
     from prcl_fast.device import choose_device
-    from prcl_fast.engine.guard import NonFiniteLossError
-    from prcl_fast.engine.trainer import InterruptedRunError, Trainer
+    from prcl_fast.engine.trainer import Trainer
 
-    try:
-        summary = Trainer(config, console).run()
-    except (NonFiniteLossError, InterruptedRunError) as error:
-        print(f"prcl: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    summary = Trainer(config, console).run()
     for figure in write_figures(config.output, choose_device(config.train.device)):
         console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
     return summary

@@ -30,6 +30,10 @@ BOX_AREA = (0.25, 0.5)
 # The chroma plane of a colour x is I(x), Q(x) of NTSC's YIQ; Y(x) = GREY . x is its grey.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 GREY = tuple(_YIQ[0])
+# What takes a colour to its grey, to its distance from it, and to that distance a quarter turn further.
+_TO_GREY = np.tile(_YIQ[0], (3, 1))
+_TO_CHROMA = np.eye(3) - _TO_GREY
+_QUARTER_TURN = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _YIQ
 
 
 class Purpose(IntEnum):
@@ -157,11 +161,8 @@ def _color(uniform: np.ndarray, augment: AugmentConfig) -> tuple[np.ndarray, np.
     turn = 2 * np.pi * (factor(4, augment.hue) - 1)
     saturation = np.where(uniform[:, 5] < augment.grayscale, 0.0, saturation)
 
-    grey = np.tile(_YIQ[0], (3, 1))
-    chroma = np.eye(3) - grey
-    quarter_turn = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _YIQ
     cosine, sine = (value[:, None, None] for value in (np.cos(turn), np.sin(turn)))
-    turned = grey + saturation[:, None, None] * (cosine * chroma + sine * quarter_turn)
+    turned = _TO_GREY + saturation[:, None, None] * (cosine * _TO_CHROMA + sine * _QUARTER_TURN)
     return (contrast * brightness)[:, None, None] * turned, (1 - contrast) * brightness
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,22 @@ class FileSource:
         label = file.decoder.read(file.path)
         check_pair(self.images[name], image_size(self.images[name]), file.path, label.shape)
         return label
+
+    def pixel_state(self, name: str, labeled: bool) -> str:
+        """Path, size and time of change of the image, and of its label together with how that is read."""
+        state = _file_state(self.images[name])
+        if labeled:
+            file = self.labels[name]
+            state += f" {_file_state(file.path)} {file.decoder.fingerprint}"
+        return state
+
+
+def _file_state(path: Path) -> str:
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
 
 
 def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, layout: Layout) -> FileSource:

@@ -38,6 +38,12 @@ class Source(Protocol):
     def label(self, name: str) -> np.ndarray:
         """Class ids uint8 [H, W], 255 where not labeled. Raises InputError that names the file."""
 
+    def pixel_state(self, name: str, labeled: bool) -> str:
+        """Changes whenever `image(name)`, or `label(name)` if `labeled`, may have changed: the key of caches.
+
+        Raises InputError that names the file.
+        """
+
 
 def build_source(data: DataConfig) -> Source:
     """The data set of a configuration, with every image of its splits and every label needed found on disk.

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from prcl_fast import __version__
 from prcl_fast.config import DataConfig, SyntheticConfig
 from prcl_fast.data.atomic import write_text
 from prcl_fast.data.images import save_index_png
@@ -50,6 +51,10 @@ class SyntheticSource:
     def label(self, name: str) -> np.ndarray:
         """Class ids uint8 [H, W]."""
         return self._scene(name)[1].copy()
+
+    def pixel_state(self, name: str, labeled: bool) -> str:
+        """The settings and the version of the program, which draws the images."""
+        return f"synthetic {name} {self.config.size} {self.config.seed} {__version__}"
 
     def _scene(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         subset, _, index = name.rpartition("_")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from prcl_fast.data.batches import Batch
+from prcl_fast.data.prefetch import tensors_of
+from prcl_fast.errors import RunError
 
 # Real steps before the capture: libraries make their handles, compilers their code, the optimiser its state.
 WARM_UP = 3
 
 
-class GraphCaptureError(RuntimeError):
+class GraphCaptureError(RunError):
     """The step does something that a CUDA graph cannot hold; the message says what PyTorch says of it."""
 
 
@@ -62,8 +64,6 @@ class CapturedStep:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         try:
             # Other threads may go on: the loader's pins memory meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -83,7 +83,7 @@ def cloned(batch: Batch) -> Batch:
 
 def copy_batch(target: Batch, source: Batch) -> None:
     """Copies every tensor into `target`'s. Raises ValueError where the shapes differ."""
-    for own, other in zip(_tensors(target), _tensors(source), strict=True):
+    for own, other in zip(tensors_of(target), tensors_of(source), strict=True):
         if own.shape != other.shape:
             raise ValueError(f"a captured step takes {list(own.shape)}; got {list(other.shape)}")
         own.copy_(other, non_blocking=True)
@@ -95,11 +95,3 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _mapped(getattr(value, f.name), function) for f in fields(value)})
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prcl_fast.errors import RunError
+
 _NEVER = torch.iinfo(torch.int64).max
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunError):
     """A loss became NaN or infinite; the message names the term and the iteration."""
 
 

@@ -19,15 +19,15 @@ from prcl_fast.data.source import build_source
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.checkpoint import load_checkpoint, restore, save_checkpoint
 from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.graph import CapturedStep
+from prcl_fast.engine.graph import WARM_UP, CapturedStep
 from prcl_fast.engine.logging import RunLog
 from prcl_fast.engine.rundir import claim_output, label_scan_cache
 from prcl_fast.engine.step import TrainStep
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, RunError
 from prcl_fast.methods import build_method
 
 
-class InterruptedRunError(RuntimeError):
+class InterruptedRunError(RunError):
     """The run was asked to stop; its state is saved and the same command goes on from there."""
 
 
@@ -56,7 +56,9 @@ class Trainer:
         self.method = build_method(config, len(self.source.classes))
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_step = TrainStep(self.method, config, self.device)
-        self._run_step = CapturedStep(self.train_step) if config.train.graph else self.train_step
+        self._run_step: CapturedStep | TrainStep = self.train_step
+        if config.train.graph:
+            self._run_step = CapturedStep(self.train_step)
         self.iteration = 0
         self.progress: dict[str, Any] = {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}}
         self.stopping = False
@@ -105,6 +107,10 @@ class Trainer:
                     )
         return self.summary()
 
+    def run_eagerly(self) -> None:
+        """Without the captured graph from here on: its parts cannot be told apart."""
+        self._run_step = self.train_step
+
     def summary(self) -> dict[str, Any]:
         """The figures of the last evaluation, and of the run as a whole."""
         last, progress = self.progress["last"], self.progress
@@ -143,7 +149,6 @@ class Trainer:
             amp=config.train.amp,
         )
         torch.backends.cudnn.benchmark = True
-        self.method.train()
         main = next(iter(results.values()))
         iou = dict(zip(self.source.classes, (100 * main.iou).tolist(), strict=True))
         last = {"miou": main.miou, "miou_student": results["student"].miou}
@@ -189,13 +194,14 @@ class Trainer:
             start=self.iteration * self.config.train.accumulate,
             device=self.device,
             unlabeled=self.method.needs_unlabeled,
+            say=lambda line: self.console.print(line, highlight=False),
         )
 
     @contextlib.contextmanager
     def _no_waiting(self) -> Iterator[None]:
         """With `train.sync_check`, what makes the host wait for the device is an error."""
-        # In the first step libraries and compilers set themselves up.
-        if not self.config.train.sync_check or self._steps_here == 0:
+        # In the first steps libraries and compilers set themselves up, and the graph is captured.
+        if not self.config.train.sync_check or self._steps_here <= WARM_UP:
             yield
             return
         torch.cuda.set_sync_debug_mode("error")
@@ -213,9 +219,13 @@ class Trainer:
                 text = f"{name}: {len(split.names)} images, {split.family}, list {split.fingerprint}"
                 self.console.print(text, highlight=False)
         parameters = sum(p.numel() for p in self.method.student.parameters())
+        train = self.config.train
+        precision = "float32" if train.amp == "off" else f"{train.amp} autocast"
+        if self.device.type == "cuda":
+            precision += ", TF32" if train.tf32 else ", no TF32"
         self.console.print(
             f"{self.config.method.name}: {self.config.model.backbone}, {parameters / 1e6:.1f} M parameters, "
-            f"{len(self.source.classes)} classes, on {self.device}; output {self.output}",
+            f"{len(self.source.classes)} classes, on {self.device} in {precision}; output {self.output}",
             highlight=False,
         )
 

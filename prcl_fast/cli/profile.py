@@ -1,0 +1,103 @@
+"""`prcl profile CONFIG [key.path=value ...]`."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prcl_fast.cli.tables import print_table
+from prcl_fast.config import load_config
+from prcl_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from prcl_fast.config import Config
+    from prcl_fast.data.decode_cost import DecodeCost
+    from prcl_fast.engine.profile import Profile
+
+
+def profile_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps that are timed.")] = 20,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write profile.json, step_time.png and trace.json.gz there."),
+    ] = None,
+) -> None:
+    """Measure where a training step's time and memory go; nothing of the run itself is written.
+
+    The trace opens in https://ui.perfetto.dev and in chrome://tracing.
+    """
+    from prcl_fast.analysis.step_time import draw_step_time
+    from prcl_fast.analysis.style import save_figure
+    from prcl_fast.data.atomic import write_text
+    from prcl_fast.data.decode_cost import decode_cost
+    from prcl_fast.data.source import build_source
+    from prcl_fast.engine.profile import profile
+
+    loaded = load_config(config, overrides or [])
+    trace = None
+    if out is not None:
+        _check_folder(out)
+        trace = out / "trace.json.gz"
+    cost = decode_cost(build_source(loaded.data))
+    found = profile(loaded, steps, trace=trace, say=lambda text: print(text, file=sys.stderr, flush=True))
+    _print(found)
+    _print_decoding(cost, loaded, found.step_ms)
+    if out is not None:
+        try:
+            write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from None
+        save_figure(draw_step_time({config.stem: found.parts_ms}), out / "step_time.png")
+        print(f"written: {out}/profile.json, step_time.png, trace.json.gz", file=sys.stderr)
+
+
+def _check_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be made: {error.strerror or error}") from None
+
+
+def _print(found: Profile) -> None:
+    whole = sum(found.parts_ms.values())
+    rows = []
+    for name, milliseconds in found.parts_ms.items():
+        peak = found.peak_bytes.get(name)
+        memory = "" if peak is None else f"{peak / 1e6:.0f}"
+        rows.append((name, f"{milliseconds:.2f}", f"{100 * milliseconds / whole:.1f}", memory))
+    rows.append(("step, part by part", f"{whole:.2f}", "100.0", ""))
+    title = f"{found.device}, {found.threads} threads, PyTorch {found.torch}, {found.images} images a step"
+    print_table(title, ("part", "ms", "%", "peak MB"), rows, right=(1, 2, 3))
+    how = "captured as a graph" if found.graph else "as it trains"
+    print(
+        f"step, {how}: {found.step_ms:.1f} ms ({found.step_ms_20:.1f} to {found.step_ms_80:.1f}), "
+        f"{1e3 * found.images / found.step_ms:.1f} images/s; {100 * found.busy:.0f} % busy, "
+        f"{100 * (1 - found.busy):.0f} % idle"
+    )
+
+
+def _print_decoding(cost: DecodeCost, config: Config, step_ms: float) -> None:
+    from prcl_fast.data.decode_cost import workers_needed
+
+    shown = [
+        f"{name} {subset.milliseconds:.2f} ms an image"
+        for name, subset in (("labeled", cost.labeled), ("unlabeled", cost.unlabeled))
+        if subset is not None
+    ]
+    images = {"labeled": config.train.batch_labeled}
+    if config.method.name != "supervised":
+        images["unlabeled"] = config.train.batch_unlabeled
+    needed = workers_needed(cost, images, step_ms / 1e3)
+    print(
+        f"decoding: {', '.join(shown)}; data.workers {needed} keeps up with this step, or data.cache, "
+        f"which decodes once; the configuration has workers {config.data.workers}, cache {config.data.cache}"
+    )

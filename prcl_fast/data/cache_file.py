@@ -1,0 +1,120 @@
+"""The file of decoded images: a header, the pixels of each image, and an index with their checksums.
+
+Numbers are little-endian. An image is H * W * 4 bytes from a multiple of 64 on, so that it can be used in
+place.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+
+_ALIGNMENT = 64
+# Magic, version, checksum of the index, number of images, length of the file; then the checksum of these.
+_HEADER = struct.Struct("<8sIIQQ")
+_CHECKSUM = struct.Struct("<I")
+_MAGIC = b"PRCLIMGS"
+_INDEX = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("checksum", "<u4")])
+
+
+class DamagedFileError(Exception):
+    """A file that is not what was written, or was written by another version."""
+
+
+class ImageFile:
+    """The images of a file that `write_images` made, mapped into memory when the first one is asked for.
+
+    Processes share the mapped memory. Travels to other processes as its path.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes: np.ndarray | None = None
+        self._index: list[tuple[int, int, int, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_bytes": None, "_index": []}
+
+    def __len__(self) -> int:
+        self._map()
+        return len(self._index)
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        """uint8 [H, W, 4], read-only, in the mapped memory.
+
+        Raises:
+            OSError, DamagedFileError: the file is gone, or damaged.
+        """
+        mapped = self._map()
+        offset, height, width, _ = self._index[position]
+        return mapped[offset : offset + height * width * 4].reshape(height, width, 4)
+
+    def verify(self, threads: int) -> None:
+        """Reads everything and compares the checksums.
+
+        Raises:
+            OSError, DamagedFileError: the file cannot be read, or is damaged.
+        """
+        mapped = self._map()
+
+        def intact(entry: tuple[int, int, int, int]) -> bool:
+            offset, height, width, checksum = entry
+            return zlib.crc32(mapped[offset : offset + height * width * 4].data) == checksum
+
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            if not all(pool.map(intact, self._index)):
+                raise DamagedFileError(f"{self.path}: a checksum is wrong")
+
+    def _map(self) -> np.ndarray:
+        if self._bytes is None:
+            if os.path.getsize(self.path) < _ALIGNMENT:
+                raise DamagedFileError(f"{self.path}: too short")
+            # A plain array: taking slices of np.memmap itself is several times slower.
+            mapped = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+            self._index = _read_index(self.path, mapped)
+            self._bytes = mapped
+        return self._bytes
+
+
+def write_images(path: Path, images: Iterable[np.ndarray]) -> int:
+    """Writes images, uint8 [H, W, 4] and contiguous, and returns the length of the file.
+
+    The header comes last: a file that was not written to its end is a damaged one.
+    """
+    entries = []
+    with open(path, "wb") as file:
+        file.write(bytes(_ALIGNMENT))
+        for image in images:
+            entries.append((file.tell(), *image.shape[:2], zlib.crc32(image.data)))
+            file.write(image.data)
+            file.write(bytes(-image.nbytes % _ALIGNMENT))
+        index = np.array(entries, dtype=_INDEX).tobytes()
+        file.write(index)
+        length = file.tell()
+        header = _HEADER.pack(_MAGIC, VERSION, zlib.crc32(index), len(entries), length)
+        file.seek(0)
+        file.write(header + _CHECKSUM.pack(zlib.crc32(header)))
+    return length
+
+
+def _read_index(path: Path, mapped: np.ndarray) -> list[tuple[int, int, int, int]]:
+    header = mapped[: _HEADER.size].tobytes()
+    magic, version, checksum, count, length = _HEADER.unpack(header)
+    (header_checksum,) = _CHECKSUM.unpack(mapped[_HEADER.size :][: _CHECKSUM.size].tobytes())
+    if (magic, version, header_checksum) != (_MAGIC, VERSION, zlib.crc32(header)):
+        raise DamagedFileError(f"{path}: not a file of decoded images of this version")
+    if length != len(mapped):
+        raise DamagedFileError(f"{path}: {len(mapped)} bytes long instead of {length}")
+    index = mapped[length - count * _INDEX.itemsize :].tobytes()
+    if zlib.crc32(index) != checksum:
+        raise DamagedFileError(f"{path}: the checksum of its index is wrong")
+    return np.frombuffer(index, dtype=_INDEX).tolist()
