@@ -72,25 +72,65 @@ def eager_contrast(
     label: Tensor,
     valid: Tensor,
     confidence: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     num_classes: int,
     num_anchors: int,
     num_negatives: int,
     num_virtual: int,
     settings: Settings = SETTINGS,
 ) -> Tensor:
-    """The whole contrast of a batch, with the package's draws."""
+    """The whole contrast of a batch, with the package's draws, or PyTorch's own where `seed` is None."""
     with torch.no_grad():
         statistics = PrototypeStatistics(*eager_statistics(mu, var, label, valid, num_classes))
         mean, variance = statistics.mean, statistics.variance
         hard = valid & (confidence < settings.delta_s)
-        anchors = sample_anchors(label, valid, hard, num_classes, num_anchors, seed)
         probability = negative_classes(mean, variance, settings)
-        negatives = sample_negatives(probability, label, valid, num_anchors, num_negatives, seed)
+        shape = (num_classes, num_virtual, mu.shape[1])
+        if seed is None:
+            anchors = random_anchors(label, hard, num_classes, num_anchors)
+            negatives = random_negatives(probability, label, valid, num_anchors, num_negatives)
+            noise = torch.randn(shape, device=mu.device)
+        else:
+            anchors = sample_anchors(label, valid, hard, num_classes, num_anchors, seed)
+            negatives = sample_negatives(probability, label, valid, num_anchors, num_negatives, seed)
+            noise = philox_normal(seed, math.prod(shape), Purpose.VIRTUAL_NEGATIVES).reshape(shape)
         virtual_mu = None
         if num_virtual:
-            shape = (num_classes, num_virtual, mu.shape[1])
-            noise = philox_normal(seed, math.prod(shape), Purpose.VIRTUAL_NEGATIVES).reshape(shape)
             spread = torch.where(statistics.count[:, None] > 0, variance, 0.0)
             virtual_mu = mean[:, None] + settings.beta * noise * spread[:, None]
     return eager_loss(mu, var, anchors, negatives, statistics, virtual_mu, settings)
+
+
+def random_anchors(label: Tensor, hard: Tensor, num_classes: int, num_anchors: int) -> Tensor:
+    """[C, A]: pixels drawn from each class's hard ones, -1 where it has none."""
+    order, start, count = _pixels_by_class(label, hard, num_classes)
+    drawn = torch.rand(num_classes, num_anchors, device=label.device) * count[:, None]
+    index = order[(start[:, None] + drawn.long()).clamp(max=len(order) - 1)]
+    return index.masked_fill(count[:, None] == 0, -1)
+
+
+def random_negatives(
+    probability: Tensor,  # [C, C]
+    label: Tensor,
+    valid: Tensor,
+    num_anchors: int,
+    num_negatives: int,
+) -> Tensor:
+    """[C, A, N]: a class for each negative, then one of its pixels; -1 where no other class can be drawn."""
+    num_classes = len(probability)
+    order, start, count = _pixels_by_class(label, valid, num_classes)
+    possible = probability.sum(1, keepdim=True) > 0
+    # A row of zeros is an error to multinomial.
+    weight = torch.where(possible, probability, 1.0)
+    classes = torch.multinomial(weight, num_anchors * num_negatives, replacement=True)
+    drawn = torch.rand(classes.shape, device=label.device) * count[classes]
+    index = order[(start[classes] + drawn.long()).clamp(max=len(order) - 1)]
+    return index.masked_fill(~possible, -1).view(num_classes, num_anchors, num_negatives)
+
+
+def _pixels_by_class(label: Tensor, keep: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """order [P], start [C], count [C]: class c's kept pixels are order[start[c] : start[c] + count[c]]."""
+    key = torch.where(keep, label.long(), num_classes).clamp(max=num_classes).flatten()
+    ordered, order = key.sort()
+    edges = torch.searchsorted(ordered, torch.arange(num_classes + 1, device=label.device))
+    return order, edges[:-1], edges.diff()

@@ -10,15 +10,12 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5)
+from prcl_fast.engine.process_memory import reset_resident_peak, resident_bytes, resident_peak
 
 
 class Meter:
@@ -72,27 +69,16 @@ class _Allocator:
 
 class _ResidentPages:
     def __init__(self) -> None:
-        library = ctypes.CDLL(None)
-        self._trim = getattr(library, "malloc_trim", None)
-        self._known = self._trim is not None and _STATUS.is_file()
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._known = self._trim is not None
 
     def reset_peak(self) -> None:
-        try:
-            _CLEAR_REFS.write_text(_RESET_PEAK)
-        except OSError:
-            self._known = False
+        self._known &= reset_resident_peak()
 
     def now(self) -> int | None:
         if self._trim is not None:
             self._trim(0)  # else what was freed would still count
-        return self._field("VmRSS")
+        return resident_bytes() if self._known else None
 
     def peak(self) -> int | None:
-        return self._field("VmHWM")
-
-    def _field(self, name: str) -> int | None:
-        if not self._known:
-            return None
-        lines = _STATUS.read_text().splitlines()
-        found = [line for line in lines if line.startswith(f"{name}:")]
-        return int(found[0].split()[1]) << 10 if found else None
+        return resident_peak() if self._known else None

@@ -41,3 +41,9 @@ def prepare_device(device: torch.device, *, threads: int | None, tf32: bool) -> 
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True  # a training's shapes are fixed
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The context of `train.amp`: "off", "bf16" or "fp16"."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")

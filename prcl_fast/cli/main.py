@@ -16,6 +16,7 @@ from prcl_fast.cli.demo import demo
 from prcl_fast.cli.doctor import doctor
 from prcl_fast.cli.eval import evaluate_command
 from prcl_fast.cli.figures import figures_command
+from prcl_fast.cli.plan import plan_command
 from prcl_fast.cli.predict import predict_command
 from prcl_fast.cli.profile import profile_command
 from prcl_fast.cli.train import train_command
@@ -38,6 +39,7 @@ app.command("demo")(demo)
 app.add_typer(data.app, name="data")
 app.command("weights")(convert_weights)
 app.command("bench")(bench_command)
+app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("doctor")(doctor)
 

@@ -132,6 +132,9 @@ def _training_config(name: str, config: SyntheticConfig) -> str:
                 "blur": 0.2,
                 "blur_sigma": [0.1, 1.0],
             },
+            # Images so small cost less to keep than to hand over between processes.
+            "workers": 0,
+            "cache": "ram",
         },
         "model": {"backbone": "resnet18", "output_stride": 16, "width": 64, "dim": 32},
         # So short a run forgets fast: moving averages over some ten to thirty steps.
@@ -147,8 +150,6 @@ def _training_config(name: str, config: SyntheticConfig) -> str:
             "reduction": "mean",
             "tau": 0.01,
             "lambda_c": 1.0,
-            "anchors": 64,
-            "negatives": 128,
         },
         "optim": {"lr": 5.0e-2},
         "train": {

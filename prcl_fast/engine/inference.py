@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prcl_fast.config import DataConfig, EvalConfig
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from prcl_fast.device import autocast
 
 
 def inference_settings(settings: EvalConfig, data: DataConfig) -> EvalConfig:
@@ -45,7 +44,7 @@ def inference(networks: Iterable[nn.Module], device: torch.device, amp: str) -> 
         cudnn.benchmark, cudnn.deterministic = False, True
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.autocast(device.type, _AUTOCAST.get(amp), enabled=amp != "off"))
+            stack.enter_context(autocast(device, amp))
             if any(module._compiled_call_impl is not None for module, _ in modes):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield

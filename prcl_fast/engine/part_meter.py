@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from prcl_fast.engine.process_memory import reset_resident_peak, resident_peak
 from prcl_fast.parts import PARTS
-
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5)
 
 
 class PartTimer:
@@ -58,6 +56,11 @@ class PartTimer:
             found.append(parts | {"other": max(0.0, whole - sum(parts.values()))})
         return found
 
+    def medians(self) -> dict[str, float]:
+        """The median of each part over the steps."""
+        steps = self.steps()
+        return {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+
     def _now(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
@@ -80,6 +83,7 @@ class PartMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._known = True
         self.peaks: dict[str, int] = {}
 
     @contextlib.contextmanager
@@ -95,23 +99,12 @@ class PartMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        with contextlib.suppress(OSError):
-            _CLEAR_REFS.write_text(_RESET_PEAK)
+        self._known = reset_resident_peak()
 
     def _peak(self) -> int | None:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return resident_peak()
-
-
-def resident_peak() -> int | None:
-    """The most bytes of this process that were resident; None where the system does not tell."""
-    if not _CLEAR_REFS.exists():
-        return None
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    return None
+        return resident_peak() if self._known else None
 
 
 class PartRanges:

@@ -112,7 +112,7 @@ def profile(
         step_ms=statistics.median(whole),
         step_ms_20=percentiles[0],
         step_ms_80=percentiles[-1],
-        parts_ms=_medians(timer.steps()),
+        parts_ms=timer.medians(),
         peak_bytes=memory.peaks,
         busy=busy if device_busy is None else device_busy,
     )
@@ -171,10 +171,6 @@ def _write_trace(profiler: torch.profiler.profile, path: Path) -> None:
         profiler.export_chrome_trace(plain.name)
         with open(plain.name, "rb") as source, gzip.open(temporary, "wb") as target:
             shutil.copyfileobj(source, target)
-
-
-def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(step[name] for step in steps) for name in steps[0]}
 
 
 def _device_name(device: torch.device) -> str:

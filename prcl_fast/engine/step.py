@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prcl_fast.config import Config
 from prcl_fast.data.batches import Batch
+from prcl_fast.device import autocast
 from prcl_fast.engine.guard import FiniteGuard
 from prcl_fast.losses import poly_lr
 from prcl_fast.methods import Method, Step
@@ -58,7 +59,7 @@ class TrainStep:
             lr.copy_(poly_lr(base, step.iteration, step.total, power=config.optim.power))
         sums: dict[str, Tensor] = {}
         for batch in batches:
-            with self._autocast():
+            with autocast(self.device, config.train.amp):
                 losses = self.method.losses(batch, step)
             with part("backward"):
                 self.scaler.scale(losses["loss"] / len(batches)).backward()
@@ -101,11 +102,6 @@ class TrainStep:
             group["lr"] = lr
         self.scaler.load_state_dict(state["scaler"])
         self.iteration.fill_(iteration)
-
-    def _autocast(self) -> torch.autocast:
-        amp = self.config.train.amp
-        dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=amp != "off")
 
 
 class LossSums:

@@ -138,8 +138,6 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> None:
         config = self.config
-        # Whole images come in many sizes: trying algorithms for each would take longer than it saves.
-        torch.backends.cudnn.benchmark = False
         results = evaluate(
             self.method.networks(),
             self.source,
@@ -148,7 +146,6 @@ class Trainer:
             self.device,
             amp=config.train.amp,
         )
-        torch.backends.cudnn.benchmark = True
         main = next(iter(results.values()))
         iou = dict(zip(self.source.classes, (100 * main.iou).tolist(), strict=True))
         last = {"miou": main.miou, "miou_student": results["student"].miou}

@@ -1,0 +1,203 @@
+"""Who runs when, and what comes of it: a dict of `kind`, `machine`, `options`, `same_for_all` and `rows`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.harness import percentile
+from bench.step_data import candidate_config
+from bench.step_setup import method_of
+from bench.step_worker import CANDIDATES, Report, Worker
+from prcl_fast.config import Config, dump_config
+from prcl_fast.errors import InputError
+
+KIND = "prcl bench step 1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        title: for a reader.
+        device: cpu or cuda.
+        candidates: names in CANDIDATES.
+        rounds: turns of each candidate.
+        steps: of a turn.
+        warmup: steps of each candidate before its first turn.
+        one_at_a_time: whether a candidate's process ends before the next one's begins.
+    """
+
+    title: str
+    config: Config
+    device: str
+    candidates: tuple[str, ...]
+    rounds: int
+    steps: int
+    warmup: int
+    one_at_a_time: bool
+
+
+@dataclass
+class _Outcome:
+    times: list[float] = field(default_factory=list)
+    report: Report | None = None
+    failure: str | None = None
+
+    def add(self, worker: Worker) -> None:
+        self.times += worker.times
+        self.report = worker.report or self.report
+        self.failure = self.failure or worker.failure
+
+
+def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Runs the candidates in turns. Raises InputError for a configuration that not all of them know."""
+    method = method_of(plan.config)
+    if method.share != 1:
+        raise InputError(f"method.share: {method.share}; that is the candidate ours-shared16")
+    outcomes = {name: _Outcome() for name in plan.candidates}
+    load = os.getloadavg()[0]
+    run = _one_after_the_other if plan.one_at_a_time else _interleaved
+    run(plan, outcomes, progress)
+    return {
+        "kind": KIND,
+        "machine": machine.describe(plan.device),
+        "options": _options(plan) | {"load_before": load},
+        "same_for_all": _same_for_all(plan),
+        "rows": [_row(plan, name, outcome) for name, outcome in outcomes.items()],
+    }
+
+
+def read_step_result(path: Path) -> dict[str, Any]:
+    """A result as `measure` gives it, from a file. Raises InputError for anything else."""
+    try:
+        result = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise InputError(f"{path}: is not JSON") from None
+    if not isinstance(result, dict) or result.get("kind") != KIND:
+        raise InputError(f"{path}: is not a result of bench.step")
+    return result
+
+
+def _interleaved(plan: Plan, outcomes: Mapping[str, _Outcome], progress: Callable[[str], None]) -> None:
+    """All processes live; one after the other gets a turn, and the first place goes round."""
+    workers: dict[str, Worker] = {}
+    try:
+        for name in outcomes:
+            progress(f"{name}: {plan.warmup} steps to warm up")
+            workers[name] = _start(plan, name)
+        names = list(outcomes)
+        for turn in range(plan.rounds):
+            progress(f"round {turn + 1} of {plan.rounds}")
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                workers[name].run(plan.steps)
+        for name, worker in workers.items():
+            worker.finish()
+            outcomes[name].add(worker)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def _one_after_the_other(
+    plan: Plan, outcomes: Mapping[str, _Outcome], progress: Callable[[str], None]
+) -> None:
+    """Each process makes half of its turns, and a second one the others after all first ones are through."""
+    for rounds in (plan.rounds - plan.rounds // 2, plan.rounds // 2):
+        for name, outcome in outcomes.items():
+            if rounds == 0 or outcome.failure is not None:
+                continue
+            progress(f"{name}: {plan.warmup} steps to warm up, {rounds} rounds")
+            worker = _start(plan, name)
+            try:
+                for _ in range(rounds):
+                    worker.run(plan.steps)
+                worker.finish()
+            finally:
+                worker.stop()
+            outcome.add(worker)
+
+
+def _start(plan: Plan, name: str) -> Worker:
+    return Worker.start(name, candidate_config(plan.config, name, CANDIDATES[name][1]), plan.warmup)
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    config = plan.config
+    train, model, crop = config.train, config.model, config.data.crop
+    tree = dump_config(config)
+    del tree["output"], tree["eval"]
+    return {
+        "title": plan.title,
+        "what": f"{model.backbone}, {train.batch_labeled} + {train.batch_unlabeled} images, "
+        f"crop {crop[0]} x {crop[1]}",
+        "rounds": plan.rounds,
+        "steps_a_round": plan.steps,
+        "warmup_steps": plan.warmup,
+        "one_at_a_time": plan.one_at_a_time,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "the runtime's default"),
+        "config": tree,
+        "changes": {name: list(CANDIDATES[name][1]) for name in plan.candidates},
+    }
+
+
+def _same_for_all(plan: Plan) -> list[str]:
+    """What a reader of the numbers must know."""
+    method, data = method_of(plan.config), plan.config.data
+    workers = f"by {data.workers} data workers" if data.workers else "in the training process itself"
+    all_pixels = ""
+    if method.delta_w == 0 and method.delta_s == 1:
+        all_pixels = (
+            ": every pixel with a label or pseudo-label is valid and hard, so that the contrast has work for "
+            "every class though the networks start without weights"
+        )
+    return [
+        f"delta_w {method.delta_w:g} and delta_s {method.delta_s:g}{all_pixels}",
+        f"{method.anchors} anchors a class, {method.negatives} negatives an anchor, "
+        f"{method.virtual_negatives} virtual negatives a class, tau {method.tau:g}, local prototypes",
+        f"images are decoded {workers}",
+        "published is in float32 as published"
+        + (" (its convolutions in TF32, as PyTorch has it by default)" if plan.device == "cuda" else "")
+        + "; the others in "
+        + {"off": "float32", "bf16": "bfloat16 autocast"}[plan.config.train.amp],
+    ]
+
+
+def _row(plan: Plan, name: str, outcome: _Outcome) -> dict[str, Any]:
+    times, report = outcome.times, outcome.report
+    if outcome.failure is not None or not times or report is None:
+        times, report = [], None
+    median = percentile(times, 50) if times else None
+    train = plan.config.train
+    return {
+        "candidate": name,
+        "ms": median,
+        "ms_20": percentile(times, 20) if times else None,
+        "ms_80": percentile(times, 80) if times else None,
+        "rounds": len(times),
+        "every_ms": times,
+        "images_per_second": None
+        if median is None
+        else 1e3 * (train.batch_labeled + train.batch_unlabeled) / median,
+        "peak_bytes": None if report is None else report.peak_bytes,
+        "reserved_bytes": None if report is None else report.reserved_bytes,
+        "base_bytes": None if report is None else report.base_bytes,
+        "parameters": None if report is None else report.parameters,
+        "parts_ms": None if report is None else report.parts_ms,
+        "losses": None if report is None else _finite(report.losses),
+        "note": outcome.failure or "",
+    }
+
+
+def _finite(losses: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN."""
+    return {name: value if abs(value) < float("inf") else str(value) for name, value in losses.items()}

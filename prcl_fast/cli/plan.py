@@ -1,0 +1,158 @@
+"""`prcl plan CONFIG [key.path=value ...]`: what a run will take, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from prcl_fast.engine.batch_plan import MemoryPlan, Micro, Remedy, TimePlan
+    from prcl_fast.engine.plan import Plan
+
+
+def plan_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: bytes, seconds, images.")
+    ] = False,
+) -> None:
+    """Say before a run what it will take: memory, time, the largest batch, and what differs from the paper.
+
+    Some real steps on random images are timed on this device, for at most about a minute. The data set need
+    not be there, and nothing is written.
+    """
+    from prcl_fast.config import load_config
+    from prcl_fast.engine.plan import make_plan
+
+    plan = make_plan(load_config(config, overrides or ()))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(plan)))
+    else:
+        _print(plan)
+
+
+def _print(plan: Plan) -> None:
+    from prcl_fast.cli.tables import print_table
+
+    crop = " x ".join(map(str, plan.crop))
+    typer.echo(f"{plan.method}: {plan.backbone}, {plan.num_classes} classes, crop {crop}, on {plan.device}")
+    typer.echo(
+        f"{plan.iterations} iterations of {plan.batch_labeled} + {plan.batch_unlabeled} images (labeled + "
+        f"unlabeled), in {plan.accumulate} {'pass' if plan.accumulate == 1 else 'passes'}"
+    )
+    title = f"Memory with {plan.memory.one_pass.labeled} + {plan.memory.one_pass.unlabeled} images a pass"
+    print_table(title, ["", "MiB"], _memory_rows(plan.memory), right=(1,))
+    if plan.time is None:
+        typer.echo("Time: not measured, for not even the smallest batch fits")
+    else:
+        print_table("Time", ["", "images", ""], _time_rows(plan, plan.time), right=(1, 2))
+        typer.echo("random images: without loading data, evaluation and checkpoints")
+        if plan.time.rough:
+            typer.echo("a rough figure: more steps, or larger ones, would have taken too long to measure")
+    for line in _batch_lines(plan):
+        typer.echo(line)
+    if not plan.paper_knows:
+        typer.echo("paper: has no such data set, so there is nothing to compare with")
+    elif not plan.differences:
+        typer.echo("paper: no setting differs")
+    else:
+        rows = [(d.key, d.here, d.there, d.source, d.meaning) for d in plan.differences]
+        title = "Differences from the paper; configs: not in the paper's text, but in this program's configs"
+        print_table(title, ["key", "here", "paper", "source", "what it means"], rows)
+    for note in plan.notes:
+        typer.echo(f"note: {note}")
+
+
+def _memory_rows(memory: MemoryPlan) -> list[tuple[str, str]]:
+    states, one_pass = memory.states, memory.one_pass
+    rows = [
+        ("student", states.student),
+        ("teacher", states.teacher),
+        ("prototypes", states.prototypes),
+        ("momentum", states.momentum),
+        ("kept for the backward pass", one_pass.saved),
+        (
+            f"gradients (of {_mib(memory.gradients)}) and transients at the peak",
+            one_pass.peak - one_pass.saved,
+        ),
+        ("allocator and libraries, by measured steps", memory.overhead),
+        ("together", memory.total),
+    ]
+    if memory.free is not None:
+        rows.append(("free now", memory.free))
+    return [(name, _mib(size)) for name, size in rows if size]
+
+
+def _time_rows(plan: Plan, time: TimePlan) -> list[tuple[str, str, str]]:
+    rows = []
+    for found in time.measured:
+        images = f"{found.labeled} + {found.unlabeled}"
+        rows.append(
+            (f"forward and backward pass, measured ({found.steps})", images, _duration(found.pass_seconds))
+        )
+    rows.append(("optimiser and teacher, measured", "", _duration(time.update_seconds)))
+    labeled, unlabeled = plan.batch_labeled, plan.batch_unlabeled
+    passes = f" of {time.accumulate} passes" if time.accumulate > 1 else ""
+    rows.append((f"step{passes}", f"{labeled} + {unlabeled}", _duration(time.step_seconds)))
+    rows.append((f"run of {plan.iterations} iterations", "", _duration(time.run_seconds)))
+    return rows
+
+
+def _batch_lines(plan: Plan) -> list[str]:
+    memory = plan.memory
+    if memory.free is None:
+        return ["batch: this system does not say how much memory is free"]
+    lines = []
+    if memory.fits:
+        lines.append(f"batch: fits, {_share(memory.total, memory.free)} of the free memory")
+    else:
+        lines.append(f"batch: does not fit, {_share(memory.total, memory.free)} of the free memory")
+    if plan.remedy is not None:
+        lines.append(f"to make it fit: {_remedy(plan.remedy)}")
+    if plan.largest is not None:
+        lines.append(f"largest pass that fits: {_micro(plan.largest)}")
+    if plan.paper_batch is not None:
+        there = plan.paper_batch
+        lines.append(f"the paper's batch of {there.labeled} + {there.unlabeled}: {_remedy(there)}")
+    return lines
+
+
+def _remedy(remedy: Remedy) -> str:
+    if remedy.accumulate is None:
+        return (
+            f"no train.accumulate is enough, {_micro(remedy.micro)} is too much; a smaller data.crop or "
+            "model.backbone, or train.amp=bf16, takes less"
+        )
+    return f"{' '.join(remedy.overrides)} ({_micro(remedy.micro)} a pass)"
+
+
+def _micro(micro: Micro) -> str:
+    return f"{micro.labeled} + {micro.unlabeled} images, {_mib(micro.bytes)} MiB"
+
+
+def _share(size: int, free: int) -> str:
+    return f"{size / free:.0%}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f}" if size < 10 * 2**20 else f"{size / 2**20:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours / 24:.1f} days"
