@@ -1,6 +1,6 @@
 """Everything there is to check on a machine with a GPU, in one folder and under ten minutes.
 
-python -m bench.gpu_check --out DIR [--minutes 9.5] [--only tests --only voc_bfloat16]
+python -m bench.gpu_check --out DIR [--set ops|step] [--minutes 9.5] [--only tests --only voc_bfloat16]
 
 Needs the sources and a Python with PyTorch, and no network. `_native_cuda.so` is taken where it is already
 there, else built for this GPU; PRCL_NO_NATIVE=1 checks Triton and PyTorch alone. A step that fails or takes
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from bench.run import Row, label, read_result
+from bench.run import KIND, Row, label, read_result
 from prcl_fast.data.atomic import write_text
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -62,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="folder of the results; by default bench/results/local/DATE-GPU"
     )
     parser.add_argument("--minutes", type=float, default=9.5, help="time for all steps together")
+    parser.add_argument("--set", choices=_SETS, default="ops", help="the ops, or the whole training step")
     parser.add_argument("--only", action="append", metavar="STEP", help="may be repeated")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu-check: PyTorch sees no CUDA device: nothing was checked", file=sys.stderr)
         return 2
     out = (options.out or _default_folder()).resolve()
-    steps = _steps(out)
+    steps = _SETS[options.set](out)
     wanted = options.only or [step.name for step in steps]
     unknown = [name for name in wanted if name not in [step.name for step in steps]]
     if unknown:
@@ -139,7 +140,35 @@ def write_summary(out: Path, results: Sequence[Result]) -> None:
     write_text(out / "summary.md", "\n".join(lines) + "\n")
 
 
-def _steps(out: Path) -> list[Step]:
+def _common(out: Path) -> list[Step]:
+    return [
+        _build(),
+        Step("environment", (_PYTHON, "-m", "bench.machine", str(out / "environment.json")), 60),
+    ]
+
+
+def _pytest(out: Path, *what: str) -> Step:
+    report = f"--junitxml={out / 'junit.xml'}"
+    return Step("tests", (_PYTHON, "-m", "pytest", "-m", "gpu", report, "-p", "no:cacheprovider", *what), 200)
+
+
+def _step_set(out: Path) -> list[Step]:
+    def bench(size: str, seconds: int) -> Step:
+        name = f"step_{size}"
+        command = (_PYTHON, "-m", "bench.step", "--size", size, "--json", str(out / f"{name}.json"))
+        return Step(name, command, seconds)
+
+    losses = (_PYTHON, "-m", "bench.same_losses", "--json", str(out / "same_losses.json"))
+    return [
+        *_common(out),
+        _pytest(out, "tests/test_step.py", "tests/test_prefetch.py"),
+        bench("voc", 240),
+        Step("same_losses", losses, 150),
+        bench("cityscapes", 240),
+    ]
+
+
+def _op_set(out: Path) -> list[Step]:
     """The most telling first: the last ones lose where time runs out."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     no_sanitizer = None if Path(sanitizer).is_file() else "compute-sanitizer is not installed"
@@ -164,12 +193,10 @@ def _steps(out: Path) -> list[Step]:
         "sample_negatives",
         "contrast",
     )
-    tests = ("-m", "pytest", "-m", "gpu", f"--junitxml={out / 'junit.xml'}", "-p", "no:cacheprovider")
     return [
-        _build(),
-        Step("environment", (_PYTHON, "-m", "bench.machine", str(out / "environment.json")), 60),
+        *_common(out),
         Step("sync", (_PYTHON, "-m", "bench.sanitize", "--sync-error"), 90),
-        Step("tests", (_PYTHON, *tests), 200),
+        _pytest(out),
         bench("voc_bfloat16", "voc", "bfloat16", *ours),
         bench("voc_float32", "voc", "float32", *ours),
         bench("cityscapes_bfloat16", "cityscapes", "bfloat16", *ours),
@@ -179,6 +206,9 @@ def _steps(out: Path) -> list[Step]:
         bench("voc_bfloat16_uniform", "voc", "bfloat16", *ours, *uniform),
         bench("voc_bfloat16_baselines", "voc", "bfloat16", "--rounds", "5", seconds=300),
     ]
+
+
+_SETS = {"ops": _op_set, "step": _step_set}
 
 
 def _build() -> Step:
@@ -201,7 +231,8 @@ def _drawing(files: Sequence[Path], out: Path) -> Step:
 
 
 def _result_files(out: Path) -> list[Path]:
-    return sorted(path for path in out.glob("*.json") if path.name != "environment.json")
+    """Those of the ops."""
+    return sorted(path for path in out.glob("*.json") if json.loads(path.read_text()).get("kind") == KIND)
 
 
 def _fastest(path: Path) -> list[str]:

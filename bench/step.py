@@ -40,7 +40,8 @@ _DEFAULT = {
     "cuda": tuple(name for name in CANDIDATES if name != "eager-bf16"),
 }
 _COLUMNS = (
-    "candidate", "median ms", "20 to 80 %", "vs published", "vs eager", "images/s", "peak MB", "note"
+    "candidate", "median ms", "20 to 80 %", "vs published", "vs eager", "images/s", "contrast %", "busy %",
+    "peak MB", "note",
 )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _print(result: Mapping[str, Any]) -> None:
         f"{options['title']}: {options['what']}",
         _COLUMNS,
         [_cells(row, times) for row in result["rows"]],
-        right=range(1, 7),
+        right=range(1, 9),
     )
     for line in result["same_for_all"]:
         print(f"  {line}")
@@ -135,7 +136,7 @@ def _print(result: Mapping[str, Any]) -> None:
 
 def _cells(row: Mapping[str, Any], times: Mapping[str, float | None]) -> list[str]:
     if row["ms"] is None:
-        return [row["candidate"], *[""] * 6, row["note"]]
+        return [row["candidate"], *[""] * 8, row["note"]]
 
     def ratio(other: str) -> str:
         before = times.get(other)
@@ -148,6 +149,8 @@ def _cells(row: Mapping[str, Any], times: Mapping[str, float | None]) -> list[st
         ratio("published"),
         ratio("eager"),
         f"{row['images_per_second']:.1f}",
+        f"{100 * row['parts_ms'].get('contrast', 0.0) / sum(row['parts_ms'].values()):.1f}",
+        "" if row["busy"] is None else f"{100 * row['busy']:.0f}",
         f"{row['peak_bytes'] / 1e6:.0f}",
         row["note"],
     ]

@@ -192,6 +192,7 @@ def _row(plan: Plan, name: str, outcome: _Outcome) -> dict[str, Any]:
         "reserved_bytes": None if report is None else report.reserved_bytes,
         "base_bytes": None if report is None else report.base_bytes,
         "parameters": None if report is None else report.parameters,
+        "busy": None if report is None else report.busy,
         "parts_ms": None if report is None else report.parts_ms,
         "losses": None if report is None else _finite(report.losses),
         "note": outcome.failure or "",

@@ -25,6 +25,7 @@ from prcl_fast.config import Config, dump_config, parse_config
 from prcl_fast.data.source import build_source
 from prcl_fast.engine.part_meter import PartTimer
 from prcl_fast.engine.process_memory import resident_peak
+from prcl_fast.engine.profile import traced
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.parts import listening
 
@@ -73,6 +74,7 @@ class Report:
         losses: of the last step, by the names in LOSSES.
         peak_bytes: largest memory held; on the CPU all resident pages of the process, on CUDA the tensors.
         parts_ms: median milliseconds of each part of some further steps, run without a captured graph.
+        busy: CUDA: share of the time in which a kernel ran, of the package's candidates.
         reserved_bytes: CUDA: the largest amount that PyTorch held for them.
         base_bytes: on the CPU, resident before the candidate was built.
     """
@@ -81,6 +83,7 @@ class Report:
     losses: dict[str, float]
     peak_bytes: int
     parts_ms: dict[str, float]
+    busy: float | None = None
     reserved_bytes: int | None = None
     base_bytes: int | None = None
 
@@ -210,7 +213,10 @@ def _report(training: Training, losses: Mapping[str, torch.Tensor | float], base
     values = {key: float(losses[key]) for key in LOSSES}
     if torch.cuda.is_initialized():
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return Report(parameters, values, allocated, _parts(training, "cuda"), reserved_bytes=reserved)
+        busy = None
+        if isinstance(training, OurTraining):
+            busy = traced(training.trainer, training.batches)
+        return Report(parameters, values, allocated, _parts(training, "cuda"), busy, reserved)
     peak = resident_peak()
     return Report(parameters, values, peak, _parts(training, "cpu"), base_bytes=base)
 

@@ -99,7 +99,7 @@ def profile(
             with listening(memory):
                 trainer.step(batches)
             say(f"{_TRACED} steps with PyTorch's profiler")
-            device_busy = _traced(trainer, batches, trace)
+            device_busy = traced(trainer, batches, trace)
     train = config.train
     percentiles = statistics.quantiles(whole, n=5, method="inclusive")
     return Profile(
@@ -130,8 +130,12 @@ def _timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> tuple[list
     return found, min(1.0, processor / wall / torch.get_num_threads())
 
 
-def _traced(trainer: Trainer, batches: Iterator[Batch], trace: Path | None) -> float | None:
-    """Writes the trace; on CUDA returns the share of the time in which a kernel ran."""
+def traced(trainer: Trainer, batches: Iterator[Batch], trace: Path | None = None) -> float | None:
+    """Some steps with PyTorch's profiler, whose trace is written to `trace`.
+
+    Returns:
+        the share of the time in which a kernel ran; None on a CPU.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
