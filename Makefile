@@ -6,8 +6,9 @@
 #   make format     apply the styles      make schema  write configs/schema.json anew
 #   make gpu-check  tests, memory checks and benchmarks on a machine with a GPU
 #
-# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`, and ARGS="--out DIR" says where gpu-check
-# leaves its results. OFFLINE=1 runs gpu-check in PYTHON, with the PyTorch that it has, and installs nothing.
+# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`. For gpu-check, ARGS="--out DIR" says where it
+# leaves its results, and ARGS="--set step" checks the whole training step instead of the ops; OFFLINE=1 runs it in
+# PYTHON, with the PyTorch that it has, and installs nothing.
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
 
 PYTHON ?= python3

@@ -149,11 +149,15 @@ def _cells(row: Mapping[str, Any], times: Mapping[str, float | None]) -> list[st
         ratio("published"),
         ratio("eager"),
         f"{row['images_per_second']:.1f}",
-        f"{100 * row['parts_ms'].get('contrast', 0.0) / sum(row['parts_ms'].values()):.1f}",
+        _share_of_contrast(row["parts_ms"]),
         "" if row["busy"] is None else f"{100 * row['busy']:.0f}",
         f"{row['peak_bytes'] / 1e6:.0f}",
         row["note"],
     ]
+
+
+def _share_of_contrast(parts: Mapping[str, float]) -> str:
+    return f"{100 * parts['contrast'] / sum(parts.values()):.1f}" if parts else ""
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def write_figures(result: Mapping[str, Any], folder: Path, stem: str) -> list[Pa
         )  # fmt: skip
         time, memory = figure.subplots(1, 2, sharey=True)
         slowest = rows[0]["ms"]
-        texts = [f"{row['ms']:.3g} ms, {slowest / row['ms']:.2f}x" for row in rows]
+        texts = [f"{_milliseconds(row['ms'])}, {slowest / row['ms']:.2f}x" for row in rows]
         _bars(time, rows, [row["ms"] for row in rows], texts)
         time.set_xlabel(f"milliseconds a step (median); x: against {rows[0]['candidate']}")
         peaks = [row["peak_bytes"] / 1e9 for row in rows]
@@ -42,8 +42,13 @@ def write_figures(result: Mapping[str, Any], folder: Path, stem: str) -> list[Pa
         memory.set_xlabel(f"peak memory of the {of}, GB")
         memory.tick_params(labelleft=False)
         save_figure(figure, path)
-    save_figure(draw_step_time({row["candidate"]: row["parts_ms"] for row in rows}), parts)
+    known = {row["candidate"]: row["parts_ms"] for row in rows if row["parts_ms"]}
+    save_figure(draw_step_time(known), parts)
     return [path, parts]
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _bars(axes: Axes, rows: list[Mapping[str, Any]], values: list[float], texts: list[str]) -> None:

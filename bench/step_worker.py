@@ -23,6 +23,7 @@ from bench.published_step import PublishedTraining
 from bench.step_setup import LOSSES, Training
 from prcl_fast.config import Config, dump_config, parse_config
 from prcl_fast.data.source import build_source
+from prcl_fast.device import choose_device
 from prcl_fast.engine.part_meter import PartTimer
 from prcl_fast.engine.process_memory import resident_peak
 from prcl_fast.engine.profile import traced
@@ -31,7 +32,6 @@ from prcl_fast.parts import listening
 
 PATIENCE_SECONDS = 900  # for one answer; compilation is the longest
 _MESSAGE_LENGTH = 200
-_PART_STEPS = 8
 
 
 class OurTraining:
@@ -73,7 +73,8 @@ class Report:
         parameters: of the student.
         losses: of the last step, by the names in LOSSES.
         peak_bytes: largest memory held; on the CPU all resident pages of the process, on CUDA the tensors.
-        parts_ms: median milliseconds of each part of some further steps, run without a captured graph.
+        parts_ms: median milliseconds of each part of further steps, one after each turn; empty where the step
+            is a captured graph.
         busy: CUDA: share of the time in which a kernel ran, of the package's candidates.
         reserved_bytes: CUDA: the largest amount that PyTorch held for them.
         base_bytes: on the CPU, resident before the candidate was built.
@@ -183,6 +184,7 @@ def _work(connection: Connection, name: str, config: Config, warmup: int) -> Non
     base = resident_peak()
     training = CANDIDATES[name][0](config)
     losses: Mapping[str, torch.Tensor | float] = {}
+    timer = None if config.train.graph else PartTimer(choose_device(config.train.device))
     try:
         for _ in range(warmup):
             losses = training.step()
@@ -194,8 +196,14 @@ def _work(connection: Connection, name: str, config: Config, warmup: int) -> Non
             for _ in range(steps):
                 losses = training.step()
             _synchronize()
-            connection.send(1e3 * (time.perf_counter() - started) / steps)
-        connection.send(_report(training, losses, base))
+            milliseconds = 1e3 * (time.perf_counter() - started) / steps
+            if timer is not None:
+                with listening(timer), timer.step():
+                    training.step()
+                _synchronize()
+            connection.send(milliseconds)  # the next candidate's turn begins
+        parts = {} if timer is None else timer.medians()
+        connection.send(_report(training, losses, parts, base))
     finally:
         training.close()
 
@@ -208,7 +216,9 @@ def _draw_all_images(config: Config) -> None:
             source.image(name)
 
 
-def _report(training: Training, losses: Mapping[str, torch.Tensor | float], base: int) -> Report:
+def _report(
+    training: Training, losses: Mapping[str, torch.Tensor | float], parts: dict[str, float], base: int
+) -> Report:
     parameters = sum(parameter.numel() for parameter in training.student.parameters())
     values = {key: float(losses[key]) for key in LOSSES}
     if torch.cuda.is_initialized():
@@ -216,20 +226,9 @@ def _report(training: Training, losses: Mapping[str, torch.Tensor | float], base
         busy = None
         if isinstance(training, OurTraining):
             busy = traced(training.trainer, training.batches)
-        return Report(parameters, values, allocated, _parts(training, "cuda"), busy, reserved)
+        return Report(parameters, values, allocated, parts, busy, reserved)
     peak = resident_peak()
-    return Report(parameters, values, peak, _parts(training, "cpu"), base_bytes=base)
-
-
-def _parts(training: Training, device: str) -> dict[str, float]:
-    if isinstance(training, OurTraining):
-        training.trainer.run_eagerly()
-    timer = PartTimer(torch.device(device))
-    with listening(timer):
-        for _ in range(_PART_STEPS):
-            with timer.step():
-                training.step()
-    return timer.medians()
+    return Report(parameters, values, peak, parts, base_bytes=base)
 
 
 def _synchronize() -> None:

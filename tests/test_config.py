@@ -61,6 +61,10 @@ def test_overrides_replace_values(file: Path) -> None:
     assert (config.method.tau, config.data.crop, config.train.amp) == (2.0, [32, 48], "bf16")
 
 
+def test_a_bare_off_is_the_word_though_yaml_reads_it_as_false(file: Path) -> None:
+    assert load_config(file, ["train.amp=bf16", "train.amp=off"]).train.amp == "off"
+
+
 def test_a_dumped_configuration_reads_back_equal(file: Path) -> None:
     config = load_config(file, ["data.label_map={7: 0, 8: 255}", "data.palette=[[0, 0, 0], [1, 2, 3]]"])
     tree = yaml.safe_load(yaml.safe_dump(dump_config(config)))
@@ -74,6 +78,8 @@ def test_the_fingerprint_sees_what_shapes_the_result_and_nothing_else(file: Path
     assert config_fingerprint(override_config(config, ["data.workers=7", "train.log_every=3"])) == (
         config_fingerprint(config)
     )
+    elsewhere = ["data.cache=disk", "data.cache_dir=here", "train.graph=true", "train.sync_check=true"]
+    assert config_fingerprint(override_config(config, elsewhere)) == config_fingerprint(config)
     for change in ("seed=1", "method.tau=3.0", "train.iterations=7", "optim.lr=0.5"):
         assert config_fingerprint(override_config(config, [change])) != config_fingerprint(config), change
 
