@@ -15,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 
 from prcl_fast.cli.main import main
-from prcl_fast.config import SyntheticConfig, load_config
+from prcl_fast.config import SyntheticConfig, load_config, parse_config
 from prcl_fast.data.synthetic import write_synthetic
 from prcl_fast.engine.trainer import Trainer
+from prcl_fast.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +188,11 @@ def test_a_spoilt_or_foreign_checkpoint_is_named_and_left_alone(
         assert ".pt: corrupt" in fails(capsys, *arguments)
     assert last.read_bytes() == whole[: len(whole) // 2]
     assert not (data / "out").exists()
+
+
+def test_a_cache_without_a_place_leaves_no_output(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path / "run")
+    tree["data"] |= {"cache": "disk", "cache_dir": "/proc/none"}
+    with pytest.raises(InputError, match=r"data\.cache: /proc/none cannot be made"):
+        Trainer(parse_config(tree, "tiny"), Console(quiet=True))
+    assert not (tmp_path / "run").exists()

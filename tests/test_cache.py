@@ -26,7 +26,7 @@ from PIL import Image
 from prcl_fast.config import Config, DataConfig, parse_config
 from prcl_fast.data import cache as cache_module
 from prcl_fast.data import cache_file
-from prcl_fast.data.batches import training_batches
+from prcl_fast.data.batches import training_batches, training_cache
 from prcl_fast.data.cache import ImageCache, open_cache
 from prcl_fast.data.decode import decode
 from prcl_fast.data.source import Source, build_source
@@ -114,8 +114,10 @@ def test_batches_are_bitwise_the_same_with_and_without_a_cache(data, memory, kin
     lines = []
 
     def made(settings: Config) -> list[torch.Tensor]:
-        options = {"start": 0, "device": torch.device("cpu"), "unlabeled": True, "say": lines.append}
-        stream = training_batches(build_source(settings.data), settings, **options)
+        source = build_source(settings.data)
+        cache = training_cache(source, settings, unlabeled=True, say=lines.append)
+        options = {"start": 0, "device": torch.device("cpu"), "unlabeled": True, "cache": cache}
+        stream = training_batches(source, settings, **options)
         with contextlib.closing(stream):
             batches = list(islice(stream, 4))
         return [t for b in batches for t in (b.labeled_image, b.label, b.unlabeled_image, b.inside, b.seed)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prcl_fast.config import Config, ConsistencyConfig
 from prcl_fast.data.augment import weak_augment
-from prcl_fast.data.cache import open_cache
+from prcl_fast.data.cache import ImageCache, open_cache
 from prcl_fast.data.draws import Purpose, StrongDraws, generator
 from prcl_fast.data.micro_steps import Loaded, MicroSteps, Pixels
 from prcl_fast.data.prefetch import on_device
@@ -40,6 +40,24 @@ def rank_seed(seed: int, rank: int) -> int:
     return int(generator(seed, Purpose.RANK, stream=rank).integers(2**63))
 
 
+def training_cache(
+    source: Source, config: Config, *, unlabeled: bool, say: Callable[[str], None] | None = None
+) -> ImageCache | None:
+    """The images of `data.cache`, built if need be; None where the configuration has no cache.
+
+    Args:
+        unlabeled: False leaves the unlabeled images out.
+        say: takes lines about the building.
+
+    Raises:
+        InputError: an image that cannot be read, or, naming data.cache, not enough room or no access.
+    """
+    if config.data.cache == "none":
+        return None
+    subsets = ("labeled", "unlabeled") if unlabeled else ("labeled",)
+    return open_cache(source, config.data, subsets, say)
+
+
 def training_batches(
     source: Source,
     config: Config,
@@ -49,7 +67,7 @@ def training_batches(
     world: int = 1,
     device: torch.device,
     unlabeled: bool,
-    say: Callable[[str], None] | None = None,
+    cache: ImageCache | None = None,
 ) -> Generator[Batch, None, None]:
     """Micro-batches number start, start + 1, ... without end; `close()` ends the worker processes.
 
@@ -60,7 +78,7 @@ def training_batches(
     Args:
         rank, world: this process and the number of processes; each gets batch / (world * accumulate) images.
         unlabeled: False leaves the unlabeled images out.
-        say: takes lines about the building of `data.cache`, which happens in this call.
+        cache: what `training_cache` gave; None opens it in this call.
 
     Raises:
         InputError: a batch size that cannot be shared out, an empty split, an image that cannot be read, or
@@ -68,10 +86,6 @@ def training_batches(
         WorkerDiedError: from the generator: a worker process was killed.
     """
     _check(source, config, world, unlabeled)
-    cache = None
-    if config.data.cache != "none":
-        subsets = ("labeled", "unlabeled") if unlabeled else ("labeled",)
-        cache = open_cache(source, config.data, subsets, say)
     steps = MicroSteps(
         source,
         config,
@@ -79,7 +93,7 @@ def training_batches(
         world=world,
         seed=rank_seed(config.seed, rank),
         unlabeled=unlabeled,
-        cache=cache,
+        cache=cache or training_cache(source, config, unlabeled=unlabeled),
     )
     stream = _augmented(steps, config, start, device)
     _streams.add(stream)

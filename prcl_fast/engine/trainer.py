@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from prcl_fast.config import Config, config_fingerprint, dump_config
-from prcl_fast.data.batches import Batch, training_batches
+from prcl_fast.data.batches import Batch, training_batches, training_cache
 from prcl_fast.data.scan import scan_labels
 from prcl_fast.data.source import build_source
 from prcl_fast.device import choose_device, prepare_device
@@ -62,6 +62,12 @@ class Trainer:
         self.iteration = 0
         self.progress: dict[str, Any] = {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}}
         self.stopping = False
+        self.cache = training_cache(
+            self.source,
+            config,
+            unlabeled=self.method.needs_unlabeled,
+            say=lambda line: console.print(line, highlight=False),
+        )
         self.output = claim_output(config)
         self._resume()
         if config.train.compile:
@@ -191,7 +197,7 @@ class Trainer:
             start=self.iteration * self.config.train.accumulate,
             device=self.device,
             unlabeled=self.method.needs_unlabeled,
-            say=lambda line: self.console.print(line, highlight=False),
+            cache=self.cache,
         )
 
     @contextlib.contextmanager
