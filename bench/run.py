@@ -95,16 +95,16 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A result as `write_result` left it. Raises InputError for anything else."""
+def read_result(path: Path, kind: str = KIND) -> dict[str, Any]:
+    """A result as `write_result` left it. Raises InputError for anything else, and for another kind."""
     try:
         result = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError:
         raise InputError(f"{path}: is not JSON") from None
-    if not isinstance(result, dict) or result.get("kind") != KIND:
-        raise InputError(f"{path}: is not a result of prcl bench")
+    if not isinstance(result, dict) or result.get("kind") != kind:
+        raise InputError(f"{path}: is not a result of {kind.rsplit(maxsplit=1)[0]}")
     return result
 
 

@@ -26,10 +26,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.run import write_result
+from bench.run import read_result, write_result
 from bench.step_data import SIZES, file_config, size_config
 from bench.step_plot import write_figures
-from bench.step_run import Plan, measure, read_step_result
+from bench.step_run import KIND, Plan, measure
 from bench.step_worker import CANDIDATES
 from prcl_fast.cli.tables import print_table
 from prcl_fast.device import choose_device, prepare_device
@@ -74,7 +74,7 @@ def step_command(
     Exit status 1: a candidate could not run.
     """
     if plot is not None:
-        for path in write_figures(read_step_result(plot), out, plot.stem):
+        for path in write_figures(read_result(plot, KIND), out, plot.stem):
             print(path)
         return
     _check("--size", [size], SIZES)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bench import machine
@@ -17,7 +15,7 @@ from bench.step_worker import CANDIDATES, Report, Worker
 from prcl_fast.config import Config, dump_config
 from prcl_fast.errors import InputError
 
-KIND = "prcl bench step 1"
+KIND = "bench.step 1"
 
 
 @dataclass(frozen=True)
@@ -72,19 +70,6 @@ def measure(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
         "same_for_all": _same_for_all(plan),
         "rows": [_row(plan, name, outcome) for name, outcome in outcomes.items()],
     }
-
-
-def read_step_result(path: Path) -> dict[str, Any]:
-    """A result as `measure` gives it, from a file. Raises InputError for anything else."""
-    try:
-        result = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError:
-        raise InputError(f"{path}: is not JSON") from None
-    if not isinstance(result, dict) or result.get("kind") != KIND:
-        raise InputError(f"{path}: is not a result of bench.step")
-    return result
 
 
 def _interleaved(plan: Plan, outcomes: Mapping[str, _Outcome], progress: Callable[[str], None]) -> None:

@@ -22,8 +22,9 @@ from bench.eager import random_anchors, random_negatives
 from bench.plain_step import PlainTraining
 from bench.published_pil import classmix, geometric, photometric, to_picture, to_tensor
 from bench.published_step import PublishedTraining
+from bench.run import read_result
 from bench.step_data import DataSet, candidate_config, file_config, size_config, write_images
-from bench.step_run import Plan, measure, read_step_result
+from bench.step_run import KIND, Plan, measure
 from bench.step_setup import LOSSES
 from bench.step_worker import CANDIDATES, OurTraining, Worker
 from prcl_fast.config import Config, override_config, parse_config
@@ -348,7 +349,7 @@ def test_a_result_says_times_memory_and_why_a_candidate_has_none(measured: dict[
 def test_the_figure_of_a_result_is_drawn(run: Any, measured: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text(json.dumps(measured))
-    assert read_step_result(file) == json.loads(file.read_text())
+    assert read_result(file, KIND) == json.loads(file.read_text())
     code, out, _ = run("--plot", str(file), "--out", str(tmp_path / "figures"))
     assert code == 0
     files = [tmp_path / "figures" / name for name in ("result.png", "result_parts.png")]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from prcl_fast.cli.plan import plan_command
 from prcl_fast.config import Config, load_config, override_config, parse_config
 from prcl_fast.engine import batch_plan, paper, plan
+from prcl_fast.engine.measured_step import StepMeasurement
 from prcl_fast.engine.memory_estimate import (
     LiveBytes,
     MemoryEstimator,
@@ -26,7 +27,6 @@ from prcl_fast.engine.memory_estimate import (
 )
 from prcl_fast.engine.paper import paper_differences
 from prcl_fast.engine.random_batch import random_batch
-from prcl_fast.engine.step_time import StepMeasurement
 from prcl_fast.errors import InputError
 from prcl_fast.methods import Step, build_method
 

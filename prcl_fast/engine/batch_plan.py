@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prcl_fast.config import Config, ConsistencyConfig
+from prcl_fast.engine.measured_step import StepMeasurement, StepTimer
 from prcl_fast.engine.memory_estimate import MemoryEstimator, PassBytes, StateBytes
-from prcl_fast.engine.step_time import StepMeasurement, StepTimer
 
 MARGIN = 0.9  # of the free memory; the rest is for what changes from step to step
 # Share of a pass's bytes that the process's allocator holds back on top; seen on Linux: 0.3 to 0.5.

@@ -18,9 +18,9 @@ from prcl_fast.data import cityscapes, scene, voc
 from prcl_fast.data.file_source import class_names
 from prcl_fast.device import choose_device
 from prcl_fast.engine.batch_plan import BatchPlanner, MemoryPlan, Micro, Remedy, TimePlan
+from prcl_fast.engine.measured_step import StepTimer
 from prcl_fast.engine.memory_estimate import MemoryEstimator
 from prcl_fast.engine.paper import Difference, paper_batch, paper_differences
-from prcl_fast.engine.step_time import StepTimer
 
 _SECONDS = {"cpu": 50.0, "cuda": 15.0}  # for all measured steps together
 

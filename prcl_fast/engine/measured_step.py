@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +10,8 @@ import torch
 from prcl_fast.config import Config
 from prcl_fast.data.batches import Batch
 from prcl_fast.device import prepare_device
-from prcl_fast.engine.process_memory import resident_bytes, resident_peak
+from prcl_fast.engine.part_meter import PartTimer
+from prcl_fast.engine.process_memory import reset_resident_peak, resident_bytes, resident_peak
 from prcl_fast.engine.random_batch import random_batch
 from prcl_fast.engine.step import TrainStep
 from prcl_fast.methods import build_method
@@ -68,35 +66,12 @@ class StepTimer:
     def _timed(self, batch: Batch) -> tuple[float, float]:
         # At the end of the schedule the learning rate is 0: random labels cannot drive the weights anywhere.
         self._step.iteration.fill_(self.config.train.iterations)
-        clock = _UpdateClock(self.device)
-        started = _now(self.device)
-        with listening(clock):
+        timer = PartTimer(self.device)
+        with listening(timer), timer.step():
             self._step([batch])
-        whole = _now(self.device) - started
-        return whole - clock.seconds, clock.seconds
-
-
-class _UpdateClock:
-    """Adds up the time of the parts that come once a step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds = 0.0
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        if name not in _UPDATE:
-            yield
-            return
-        started = _now(self._device)
-        yield
-        self.seconds += _now(self._device) - started
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        (parts,) = timer.steps()
+        update = sum(milliseconds for name, milliseconds in parts.items() if name in _UPDATE)
+        return (sum(parts.values()) - update) / 1e3, update / 1e3
 
 
 class _CudaPeak:
@@ -115,12 +90,7 @@ class _ProcessPeak:
     """The growth of this process's resident memory, with what its allocator holds back between uses."""
 
     def __init__(self) -> None:
-        self._resident = resident_bytes()
-        self._highest = resident_peak()
+        self._before = resident_bytes() if reset_resident_peak() else None
 
     def growth(self) -> int | None:
-        highest = resident_peak()
-        # The kernel keeps one mark for the process's whole life: where it did not move, nothing is known.
-        if self._resident is None or highest <= self._highest:
-            return None
-        return highest - self._resident
+        return None if self._before is None else resident_peak() - self._before
