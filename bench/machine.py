@@ -20,6 +20,7 @@ import torch
 
 from prcl_fast import __version__
 from prcl_fast.data.atomic import write_text
+from prcl_fast.memory import available_memory
 from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
 
 _SHARE_OF_MEMORY = 0.7
@@ -80,11 +81,8 @@ def available_bytes(device: str) -> int:
     """Memory that nobody uses: of the GPU, or of the machine; a very large number where that is unknown."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 1 << 62
+    available = available_memory()
+    return 1 << 62 if available is None else available
 
 
 def output(*command: str) -> str:

@@ -16,11 +16,10 @@ A time is the wall time of consecutive steps, fetching the images included, betw
 
 from __future__ import annotations
 
-import difflib
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from bench.step_data import SIZES, file_config, size_config
 from bench.step_plot import write_figures
 from bench.step_run import KIND, Plan, measure
 from bench.step_worker import CANDIDATES
+from prcl_fast.cli.choices import check_known
 from prcl_fast.cli.tables import print_table
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.errors import InputError
@@ -77,9 +77,9 @@ def step_command(
         for path in write_figures(read_result(plot, KIND), out, plot.stem):
             print(path)
         return
-    _check("--size", [size], SIZES)
+    check_known("--size", [size], SIZES)
     names = None if candidates is None else [name.strip() for name in candidates.split(",")]
-    _check("--candidates", names or (), CANDIDATES)
+    check_known("--candidates", names or (), CANDIDATES)
     with tempfile.TemporaryDirectory(prefix="prcl_step_") as folder:
         place = Path(folder)
         if config is None:
@@ -106,14 +106,6 @@ def step_command(
     _print(result)
     if any(row["ms"] is None for row in result["rows"]):
         raise typer.Exit(1)
-
-
-def _check(key: str, values: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
-    for value in values:
-        if value not in known:
-            near = difflib.get_close_matches(value, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{key}: {value!r} is not one of {', '.join(known)}{hint}")
 
 
 def _print(result: Mapping[str, Any]) -> None:

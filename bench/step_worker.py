@@ -25,9 +25,9 @@ from prcl_fast.config import Config, dump_config, parse_config
 from prcl_fast.data.source import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.part_meter import PartTimer
-from prcl_fast.engine.process_memory import resident_peak
 from prcl_fast.engine.profile import traced
 from prcl_fast.engine.trainer import Trainer
+from prcl_fast.memory import resident_peak
 from prcl_fast.parts import listening
 
 PATIENCE_SECONDS = 900  # for one answer; compilation is the longest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from prcl_fast.cli.choices import check_known
 from prcl_fast.cli.tables import print_table
 from prcl_fast.errors import InputError
 
@@ -104,7 +104,7 @@ def _run(
         ("--dtype", [dtype], DTYPES),
         ("--candidates", chosen, CANDIDATES),
     ):
-        _check_known(key, values, known)
+        check_known(key, values, known)
     if threads is not None:
         torch.set_num_threads(threads)
     if kind == "cuda":
@@ -214,14 +214,6 @@ def _cells(row: Mapping[str, Any], beside: Mapping[str, float | None]) -> list[s
 def _number(value: float) -> str:
     """Three digits, four above a hundred."""
     return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
-
-
-def _check_known(key: str, values: Sequence[str], known: Sequence[str]) -> None:
-    for value in values:
-        if value not in known:
-            near = difflib.get_close_matches(value, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{key}: {value!r} is not one of {', '.join(known)}{hint}")
 
 
 @contextmanager

@@ -38,8 +38,6 @@ def profile_command(
     from prcl_fast.analysis.step_time import draw_step_time
     from prcl_fast.analysis.style import save_figure
     from prcl_fast.data.atomic import write_text
-    from prcl_fast.data.decode_cost import decode_cost
-    from prcl_fast.data.source import build_source
     from prcl_fast.engine.profile import profile
 
     loaded = load_config(config, overrides or [])
@@ -47,10 +45,9 @@ def profile_command(
     if out is not None:
         _check_folder(out)
         trace = out / "trace.json.gz"
-    cost = decode_cost(build_source(loaded.data))
     found = profile(loaded, steps, trace=trace, say=lambda text: print(text, file=sys.stderr, flush=True))
     _print(found)
-    _print_decoding(cost, loaded, found.step_ms)
+    _print_decoding(found.decoding, loaded, found.step_ms)
     if out is not None:
         try:
             write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")

@@ -27,7 +27,9 @@ from prcl_fast.data.cache_file import VERSION, DamagedFileError, ImageFile, writ
 from prcl_fast.data.cache_locks import locked, remove_unused, use_until_exit
 from prcl_fast.data.decode import decode
 from prcl_fast.data.source import Source
+from prcl_fast.data.user_cache import user_cache
 from prcl_fast.errors import InputError
+from prcl_fast.memory import available_memory
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SAMPLE = 8  # images of each subset that are decoded to estimate the room needed
@@ -135,8 +137,7 @@ def _folder(data: DataConfig) -> Path:
     elif data.cache_dir is not None:
         folder = data.cache_dir
     else:
-        base = os.environ.get("XDG_CACHE_HOME")
-        folder = (Path(base) if base else Path.home() / ".cache") / "prcl_fast" / "images"
+        folder = user_cache() / "images"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -216,12 +217,9 @@ def _room_needed(source: Source, items: Sequence[_Item]) -> int:
 
 def _room(folder: Path, kind: str) -> int:
     free = shutil.disk_usage(folder).free
-    if kind == "ram":
-        # The file system in memory may be larger than what the other processes leave of the memory.
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = min(free, int(line.split()[1]) * 1024)
-    return free
+    # The file system in memory may be larger than what is left of the memory.
+    available = available_memory() if kind == "ram" else None
+    return free if available is None else min(free, available)
 
 
 def _threads() -> int:

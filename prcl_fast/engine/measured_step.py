@@ -11,9 +11,9 @@ from prcl_fast.config import Config
 from prcl_fast.data.batches import Batch
 from prcl_fast.device import prepare_device
 from prcl_fast.engine.part_meter import PartTimer
-from prcl_fast.engine.process_memory import reset_resident_peak, resident_bytes, resident_peak
 from prcl_fast.engine.random_batch import random_batch
 from prcl_fast.engine.step import TrainStep
+from prcl_fast.memory import reset_resident_peak, resident_bytes, resident_peak
 from prcl_fast.methods import build_method
 from prcl_fast.parts import listening
 

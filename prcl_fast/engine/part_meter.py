@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prcl_fast.engine.process_memory import reset_resident_peak, resident_peak
+from prcl_fast.memory import reset_resident_peak, resident_peak
 from prcl_fast.parts import PARTS
 
 

@@ -9,7 +9,6 @@ import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,6 +20,7 @@ from prcl_fast.engine.batch_plan import BatchPlanner, MemoryPlan, Micro, Remedy,
 from prcl_fast.engine.measured_step import StepTimer
 from prcl_fast.engine.memory_estimate import MemoryEstimator
 from prcl_fast.engine.paper import Difference, paper_batch, paper_differences
+from prcl_fast.memory import available_memory
 
 _SECONDS = {"cpu": 50.0, "cuda": 15.0}  # for all measured steps together
 
@@ -98,18 +98,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that a run could take now, or None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    try:  # a container's own limit
-        limit, used = (
-            int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current")
-        )
-    except (OSError, ValueError):
-        return available
-    return min(available, limit - used)
+    return available_memory()
 
 
 def _device_name(device: torch.device) -> str:

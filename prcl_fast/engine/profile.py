@@ -19,6 +19,7 @@ from rich.console import Console
 from prcl_fast.config import Config
 from prcl_fast.data.atomic import replacing
 from prcl_fast.data.batches import Batch
+from prcl_fast.data.decode_cost import DecodeCost, decode_cost
 from prcl_fast.engine.part_meter import PartMemory, PartRanges, PartTimer
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.parts import listening
@@ -39,6 +40,7 @@ class Profile:
         peak_bytes: the most memory held in each part: allocated on CUDA, resident on a CPU.
         busy: share of the time in which the device worked: on CUDA some kernel ran, on a CPU the share of
             the threads' time that this process (without its data workers) used.
+        decoding: what it costs to decode the data set's images, without a cache.
         kind, device, threads, torch, images: of one step, labeled and unlabeled together.
     """
 
@@ -54,6 +56,7 @@ class Profile:
     parts_ms: dict[str, float]
     peak_bytes: dict[str, int]
     busy: float
+    decoding: DecodeCost
     kind: str = KIND
 
     def plain(self) -> dict[str, Any]:
@@ -99,6 +102,7 @@ def profile(
             with listening(memory):
                 trainer.step(batches)
             say(f"{_TRACED} steps with PyTorch's profiler")
+            decoding = decode_cost(trainer.source)
             device_busy = traced(trainer, batches, trace)
     train = config.train
     percentiles = statistics.quantiles(whole, n=5, method="inclusive")
@@ -115,6 +119,7 @@ def profile(
         parts_ms=timer.medians(),
         peak_bytes=memory.peaks,
         busy=busy if device_busy is None else device_busy,
+        decoding=decoding,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import yaml
 
 from prcl_fast.config import Config, config_fingerprint, dump_config, load_config
+from prcl_fast.data.user_cache import user_cache
 from prcl_fast.errors import InputError
 
 
@@ -34,5 +34,4 @@ def claim_output(config: Config) -> Path:
 
 def label_scan_cache() -> Path:
     """The file that remembers which label files were checked, shared by all runs of a user."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prcl_fast" / "label_scan.json"
+    return user_cache() / "label_scan.json"

@@ -55,8 +55,9 @@ class TrainStep:
         """
         config = self.config
         step = Step(self.iteration, config.train.iterations)
+        decay = poly_lr(1.0, step.iteration, step.total, power=config.optim.power)
         for lr, base in zip(self._lr, self._base_lr, strict=True):
-            lr.copy_(poly_lr(base, step.iteration, step.total, power=config.optim.power))
+            lr.copy_(base * decay)
         sums: dict[str, Tensor] = {}
         for batch in batches:
             with autocast(self.device, config.train.amp):

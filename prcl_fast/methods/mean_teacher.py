@@ -42,7 +42,7 @@ class MeanTeacher(Method):
         assert isinstance(config.method, ConsistencyConfig)
         self.settings: ConsistencyConfig = config.method
         self.teacher = EMATeacher(self.student, decay=config.method.ema)
-        self._omega: Tensor | None = None
+        self._pseudo_labels: tuple[Tensor, Tensor] | None = None  # and confidences, of the last batch
 
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The terms "loss_supervised" and "loss_unsupervised" and their sum."""
@@ -86,6 +86,7 @@ class MeanTeacher(Method):
     ) -> dict[str, Tensor]:
         """L_s, L_u and their sum."""
         settings = self.settings
+        self._pseudo_labels = unlabeled.label, unlabeled.confidence
         with part("losses"):
             supervised = supervised_loss(labeled_out.logits, batch.label)
             unsupervised = unsupervised_loss(
@@ -95,7 +96,6 @@ class MeanTeacher(Method):
                 delta_u=settings.delta_u,
                 omega=settings.omega,
             )
-            self._omega = (unlabeled.confidence > settings.delta_u).sum() / (unlabeled.label != IGNORE).sum()
             return {
                 "loss": supervised + unsupervised,
                 "loss_supervised": supervised,
@@ -113,4 +113,7 @@ class MeanTeacher(Method):
 
     def diagnostics(self) -> dict[str, Any]:
         """omega: the share of the unlabeled pixels whose confidence is above delta_u."""
-        return {} if self._omega is None else {"omega": float(self._omega)}
+        if self._pseudo_labels is None:
+            return {}
+        label, confidence = self._pseudo_labels
+        return {"omega": float((confidence > self.settings.delta_u).sum() / (label != IGNORE).sum())}

@@ -1,4 +1,4 @@
-"""Memory of this process as the system counts it, with what its allocator holds back between uses."""
+"""Memory as the system counts it: what is free, and what this process holds with its allocator's reserves."""
 
 from __future__ import annotations
 
@@ -8,17 +8,30 @@ import sys
 from pathlib import Path
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMORY, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _RESET_PEAK = "5"  # proc(5)
+
+
+def available_memory() -> int | None:
+    """Bytes that this process could still take, a container's limit included; None where nothing says so."""
+    available = _field(_MEMORY, "MemAvailable")
+    if available is None:
+        return None
+    try:
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return available
+    return max(0, min(available, limit - used))
 
 
 def resident_bytes() -> int | None:
     """What is resident now; None where the system does not say."""
-    return _field("VmRSS")
+    return _field(_STATUS, "VmRSS")
 
 
 def resident_peak() -> int:
     """The most that was resident, since `reset_resident_peak` where that is possible."""
-    known = _field("VmHWM")
+    known = _field(_STATUS, "VmHWM")
     if known is not None:
         return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -33,9 +46,9 @@ def reset_resident_peak() -> bool:
     return False
 
 
-def _field(name: str) -> int | None:
+def _field(file: Path, name: str) -> int | None:
     try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
+        lines = file.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     found = [line for line in lines if line.startswith(f"{name}:")]
