@@ -102,7 +102,9 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     std: list[Positive] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
-    workers: int = Field(2, ge=0, description="Processes that decode images; 0 decodes in the main process.")
+    workers: int = Field(
+        2, ge=0, le=256, description="Processes that decode images; 0 decodes in the main process."
+    )
     cache: Literal["none", "ram", "disk"] = Field(
         "none", description="Keep the decoded training images: in memory that processes share, or on disk."
     )
@@ -238,10 +240,20 @@ class TrainConfig(Section):
         False, description="CUDA: an error where a step makes the host wait for the device."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; null: PyTorch's choice.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null: PyTorch's choice.")
+    sync_bn: bool = Field(
+        True, description="Batch norm over the images of all processes; false: over those of each."
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="A loss or gradient that is not finite ends the run, or its step is left out."
+    )
+    stall_timeout: Positive | None = Field(
+        600.0, description="Seconds without progress after which a run is ended; null: never."
+    )
     log_every: Count = 20
     eval_every: Count = 1000
     save_every: Count = 1000
+    keep: Count = Field(2, description="Checkpoints kept for resuming: last.pt, last-1.pt, ...")
 
 
 class EvalConfig(Section):
@@ -342,7 +354,16 @@ def config_fingerprint(config: Config) -> str:
     del tree["output"]
     for key in ("workers", "scan", "cache", "cache_dir"):
         del tree["data"][key]
-    for key in ("threads", "log_every", "save_every", "device", "graph", "sync_check"):
+    for key in (
+        "threads",
+        "device",
+        "graph",
+        "sync_check",
+        "stall_timeout",
+        "log_every",
+        "save_every",
+        "keep",
+    ):
         del tree["train"][key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 

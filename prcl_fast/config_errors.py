@@ -9,6 +9,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+_SHOWN = 160
+
 
 def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[BaseModel]) -> str:
     """One line for the first mistake: unknown keys first, for they often cause the others."""
@@ -16,9 +18,12 @@ def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[Ba
     mistake = mistakes[0]
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     location = _location(mistake["loc"], tree)
+    if mistake["type"] == "invalid_key":
+        section = ".".join(_location(mistake["loc"][:-1], tree))
+        return f"{section + ': ' if section else ''}key {shortened(mistake['input'])} is not a name{more}"
     if mistake["type"] == "missing":
         location.append(str(mistake["loc"][-1]))
-    where = ".".join(location)
+    where = _cut(".".join(location))
     if mistake["type"] == "extra_forbidden":
         known = _known_keys(mistake["loc"][:-1], root)
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
@@ -31,12 +36,21 @@ def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[Ba
         return f"{where}.name: a method's name is required{more}"
     if mistake["type"] == "union_tag_invalid":
         tags = mistake["ctx"]["expected_tags"].replace("'", "")
-        return f"{where}.name: unknown method {mistake['ctx']['tag']!r}; known: {tags}{more}"
+        return f"{where}.name: unknown method {shortened(mistake['ctx']['tag'])}; known: {tags}{more}"
     if mistake["type"] == "missing":
         return f"{where}: this key is required{more}"
     if mistake["type"] in ("model_type", "dict_type"):
         message = "a section of keys is expected"
-    return f"{where}: {message[0].lower()}{message[1:]}, got {mistake['input']!r}{more}"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {shortened(mistake['input'])}{more}"
+
+
+def shortened(value: object) -> str:
+    """`repr(value)` in one line, cut to a length that fits there."""
+    return _cut(" ".join(repr(value).split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _location(loc: Sequence[int | str], tree: Mapping[str, Any]) -> list[str]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prcl_fast.config_errors import shortened
 from prcl_fast.errors import InputError
+from prcl_fast.regular_file import read_text
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 20
+MAX_NODES = 10_000  # a palette and a label map of 256 entries together are some 2,000
+
+# C0, C1, line and paragraph separators, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # The keys whose values are paths, relative to the file in which they stand.
 PATH_KEYS = (
@@ -28,15 +38,12 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         InputError: naming the file.
     """
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     if resolved in above:
         raise InputError(f"{path}: base: the files inherit from each other in a circle")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {_one_line(error)}") from None
+    if len(above) > MAX_DEPTH:
+        raise InputError(f"{path}: base: more than {MAX_DEPTH} files inherit from each other")
+    text = read_text(path, "configuration file", MAX_BYTES)
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -53,17 +60,72 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number, as every other language has it, and a repeated key is an error."""
+    """Safe YAML in which 1e-4 is a number, as every other language has it, and a repeated key is an error.
+
+    Whatever it reads is small: bounded in depth and, with every alias written out, in nodes; numbers of 64
+    bits, text of one line. Every refusal is a yaml.YAMLError.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._nodes = 0
+        self._nodes_of: dict[int, int] = {}  # by the identity of a node, once it is complete
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
+        mark = self.peek_event().start_mark
+        before = self._nodes
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if is_alias and id(node) not in self._nodes_of:
+            raise yaml.composer.ComposerError(None, None, "an alias to what it is part of", mark)
+        self._nodes += self._nodes_of[id(node)] if is_alias else 1
+        if self._nodes > MAX_NODES:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MAX_NODES} keys and values, aliases written out", mark
+            )
+        if not is_alias:
+            self._nodes_of[id(node)] = self._nodes - before
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be one word or number", key_node.start_mark
+                )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} stands twice", key_node.start_mark
+                    None, None, f"key {shortened(key_node.value)} stands twice", key_node.start_mark
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep=deep)
+        except yaml.YAMLError:
+            raise
+        # Text that is not what its tag says fails in as many ways as there are tags.
+        except Exception:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(node.value)} cannot be read as {kind}", node.start_mark
+            ) from None
+        if isinstance(value, str) and _UNPRINTABLE.search(value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(value)} holds a line break or control character", node.start_mark
+            )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(node.value)} is beyond 64 bits", node.start_mark
+            )
+        return value
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -105,16 +167,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):
-        raise InputError(f"override {override!r}: expected key.path=value")
+        raise InputError(f"override {shortened(override)}: expected key.path=value")
+    if len(keys) > MAX_DEPTH or len(text) > MAX_BYTES:
+        raise InputError(f"override {shortened(override)}: too long")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML") from None
+        raise InputError(f"override {shortened(override)}: the value is not valid YAML") from None
     holder = tree
     for key in keys[:-1]:
         below = holder.setdefault(key, {})
         if not isinstance(below, dict):
-            raise InputError(f"override {override!r}: {key} is a value, not a section")
+            raise InputError(f"override {shortened(override)}: {key} is a value, not a section")
         holder = below
     if keys == ["method", "name"] and holder.get("name", value) != value:
         holder.clear()  # another method starts anew: the former one's keys would be unknown to it
@@ -122,4 +186,4 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")

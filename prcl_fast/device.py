@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from prcl_fast.errors import InputError
 
@@ -47,3 +48,8 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     """The context of `train.amp`: "off", "bf16" or "fp16"."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 where autocast made less of it; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

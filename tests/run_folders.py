@@ -1,16 +1,20 @@
-"""Run folders without training: the checkpoint of freshly initialised networks, and made-up metrics."""
+"""Run folders without training: checkpoints, made-up metrics, and a disk that is full."""
 
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from prcl_fast.config import config_fingerprint, dump_config, parse_config
 from prcl_fast.data.source import build_source
-from prcl_fast.engine.checkpoint import save_checkpoint
+from prcl_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from prcl_fast.methods import build_method
 
 
@@ -26,14 +30,50 @@ def write_run(folder: Path, tree: dict[str, Any], classes: tuple[str, ...] | Non
         "config": dump_config(config),
         "fingerprint": config_fingerprint(config),
         "classes": list(names),
-        "palette": source.palette.tolist(),
+        "palette": np.resize(source.palette, (len(names), 3)).tolist(),
         "iteration": 40,
         "method": method.state_dict(),
         "optimizer": {},
         "scaler": {},
-        "progress": {},
+        "progress": {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}},
     }
     save_checkpoint(folder / "best.pt", state)
+
+
+def small_state(iteration: int, size: int = 8) -> dict[str, Any]:
+    """What a checkpoint must hold, with one tensor of `size` numbers for a method."""
+    return {
+        "config": {},
+        "fingerprint": "",
+        "classes": ["a", "b"],
+        "palette": [[0, 0, 0], [1, 1, 1]],
+        "iteration": iteration,
+        "method": {"weight": torch.full((size,), float(iteration))},
+        "optimizer": {},
+        "scaler": {},
+        "progress": {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}},
+    }
+
+
+def iterations(folder: Path) -> dict[str, int]:
+    """The checkpoint files in `folder`, each whole, with their iterations."""
+    return {path.name: load_checkpoint(path)["iteration"] for path in folder.glob("*.pt")}
+
+
+def silent(line: str) -> None:
+    """For what has nothing to say."""
+    raise AssertionError(line)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Within the block no file grows over `size` bytes: the system refuses to write, as on a full disk."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
 
 def write_metrics(folder: Path, method: str, steps: int = 40) -> None:

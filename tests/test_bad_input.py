@@ -185,7 +185,7 @@ def test_a_spoilt_or_foreign_checkpoint_is_named_and_left_alone(
         ["eval", "run"],
         ["predict", "run", "JPEGImages", "--out", "out"],
     ):
-        assert ".pt: corrupt" in fails(capsys, *arguments)
+        assert ".pt: damaged" in fails(capsys, *arguments)
     assert last.read_bytes() == whole[: len(whole) // 2]
     assert not (data / "out").exists()
 

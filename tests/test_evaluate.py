@@ -167,13 +167,20 @@ def test_images_of_many_sizes_are_all_counted_with_few_waiting():
     np.testing.assert_array_equal(result.confusion, counted(source))
 
 
-def test_shares_of_several_processes_add_up():
-    source, data = random_source(SIZES), data_config()
-    parts = [
-        evaluate({"a": Pointwise(data)}, source, data, EvalConfig(), CPU, rank=rank, world=3)["a"].confusion
-        for rank in range(3)
-    ]
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_several_processes_see_the_batches_of_one_and_count_every_image_once(monkeypatch, world):
+    source, data = random_source([(8, 8), (9, 9), (8, 8)] * 9), data_config()
+    settings, alone = EvalConfig(batch=2), Pointwise(data)
+    evaluate({"a": alone}, source, data, settings, CPU)
+    calls, parts = [], []
+    monkeypatch.setattr("prcl_fast.engine.evaluate.world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr("prcl_fast.engine.evaluate.rank", lambda rank=rank: rank)
+        network = Pointwise(data)
+        parts.append(evaluate({"a": network}, source, data, settings, CPU)["a"].confusion)
+        calls += network.calls
     np.testing.assert_array_equal(sum(parts), counted(source))
+    assert sorted(calls) == sorted(alone.calls)
 
 
 def test_several_networks_see_the_same_images_and_get_their_mode_back():

@@ -22,7 +22,19 @@ ALLOWED = {
     "engine": {"methods", "losses", "ops", "models", "data"},
     "cli": {"engine", "analysis", "methods", "models", "data", "ops", "losses"},
 }
-LEAVES = {"config", "config_files", "config_errors", "errors", "device", "memory", "parts", "__version__"}
+LEAVES = {
+    "config",
+    "distributed",
+    "regular_file",
+    "torch_file",
+    "config_files",
+    "config_errors",
+    "errors",
+    "device",
+    "memory",
+    "parts",
+    "__version__",
+}
 
 
 def imported_parts(file: Path) -> set[str]:

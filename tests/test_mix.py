@@ -26,7 +26,7 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def draws(seed: int) -> StrongDraws:
     rng = np.random.default_rng(100 + seed)
-    return strong_draws(rng.random((B, STRONG_NUMBERS)), rng.random(), (H, W), AugmentConfig())
+    return strong_draws(rng.random((B, STRONG_NUMBERS)), (H, W), AugmentConfig())
 
 
 @pytest.mark.parametrize("seed", SEEDS)

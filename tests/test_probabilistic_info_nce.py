@@ -275,6 +275,24 @@ def test_classes_without_anchors_are_counted_in_the_mean() -> None:
     assert loss > without_virtual
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_each_class_counts_by_its_factor(dtype: torch.dtype) -> None:
+    case = scene(dtype)
+    options = {"tau": 0.7, "normalize": True}
+    factor = torch.tensor([0.5, 2.0, 3.0, 0.0, 1.0], dtype=torch.float64)
+    alone = [in_float64(**case, **options, class_factor=one)[0] for one in torch.eye(C).double()]
+    torch.testing.assert_close(sum(alone), in_float64(**case, **options)[0])
+    loss = probabilistic_info_nce(**case, **options, class_factor=factor)
+    expected, expected_gradients = in_float64(**case, **options, class_factor=factor)
+    torch.testing.assert_close(expected, (torch.stack(alone) * factor).sum())
+    tolerance = {"rtol": 2e-2 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for got, want in zip(
+        torch.autograd.grad(loss, (case["mu"], case["var"])), expected_gradients, strict=True
+    ):
+        torch.testing.assert_close(got.double(), want, **tolerance)
+
+
 def test_path_that_cannot_look_at_values_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks, and empty anchors computed and masked: absent classes and NaN features must not leak."""
     case = scene()
@@ -292,6 +310,7 @@ def test_path_that_cannot_look_at_values_agrees(monkeypatch: pytest.MonkeyPatch)
         positive.variance,
         positive.count,
         case["virtual_mu"],
+        torch.tensor([0.5, 2.0, 1.0, 0.0, 1.0]),
         1.0,
         False,
         True,

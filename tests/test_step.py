@@ -44,7 +44,7 @@ def test_replayed_steps_are_the_eager_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], method: dict[str, Any]
 ) -> None:
     # The one thing that a step reads, on a CPU alone.
-    monkeypatch.setattr(FiniteGuard, "check", lambda self: None)
+    monkeypatch.setattr(FiniteGuard, "take", lambda self: None)
     if train.get("amp") == "fp16":  # its scale alone: a CPU takes a minute for convolutions in it
         monkeypatch.setattr(step, "autocast", lambda *_: contextlib.nullcontext())
     eager, replayed = (trainer_in(tmp_path / name, train, method) for name in ("eager", "replayed"))
@@ -67,7 +67,7 @@ def test_replayed_steps_are_the_eager_ones(
             for name, value in expected.items():
                 assert torch.equal(losses[name], value), (number, name)
     assert replayed.train_step.iteration == STEPS
-    assert replayed.train_step.take_means() == eager.train_step.take_means()
+    assert replayed.train_step.take_record() == eager.train_step.take_record()
     assert replayed.method.diagnostics() == eager.method.diagnostics()
     for name, value in eager.method.state_dict().items():
         assert torch.equal(replayed.method.state_dict()[name], value), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,11 +21,14 @@ from conftest import tiny_tree
 from rich.console import Console
 
 from prcl_fast.config import Config, dump_config, override_config, parse_config
+from prcl_fast.data.batches import Batch
 from prcl_fast.engine.checkpoint import load_checkpoint, load_run
 from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.guard import FiniteGuard, NonFiniteLossError
+from prcl_fast.engine.guard import Failure, FiniteGuard, NonFiniteLossError
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError
+from prcl_fast.losses import explain_variance
+from prcl_fast.methods import Step
 
 QUIET = Console(quiet=True)
 
@@ -121,7 +127,7 @@ def test_a_stopped_run_goes_on_exactly_where_it_was(tmp_path: Path) -> None:
     run(whole)
     halves = parse_config(tiny_tree(tmp_path / "halves"), "tiny")
     first = Trainer(halves, QUIET)
-    first.stopping = True  # as after a signal: the step ends, the state is saved
+    first.stop.asked = True  # as after a signal: the step ends, the state is saved
     with pytest.raises(InterruptedRunError, match="stopped at iteration 1 of 6"):
         first.run()
     run(halves)
@@ -184,8 +190,9 @@ def _wait_for_steps(process: subprocess.Popen, output: Path, share: float) -> No
     before = marker.stat().st_mtime_ns if marker.exists() else 0
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if marker.exists() and marker.stat().st_mtime_ns != before:
-            break
+        with contextlib.suppress(FileNotFoundError):  # for a moment, while a new one takes its name
+            if marker.stat().st_mtime_ns != before:
+                break
         time.sleep(0.01)
     time.sleep(0.5 * share)
 
@@ -208,13 +215,24 @@ def test_another_configuration_may_not_take_the_folder(tiny: Config) -> None:
     assert (tiny.output / "last.pt").read_bytes() == before
 
 
-def test_a_corrupt_checkpoint_is_named_and_kept(tiny: Config) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_the_run_ends_the_same(tiny: Config) -> None:
     run(tiny)
-    path = tiny.output / "last.pt"
+    state, path = final_state(tiny.output), tiny.output / "last.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"last\.pt: corrupt"):
+    trainer = Trainer(tiny, QUIET)
+    assert trainer.iteration == 4
+    trainer.run()
+    assert same_state(final_state(tiny.output), state)
+    assert len((tiny.output / "last.pt.damaged").read_bytes()) == 1000
+
+
+def test_where_all_checkpoints_are_damaged_they_are_named_and_kept(tiny: Config) -> None:
+    run(tiny)
+    for name in ("last.pt", "last-1.pt"):
+        (tiny.output / name).write_bytes((tiny.output / name).read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.pt: damaged.*last-1\.pt: damaged"):
         Trainer(tiny, QUIET)
-    assert len(path.read_bytes()) == 1000
+    assert len((tiny.output / "last.pt").read_bytes()) == 1000
 
 
 def test_an_unwritable_output_is_an_input_error(tmp_path: Path, tiny: Config) -> None:
@@ -224,31 +242,100 @@ def test_an_unwritable_output_is_an_input_error(tmp_path: Path, tiny: Config) ->
         Trainer(config, QUIET)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny: Config) -> None:
-    trainer = Trainer(tiny, QUIET)
+def spoil(trainer: Trainer, iterations: Collection[int], how: str) -> None:
+    """Makes a loss, or only its gradient, not finite in some steps."""
     losses = trainer.method.losses
 
-    def spoilt(batch, step):
+    def spoilt(batch: Batch, step: Step) -> dict[str, torch.Tensor]:
         values = losses(batch, step)
-        if step.iteration == 4:
-            values["loss_contrast"] = values["loss_contrast"] * float("nan")
-            values["loss"] = values["loss"] + values["loss_contrast"]
+        if int(step.iteration) in iterations:
+            if how == "loss_contrast":
+                values["loss_contrast"] = values["loss_contrast"] * float("nan")
+                values["loss"] = values["loss"] + values["loss_contrast"]
+                # As a network that has overflown would leave them.
+                trainer.method.student.backbone.get_buffer("bn1.running_mean").data.fill_(torch.nan)
+            else:
+                values["loss"] = values["loss"] + _finite_with_infinite_slope(values["loss"])
         return values
 
-    trainer.method.losses = spoilt
-    with pytest.raises(NonFiniteLossError, match="loss_contrast was not finite at iteration 4"):
+    trainer.method.losses = spoilt  # type: ignore[method-assign]
+
+
+def _finite_with_infinite_slope(x: torch.Tensor) -> torch.Tensor:
+    return ((x - x.detach()).clamp(min=0) + 0.0).sqrt()
+
+
+@pytest.mark.parametrize("what", ["term loss_contrast", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tiny: Config, what: str) -> None:
+    trainer = Trainer(tiny, QUIET)
+    spoil(trainer, {4}, what.split()[-1])
+    with pytest.raises(
+        NonFiniteLossError, match=rf"the {what} was not finite at iteration 4 \(seed 0, images labeled_"
+    ):
         trainer.run()
+    assert all(value.isfinite().all() for value in trainer.method.student.parameters())
     state = load_checkpoint(tiny.output / "last.pt")
     assert state["iteration"] == 4
     assert all(value.isfinite().all() for value in state["method"].values())
 
 
-def test_the_guard_names_the_first_term_and_iteration() -> None:
+@pytest.mark.parametrize("what", ["loss_contrast", "gradient"])
+def test_a_step_that_is_not_finite_can_be_left_out(tmp_path: Path, what: str) -> None:
+    tree = tiny_tree(tmp_path / "run")
+    tree["train"]["on_nonfinite"] = "skip"
+    console = Console(record=True, file=io.StringIO(), width=300)
+    trainer = Trainer(parse_config(tree, "tiny"), console)
+    spoil(trainer, {3}, what)
+    before: dict[str, torch.Tensor] = {}
+    step = trainer.step
+
+    def watched(batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
+        before.update({name: value.clone() for name, value in trainer.method.state_dict().items()})
+        losses = step(batches)
+        same = [
+            name
+            for name, value in trainer.method.state_dict().items()
+            if name.startswith(("student", "contrast.")) and value.is_floating_point()
+            if torch.equal(value, before[name])
+        ]
+        assert bool(same) == (trainer.iteration == 4), same
+        return losses
+
+    trainer.step = watched  # type: ignore[method-assign]
+    assert trainer.run()["iterations"] == 6
+    assert "left out, 1 such steps since the start" in console.export_text()
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(value.isfinite().all() for value in state["method"].values())
+
+
+def test_a_run_of_which_every_step_is_left_out_is_stopped(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path / "run")
+    tree["train"] |= {"on_nonfinite": "skip", "iterations": 40, "eval_every": 40}
+    trainer = Trainer(parse_config(tree, "tiny"), QUIET)
+    spoil(trainer, range(5, 40), "loss_contrast")
+    with pytest.raises(NonFiniteLossError, match="10 steps in a row"):
+        trainer.run()
+    assert trainer.iteration == 15
+
+
+def test_the_guard_names_the_first_term_and_iteration_and_counts() -> None:
     guard = FiniteGuard(("loss", "loss_a", "loss_b"), torch.device("cpu"))
     good, bad = 1.0, float("inf")
     guard.watch(torch.tensor([good, good, good]), torch.tensor(0))
-    guard.check()
+    assert guard.take() is None
+    assert guard.bad == 0
     guard.watch(torch.tensor([bad, good, bad]), torch.tensor(1))
     guard.watch(torch.tensor([bad, bad, bad]), torch.tensor(2))
-    with pytest.raises(NonFiniteLossError, match="loss_b was not finite at iteration 1"):
-        guard.check()
+    assert guard.bad == 1
+    assert guard.take() == Failure("term loss_b", 1, steps=2, in_a_row=2)
+    guard.watch(torch.tensor([good, good, good]), torch.tensor(3))
+    assert guard.take() is None
+    guard.watch(torch.tensor([bad, good, good]), torch.tensor(4))
+    assert guard.take() == Failure("term loss", 4, steps=3, in_a_row=1)
+
+
+@pytest.mark.parametrize(("mean", "sentence"), [(0.5, None), (0.99, "explode"), (1e-5, "collapse")])
+def test_variances_at_either_end_come_with_advice(mean: float, sentence: str | None) -> None:
+    note = explain_variance(mean)
+    assert note is None if sentence is None else f"the variances {sentence}" in (note or "")
+    assert note is None or "optim.probability_lr" in note

@@ -60,16 +60,18 @@ Buffer<T> padded(const T* from, int64_t rows, int64_t dims, int64_t width, T fil
   return to;
 }
 
-// What each drawn anchor's loss counts: 1 / (the class's drawn anchors * classes present); 0 with fewer than
-// two present.
+// What each drawn anchor's loss counts: the class's factor / (its drawn anchors * classes present); 0 with
+// fewer than two present.
 std::vector<double> class_weights(const int64_t* anchors, const std::vector<uint8_t>& present,
-                                  int64_t num_anchors) {
+                                  int64_t num_anchors, const std::vector<double>& factor) {
   const auto num_present = std::accumulate(present.begin(), present.end(), int64_t(0));
   std::vector<double> weight(present.size());
   for (size_t c = 0; c < present.size(); ++c) {
     const int64_t* row = anchors + int64_t(c) * num_anchors;
     const auto drawn = std::count_if(row, row + num_anchors, [](int64_t index) { return index >= 0; });
-    if (drawn > 0 && present[c] && num_present >= 2) weight[c] = 1.0 / (double(drawn) * double(num_present));
+    if (drawn > 0 && present[c] && num_present >= 2) {
+      weight[c] = factor[c] / (double(drawn) * double(num_present));
+    }
   }
   return weight;
 }
@@ -77,7 +79,8 @@ std::vector<double> class_weights(const int64_t* anchors, const std::vector<uint
 std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index,
                                                           Tensor negative_index, Tensor positive_mean,
                                                           Tensor positive_variance, Tensor positive_count,
-                                                          std::optional<Tensor> virtual_mu, double tau,
+                                                          std::optional<Tensor> virtual_mu,
+                                                          std::optional<Tensor> class_factor, double tau,
                                                           bool mean, bool normalize, bool needs_grad) {
   const int64_t pixels = mu.size(0), dims = mu.size(1), num_classes = anchor_index.size(0),
                 num_anchors = anchor_index.size(1), num_groups = negative_index.size(1),
@@ -85,8 +88,14 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
   const int64_t* count = positive_count.const_data_ptr<int64_t>();
   std::vector<uint8_t> present(num_classes);
   for (int64_t c = 0; c < num_classes; ++c) present[c] = count[c] > 0;
+  std::vector<double> factor(num_classes, 1.0);
+  if (class_factor && class_factor->scalar_type() == ScalarType::Double) {
+    std::copy_n(class_factor->const_data_ptr<double>(), num_classes, factor.begin());
+  } else if (class_factor) {
+    std::copy_n(class_factor->const_data_ptr<float>(), num_classes, factor.begin());
+  }
   const std::vector<double> weight =
-      class_weights(anchor_index.const_data_ptr<int64_t>(), present, num_anchors);
+      class_weights(anchor_index.const_data_ptr<int64_t>(), present, num_anchors, factor);
   std::vector<double> losses(num_classes * num_anchors);
   std::vector<int64_t> groups;
   for (int64_t group = 0; group < num_classes * num_groups; ++group) {

@@ -15,11 +15,11 @@ using info_nce::Problem;
 
 constexpr int kThreads = 256, kWarpsPerBlock = kThreads / 32;
 
-// Block c: what turns the losses of class c's anchors into the loss; all 0 with fewer than two classes
-// present.
+// Block c: what turns the losses of class c's anchors into the loss, times the class's factor where there is
+// one; all 0 with fewer than two classes present.
 __global__ void __launch_bounds__(kThreads)
-    class_weight_kernel(const int64_t* anchor_index, const int64_t* positive_count, int classes, int anchors,
-                        float* weight) {
+    class_weight_kernel(const int64_t* anchor_index, const int64_t* positive_count, const float* factor,
+                        int classes, int anchors, float* weight) {
   const int c = blockIdx.x;
   int64_t present = 0, drawn = 0;
   for (int i = threadIdx.x; i < classes; i += kThreads) present += positive_count[i] > 0;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   drawn = block_sum(drawn);
   if (threadIdx.x != 0) return;
   const bool counts = present >= 2 && positive_count[c] > 0 && drawn > 0;
-  weight[c] = counts ? 1.0f / float(drawn * present) : 0.0f;
+  weight[c] = counts ? (factor ? factor[c] : 1.0f) / float(drawn * present) : 0.0f;
 }
 
 // One warp a row: 1 / |row|, the norm clamped from below.
@@ -74,7 +74,8 @@ void launch_info_nce(const OnDeviceOf& device, const Problem<S>& problem) {
 std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index,
                                                           Tensor negative_index, Tensor positive_mean,
                                                           Tensor positive_variance, Tensor positive_count,
-                                                          std::optional<Tensor> virtual_mu, double tau,
+                                                          std::optional<Tensor> virtual_mu,
+                                                          std::optional<Tensor> class_factor, double tau,
                                                           bool mean, bool normalize, bool needs_grad) {
   const OnDeviceOf device(mu);
   const int64_t classes = anchor_index.size(0), anchors = anchor_index.size(1), dims = mu.size(1);
@@ -91,8 +92,9 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
   Tensor grad_mu = rows(), grad_var = rows();
   if (classes > 0) {
     launch(class_weight_kernel, dim3(classes), dim3(kThreads), 0, device.stream(),
-           anchor_index.const_data_ptr<int64_t>(), positive_count.const_data_ptr<int64_t>(), int(classes),
-           int(anchors), class_weight.mutable_data_ptr<float>());
+           anchor_index.const_data_ptr<int64_t>(), positive_count.const_data_ptr<int64_t>(),
+           class_factor ? class_factor->const_data_ptr<float>() : nullptr, int(classes), int(anchors),
+           class_weight.mutable_data_ptr<float>());
     dispatch_storage(mu.scalar_type(), [&](auto* storage) {
       using S = std::remove_pointer_t<decltype(storage)>;
       Problem<S> p = {};

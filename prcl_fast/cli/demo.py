@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from prcl_fast.cli.train import train
-from prcl_fast.config import SyntheticConfig, load_config
+from prcl_fast.config import Config, SyntheticConfig, load_config
 
 METHODS = {
     "prcl": [],
@@ -31,21 +31,29 @@ def demo(
     ),
 ) -> None:
     """Train three methods on a small generated data set and compare them."""
+    from prcl_fast.cli.session import session
     from prcl_fast.data.synthetic import write_synthetic
 
-    console = Console(stderr=True)
     data = out / "data"
     if not (data / "config.yaml").exists():
         write_synthetic(data, SyntheticConfig())
+
+    def load(title: str) -> Config:
+        return load_config(data / "config.yaml", [f"output={out / title.split()[0]}", *METHODS[title]])
+
+    with session(lambda: {title: load(title) for title in METHODS}, lambda _: "auto") as run:
+        results = {}
+        for title, config in run.loaded.items():
+            run.console.rule(title)
+            results[title] = train(config, run)
+        _show(results, run.console)
+        run.result(json.dumps(results))
+
+
+def _show(results: dict[str, dict[str, Any]], console: Console) -> None:
     table = Table(title=f"Validation mIoU, %, {SyntheticConfig().labeled} labeled images")
     for column in ("method", "mIoU", "mIoU (student)", "minutes"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    results = {}
-    for title, overrides in METHODS.items():
-        folder = out / title.split()[0]
-        console.rule(title)
-        config = load_config(data / "config.yaml", [f"output={folder}", *overrides])
-        results[title] = train(config, console)
     for title, result in sorted(results.items(), key=lambda item: -item[1]["miou"]):
         minutes = result["seconds"] / 60
         table.add_row(title, f"{result['miou']:.1f}", f"{result['miou_student']:.1f}", f"{minutes:.1f}")
@@ -53,4 +61,3 @@ def demo(
     for result in results.values():
         for figure in sorted((Path(result["output"]) / "figures").glob("*.png")):
             console.print(str(figure), highlight=False, soft_wrap=True)
-    print(json.dumps(results))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from prcl_fast.errors import InputError
@@ -34,59 +33,58 @@ def evaluate_command(
     """
     import torch
 
+    from prcl_fast.cli.session import session
     from prcl_fast.config import override_config
     from prcl_fast.data.source import build_source
-    from prcl_fast.device import choose_device
     from prcl_fast.engine.checkpoint import load_run
     from prcl_fast.engine.evaluate import evaluate, format_table
 
-    console = Console(stderr=True)
-    _check_overrides(overrides or ())
-    chosen = choose_device(device)
-    loaded = load_run(run, chosen)
-    config = override_config(loaded.config, overrides or ())
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    source = build_source(config.data)
-    if source.classes != loaded.classes:
-        raise InputError(_other_classes(loaded.path, loaded.classes, source.classes))
-    started = time.monotonic()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluate", total=None)
-        results = evaluate(
-            loaded.networks,
-            source,
-            config.data,
-            config.eval,
-            chosen,
-            amp=config.train.amp,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+    with session(lambda: _check_overrides(overrides or ()), lambda _: device) as here:
+        console = here.console
+        loaded = load_run(run, here.device)
+        config = override_config(loaded.config, overrides or ())
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        source = build_source(config.data)
+        if source.classes != loaded.classes:
+            raise InputError(_other_classes(loaded.path, loaded.classes, source.classes))
+        started = time.monotonic()
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("evaluate", total=None)
+            results = evaluate(
+                loaded.networks,
+                source,
+                config.data,
+                config.eval,
+                here.device,
+                amp=config.train.amp,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        seconds = time.monotonic() - started
+        main = next(iter(results.values()))
+        if not main.confusion.any():
+            raise InputError("data.val: no pixel of these images has a label")
+        split = source.splits["val"]
+        console.print(
+            f"{loaded.path}, iteration {loaded.iteration}: val, {len(split.names)} images, {split.family}, "
+            f"list {split.fingerprint}, mode {config.eval.mode}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
-    seconds = time.monotonic() - started
-    main = next(iter(results.values()))
-    if not main.confusion.any():
-        raise InputError("data.val: no pixel of these images has a label")
-    split = source.splits["val"]
-    console.print(
-        f"{loaded.path}, iteration {loaded.iteration}: val, {len(split.names)} images, {split.family}, "
-        f"list {split.fingerprint}, mode {config.eval.mode}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(format_table(results, source.classes))
-    summary = {
-        "miou": main.miou,
-        "miou_student": results["student"].miou,
-        "iterations": loaded.iteration,
-        "seconds": round(seconds, 1),
-        "output": str(loaded.path),
-        "mode": config.eval.mode,
-        "images": len(split.names),
-        "iou": main.iou_by_class(source.classes),
-        "iou_student": results["student"].iou_by_class(source.classes),
-    }
-    print(json.dumps(summary))
+        console.print(format_table(results, source.classes))
+        summary = {
+            "miou": main.miou,
+            "miou_student": results["student"].miou,
+            "iterations": loaded.iteration,
+            "seconds": round(seconds, 1),
+            "output": str(loaded.path),
+            "mode": config.eval.mode,
+            "images": len(split.names),
+            "iou": main.iou_by_class(source.classes),
+            "iou_student": results["student"].iou_by_class(source.classes),
+        }
+        here.result(json.dumps(summary))
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

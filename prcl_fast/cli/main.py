@@ -5,6 +5,7 @@ Exit status: 0 done, 2 a mistake in the input (one line on standard error), 1 an
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -50,13 +51,24 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+# What several processes of torchrun or srun do together; of every other command, one does the work.
+_SHARED = ("train", "eval", "predict", "demo")
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    pass
+    if context.invoked_subcommand in _SHARED or not {"RANK", "SLURM_STEP_ID"} & os.environ.keys():
+        return
+    from prcl_fast.engine.launch import read_launch
+
+    launch = read_launch(os.environ)
+    if launch is not None and launch.rank > 0:
+        raise typer.Exit
 
 
 def main() -> None:
@@ -64,11 +76,15 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(f"prcl: {error}", file=sys.stderr)
+        print(f"prcl: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except RunError as error:
-        print(f"prcl: {error}", file=sys.stderr)
+        print(f"prcl: {_one_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from prcl_fast.config import Config, load_config
+
+if TYPE_CHECKING:
+    from prcl_fast.cli.session import Session
 
 
 def train_command(
@@ -24,17 +26,23 @@ def train_command(
     A run that finds its own unfinished state in its output goes on from it. Progress goes to standard error;
     the last line on standard output is one JSON object.
     """
-    loaded = load_config(config, overrides or [])
-    print(json.dumps(train(loaded, Console(stderr=True))))
+    from prcl_fast.cli.session import session
+
+    with session(
+        lambda: load_config(config, overrides or []),
+        lambda loaded: loaded.train.device,
+        lambda loaded: loaded.train.stall_timeout,
+    ) as run:
+        run.result(json.dumps(train(run.loaded, run)))
 
 
-def train(config: Config, console: Console) -> dict[str, Any]:
+def train(config: Config, run: Session[Any]) -> dict[str, Any]:
     """Runs `config` to its end, with its figures; returns the summary. Raises RunError, InputError."""
     from prcl_fast.analysis.figures import write_figures
-    from prcl_fast.device import choose_device
     from prcl_fast.engine.trainer import Trainer
 
-    summary = Trainer(config, console).run()
-    for figure in write_figures(config.output, choose_device(config.train.device)):
-        console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+    summary = Trainer(config, run.console, device=run.device, watchdog=run.watchdog).run()
+    if run.rank == 0:
+        for figure in write_figures(config.output, run.device):
+            run.console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
     return summary

@@ -72,8 +72,8 @@ def training_batches(
     """Micro-batches number start, start + 1, ... without end; `close()` ends the worker processes.
 
     Images and their augmentation are drawn for the whole step and then shared out, so that the union over
-    micro-steps and processes is the same for every number of processes and every `train.accumulate`; only
-    partners for mixing depend on them, for they come from the same micro-batch.
+    micro-steps and processes is the same for every number of processes and every `train.accumulate`; so are
+    partners for mixing, which come from the same micro-batch, wherever that holds an even number of images.
 
     Args:
         rank, world: this process and the number of processes; each gets batch / (world * accumulate) images.
@@ -98,6 +98,12 @@ def training_batches(
     stream = _augmented(steps, config, start, device)
     _streams.add(stream)
     return stream
+
+
+def images_of_step(source: Source, config: Config, step: int, *, unlabeled: bool) -> list[str]:
+    """The images of optimiser step `step`, over all processes and micro-steps."""
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"accumulate": 1})})
+    return MicroSteps(source, whole, rank=0, world=1, seed=0, unlabeled=unlabeled, cache=None).names(step)
 
 
 _streams: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()

@@ -44,7 +44,6 @@ class Purpose(IntEnum):
     WEAK_LABELED = 2
     WEAK_UNLABELED = 3
     STRONG = 4
-    PARTNER = 5
     RANK = 6
     SCENE = 7
 
@@ -87,7 +86,7 @@ class StrongDraws:
     blur: Tensor  # [B, K] float32: one-dimensional kernel, K odd, sums to 1
     box: Tensor  # [B, 4] int64: top, bottom, left, right of the box of CutMix and CutOut, ends excluded
     class_score: Tensor  # [B, 256] float32 in [0, 1): ClassMix takes the partner's classes of smallest score
-    partner: Tensor  # [B] int64: which image of the batch is mixed in, a cyclic shift; itself only if B = 1
+    partner: Tensor  # [B] int64: which image of the batch is mixed in; itself only if B = 1
 
     def to(self, device: torch.device) -> StrongDraws:
         """The same on another device; asynchronous from pinned memory."""
@@ -120,27 +119,35 @@ def weak_draws(
     return WeakDraws(torch.from_numpy(scaled), torch.from_numpy(start), torch.from_numpy(flip))
 
 
-def strong_draws(
-    uniform: np.ndarray, shift: float, crop: Sequence[int], augment: AugmentConfig
-) -> StrongDraws:
+def strong_draws(uniform: np.ndarray, crop: Sequence[int], augment: AugmentConfig) -> StrongDraws:
     """Colour, blur and mixing of each image.
 
     Args:
         uniform: [B, STRONG_NUMBERS] float64 in [0, 1).
-        shift: in [0, 1); becomes the distance 1..B-1 to each image's partner.
         crop: height and width of the images.
     """
-    count = len(uniform)
     color, lift = _color(uniform, augment)
-    distance = 1 + math.floor(shift * (count - 1))
     return StrongDraws(
         color=torch.from_numpy(color.astype(np.float32)),
         lift=torch.from_numpy(lift.astype(np.float32)),
         blur=torch.from_numpy(_blur(uniform, augment).astype(np.float32)),
         box=torch.from_numpy(_box(uniform, crop)),
         class_score=torch.from_numpy(uniform[:, _COLOR_NUMBERS:].astype(np.float32)),
-        partner=(torch.arange(count) + distance) % count,
+        partner=torch.from_numpy(_partners(len(uniform))),
     )
+
+
+def _partners(count: int) -> np.ndarray:
+    """int64 [count]: neighbours are each other's partners; of an odd number, the last three take turns.
+
+    The order of the images is random, and so is the partner; and pairs stay together in whatever even parts a
+    batch is shared out.
+    """
+    partner = np.arange(count) ^ 1
+    if count % 2:
+        last = np.arange(max(0, count - 3), count)
+        partner[last] = np.roll(last, -1)
+    return partner
 
 
 def _color(uniform: np.ndarray, augment: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:

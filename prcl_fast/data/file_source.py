@@ -15,6 +15,9 @@ from prcl_fast.data.images import check_pair, image_size, read_image
 from prcl_fast.data.labels import LabelDecoder
 from prcl_fast.data.splits import Entry, Split, SplitFile, check_disjoint, make_split, read_split
 from prcl_fast.errors import InputError
+from prcl_fast.regular_file import read_text
+
+_MAX_BYTES = 2**20
 
 SUBSETS = ("labeled", "unlabeled", "val")
 
@@ -152,14 +155,8 @@ def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tup
     if isinstance(classes, list):
         names = [name.strip() for name in classes]
     else:
-        try:
-            lines = classes.read_text(encoding="utf-8-sig").splitlines()
-        except FileNotFoundError:
-            raise InputError(f"{classes}: no such file of class names (data.classes)") from None
-        except (OSError, UnicodeDecodeError) as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-            raise InputError(f"{classes}: cannot be read as class names: {reason}") from None
-        names = [line.strip() for line in lines if line.strip()]
+        text = read_text(classes, "file of class names", _MAX_BYTES)
+        names = [line.strip() for line in text.split("\n") if line.strip()]
     if not 2 <= len(names) <= 255:
         raise InputError(f"{where}: {len(names)} classes; 2 to 255 are possible")
     twice = [name for position, name in enumerate(names) if name in names[:position]]
@@ -181,7 +178,7 @@ def class_palette(
 def data_root(data: DataConfig) -> Path:
     """The folder `data.root`. Raises InputError if it does not exist."""
     assert data.root is not None  # the configuration requires it of every kind that has files
-    if not data.root.is_dir():
+    if not os.path.isdir(data.root):
         raise InputError(f"{data.root}: no such folder (data.root)")
     return data.root
 

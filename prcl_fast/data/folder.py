@@ -19,7 +19,7 @@ from prcl_fast.data.file_source import (
 )
 from prcl_fast.data.images import IMAGE_SUFFIXES, MASK_SUFFIXES
 from prcl_fast.data.labels import LabelDecoder, check_colours, id_table
-from prcl_fast.data.splits import Entry
+from prcl_fast.data.splits import Entry, check_inside
 from prcl_fast.data.voc import voc_palette
 from prcl_fast.errors import InputError
 
@@ -55,7 +55,7 @@ class _FolderLayout:
         self.labels = _Finder(self.root, data.labels, MASK_SUFFIXES, "data.labels")
 
     def image(self, entry: Entry) -> Path | None:
-        if entry.image is not None and (self.root / entry.image).is_file():
+        if entry.image is not None and os.path.isfile(self.root / entry.image):
             return self.root / entry.image
         return None if entry.label is not None else self.images.find(entry.name)
 
@@ -63,7 +63,7 @@ class _FolderLayout:
         path: Path | None
         if entry.label is not None:
             path = self.root / entry.label
-            path = path if path.is_file() else None
+            path = path if os.path.isfile(path) else None
         else:
             # The image's place decides where a name occurs in several subfolders.
             place = self.images.place(image)
@@ -85,6 +85,7 @@ class _Finder:
     """Finds files by name in a folder that is listed once, or by a pattern."""
 
     def __init__(self, root: Path, where: str, suffixes: tuple[str, ...], key: str) -> None:
+        check_inside(where, key)
         self.root, self.suffixes, self.key = root, suffixes, key
         self.pattern = where if "{name}" in where else None
         self.folder = root / where
@@ -92,7 +93,7 @@ class _Finder:
         self.by_place: defaultdict[str, list[Path]] = defaultdict(list)
         self.by_base: defaultdict[str, list[Path]] = defaultdict(list)
         if self.pattern is None:
-            if not self.folder.is_dir():
+            if not os.path.isdir(self.folder):
                 raise InputError(f"{self.folder}: no such folder ({key})")
             self._list()
 
@@ -115,7 +116,7 @@ class _Finder:
         """The file at that place below the folder."""
         if self.pattern is not None:
             path = self.root / self.pattern.replace("{name}", name)
-            return path if path.is_file() else None
+            return path if os.path.isfile(path) else None
         return self._only(name, self.by_place.get(name, []))
 
     def find(self, name: str) -> Path | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from prcl_fast.data.atomic import replacing
 from prcl_fast.errors import InputError
+from prcl_fast.regular_file import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # only lossless ones: a lossy one alters ids
@@ -103,6 +102,7 @@ def save_index_png(path: Path, label: np.ndarray, palette: np.ndarray) -> None:
 
 @contextmanager
 def _opened(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    check_regular(path, "file")
     try:
         with Image.open(path, formats=formats) as image:
             pixels = image.width * image.height
@@ -112,14 +112,16 @@ def _opened(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
                     f"{path}: {pixels} pixels, more than the bound of {Image.MAX_IMAGE_PIXELS} on one image"
                 )
             yield image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+    except InputError:
+        raise
     except UnidentifiedImageError:
         raise InputError(f"{path}: not a readable {', '.join(formats)} file") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: far more pixels than the bound of {Image.MAX_IMAGE_PIXELS}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
-        raise InputError(f"{path}: cannot be decoded: {' '.join(str(error).split())}") from None
+    # The decoders meet damaged bytes at every level, each with exceptions of its own.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"{path}: cannot be decoded: {reason}") from None
 
 
 def _raw_mode(image: Image.Image) -> str:

@@ -17,6 +17,9 @@ from prcl_fast.data.labels import check_colours, colour_positions, first_colour
 from prcl_fast.data.voc import CLASSES as VOC_CLASSES
 from prcl_fast.data.voc import voc_palette
 from prcl_fast.errors import InputError
+from prcl_fast.regular_file import read_text
+
+_MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +48,11 @@ def read_colour_code(palette: str) -> ColourCode:
             np.concatenate([CITYSCAPES_PALETTE, black]),
             np.array([*range(len(CITYSCAPES_PALETTE)), 255], dtype=np.uint8),
         )
-    try:
-        text = Path(palette).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{palette}: neither voc, nor cityscapes, nor a readable file of colours") from None
+    if not os.path.exists(palette):
+        raise InputError(f"{palette}: neither voc, nor cityscapes, nor a file of colours")
+    text = read_text(Path(palette), "file of colours", _MAX_BYTES)
     rows: list[list[int]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         match = re.match(r"\s*(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,]+(\d+))?(?:[\s,]|$)", line)

@@ -145,8 +145,7 @@ class MicroSteps(Dataset[Loaded | Mistake]):
         step, rows = self._step_and_rows("unlabeled", micro_step)
         numbers = (config.train.batch_unlabeled, STRONG_NUMBERS)
         uniform = generator(config.seed, Purpose.STRONG, step=step).random(numbers)
-        shift = generator(config.seed, Purpose.PARTNER, step=micro_step).random()
-        return strong_draws(uniform[rows], shift, config.data.crop, config.data.augment)
+        return strong_draws(uniform[rows], config.data.crop, config.data.augment)
 
 
 def _padded(images: Sequence[np.ndarray], sizes: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from typing import Literal
 from prcl_fast.data.images import IMAGE_SUFFIXES
 from prcl_fast.data.known_splits import KNOWN_LISTS
 from prcl_fast.errors import InputError
+from prcl_fast.regular_file import read_text
 
 Form = Literal["ids", "stems", "paths", "pairs", "tabs"]
 
@@ -33,7 +34,10 @@ CITYSCAPES_SUFFIX = "_leftImg8bit"
 
 _SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _PAIR = re.compile(rf"(\S.*?(?:{_SUFFIX}))\s+(\S.*(?:{_SUFFIX}))", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+# C0, C1, line and paragraph separators: a message with one of them would be more than one line.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_MAX_BYTES = 64 * 2**20
+_MAX_LINE = 4096  # as long as a path may be
 _WRITTEN_AS = {
     "ids": "ids",
     "stems": "Cityscapes stems",
@@ -104,16 +108,10 @@ def read_split(path: Path) -> SplitFile:
     Blank lines, CRLF, a byte order mark and a missing last newline are tolerated.
 
     Raises:
-        InputError: naming file and line: unreadable, empty, an id twice, mixed forms, or a path that leaves
-            the data set.
+        InputError: naming file and line: unreadable, empty, an id twice, mixed forms, a path that leaves the
+            data set, or a file or line longer than any list of images.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such split file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise InputError(f"{path}: cannot be read as a split file: {reason}") from None
+    text = read_text(path, "split file", _MAX_BYTES)
     entries: list[Entry] = []
     first_line: dict[str, int] = {}
     form: Form | None = None
@@ -121,6 +119,8 @@ def read_split(path: Path) -> SplitFile:
         line = raw.strip(" \t")
         if not line:
             continue
+        if len(line) > _MAX_LINE:
+            raise InputError(f"{path}:{number}: {len(line)} characters; a line has at most {_MAX_LINE}")
         line_form, entry = _parse(line, f"{path}:{number}", number)
         if form is None:
             form = line_form
@@ -161,7 +161,8 @@ def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
             raise InputError(f"{where}: {len(paths)} columns; one or two are expected")
         form = "tabs"
         image, label = (part.strip(" ") for part in paths)
-    elif pair := _PAIR.fullmatch(line):
+    # A line that does not end in a suffix is not tried: the pattern would be slow to find that out.
+    elif _has_suffix(line) and (pair := _PAIR.fullmatch(line)):
         form = "pairs"
         image, label = pair.groups()
     else:
@@ -169,8 +170,8 @@ def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
     if label is not None:
         # In these lines a leading slash means the root of the data set.
         image, label = image.removeprefix("/"), label.removeprefix("/")
-        _check_inside(label, where)
-    _check_inside(image, where)
+        _check_path(label, where)
+    _check_path(image, where)
     name = _name(image)
     if label is None and _has_suffix(image):
         form = "paths"
@@ -179,14 +180,24 @@ def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
     return form, Entry(number, line, name, None if form in ("ids", "stems") else image, label)
 
 
-def _check_inside(path: str, where: str) -> None:
-    parts = re.split(r"[/\\]", path)
-    if _CONTROL.search(path) or "\t" in path:
+def check_inside(path: str, where: str) -> None:
+    """Raises InputError, beginning with `where`, unless `path` stays below the folder it is relative to."""
+    if _CONTROL.search(path):
         raise InputError(f"{where}: a control character in {path!r}")
-    if ".." in parts or path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path):
+    leaves = ".." in _parts(path) or path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path)
+    if leaves:
         raise InputError(f"{where}: {path!r} leaves the data set; ids and paths are relative to its root")
+
+
+def _check_path(path: str, where: str) -> None:
+    check_inside(path, where)
+    parts = _parts(path)
     if "" in parts or "." in parts:
         raise InputError(f"{where}: {path!r} is no id and no path of a file")
+
+
+def _parts(path: str) -> list[str]:
+    return re.split(r"[/\\]", path)
 
 
 def _has_suffix(path: str) -> bool:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from prcl_fast.config import DataConfig, EvalConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.source import IGNORE, Source
+from prcl_fast.distributed import rank, summed, world_size
 from prcl_fast.engine.inference import inference, inference_settings, logits_of
 from prcl_fast.errors import InputError
 
-# Images of rare sizes wait for partners; more than this many decoded images never wait.
-_WAITING = 64
+# Images of equal size share a batch if they lie in one run of this many batches. Processes take such runs in
+# turn, so that every batch, and each rounding in it, is the same for every number of processes.
+_BATCHES_IN_RUN = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +66,6 @@ def evaluate(
     *,
     subset: str = "val",
     amp: str = "off",
-    rank: int = 0,
-    world: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluates several networks on the same decoded images.
@@ -73,28 +74,29 @@ def evaluate(
     `settings.crop` (a smaller side stays as it is); `sliding` averages over windows of `settings.window`
     that cover the image, the last ones shifted inside. Logits are upsampled bilinearly with aligned corners
     to the evaluated size before the argmax. Images of equal size share a batch, in an order that depends on
-    nothing but the split: the same networks and settings give the same counts in training and later.
+    nothing but the split. With several processes, which must all call this, each takes its share, every image
+    counts once, and all get the sums: the same networks and settings give the same counts in training, later,
+    and on any number of processes.
 
     Args:
         networks: name -> network as `SegmentationNetwork`, on `device`; their training modes are restored.
         subset: a key of `source.splits`.
         amp: "off", "bf16" or "fp16": autocast, as in `train.amp`.
-        rank, world: evaluates every world-th image only; the confusions of all ranks add up to the whole.
-        progress: called with (images done, images in all).
+        progress: called with (images done, images in all) of this process.
 
     Raises:
         InputError: an empty subset, a label that does not fit its image, a network of other classes than
             the data, or what the source says of a file.
     """
-    names = source.splits[subset].names[rank::world]
     if not source.splits[subset].names:
         raise InputError(f"data.{subset}: no image to evaluate on")
     settings = inference_settings(settings, data)
+    runs = _runs(source.splits[subset].names, _BATCHES_IN_RUN * settings.batch)[rank() :: world_size()]
     classes = len(source.classes)
     counts = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in networks}
     done = 0
     with inference(networks.values(), device, amp):
-        for images, labels in _equal_batches(source, names, settings, data.workers):
+        for images, labels in _equal_batches(source, runs, settings, data.workers):
             pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255)
             pixels = normalize(pixels, data.mean, data.std)
             truth = torch.from_numpy(labels).to(device)
@@ -107,8 +109,9 @@ def evaluate(
                 counts[name] += _confusion(truth, scores.argmax(dim=1), classes)
             done += len(images)
             if progress is not None:
-                progress(done, len(names))
-    return {name: Evaluation(count.cpu().numpy()) for name, count in counts.items()}
+                progress(done, sum(map(len, runs)))
+    total = summed(torch.stack(list(counts.values()))).cpu().numpy()
+    return {name: Evaluation(count) for name, count in zip(counts, total, strict=True)}
 
 
 def format_table(results: Mapping[str, Evaluation], classes: Sequence[str]) -> Table:
@@ -133,25 +136,24 @@ def _confusion(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
     return counts[:-1].view(classes, classes)
 
 
+def _runs(names: Sequence[str], length: int) -> list[Sequence[str]]:
+    return [names[first : first + length] for first in range(0, len(names), length)]
+
+
 def _equal_batches(
-    source: Source, names: Sequence[str], settings: EvalConfig, workers: int
+    source: Source, runs: Sequence[Sequence[str]], settings: EvalConfig, workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """uint8 [b, h, w, 3] and [b, h, w] of one size, b <= settings.batch, in an order set by the sizes."""
-    groups: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
-    waiting = 0
-    for image, label in _decoded(source, names, settings, workers):
-        group = groups.setdefault(label.shape, [])
-        group.append((image, label))
-        waiting += 1
-        full = label.shape if len(group) == settings.batch else None
-        if full is None and waiting == _WAITING:
-            full = max(groups, key=lambda size: len(groups[size]))
-        if full is not None:
-            members = groups.pop(full)
-            waiting -= len(members)
+    """uint8 [b, h, w, 3] and [b, h, w] of one size and one run, b <= settings.batch."""
+    decoded = _decoded(source, [name for run in runs for name in run], settings, workers)
+    for run in runs:
+        groups: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for image, label in islice(decoded, len(run)):
+            group = groups.setdefault(label.shape, [])
+            group.append((image, label))
+            if len(group) == settings.batch:
+                yield _stack(groups.pop(label.shape))
+        for members in groups.values():
             yield _stack(members)
-    for members in groups.values():
-        yield _stack(members)
 
 
 def _stack(members: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

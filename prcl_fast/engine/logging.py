@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+
+from prcl_fast.engine.durable import append, cannot_write, sync_file, write_whole
+from prcl_fast.engine.event_file import EventFile
 
 
 class RunLog:
     """The log of one run. A run that goes on at `start` drops the records that lie after it.
 
     Every record goes to metrics.jsonl (one JSON object a line) and its numbers to TensorBoard.
+
+    Raises:
+        RunError: one of these files cannot be written; so do `train`, `evaluation` and `flush`.
     """
 
     def __init__(self, folder: Path, *, start: int, total: int, console: Console) -> None:
         self.console = console
         self._path = folder / "metrics.jsonl"
-        _keep_until(self._path, start)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        board = folder / "tensorboard"
+        with _writing(self._path):
+            _keep_until(self._path, start)
+        with _writing(board):
+            self._events = EventFile(board, start=start + 1)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,8 +57,6 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
-        self._file.close()
-        self._board.close()
 
     def advance(self, iteration: int) -> None:
         """Moves the progress bar to `iteration` finished steps."""
@@ -81,9 +86,9 @@ class RunLog:
 
     def flush(self) -> None:
         """Everything so far is on disk when this returns: a checkpoint may rely on it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        for path in (self._path, self._events.path):
+            with _writing(path):
+                sync_file(path)
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
@@ -92,26 +97,33 @@ class RunLog:
         record = {"kind": kind, "iteration": iteration} | {
             key: _plain(value) for key, value in values.items()
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            for name, number in _numbers(key, value):
-                self._board.add_scalar(f"{kind}/{name}", number, iteration)
+        with _writing(self._path):
+            append(self._path, json.dumps(record).encode() + b"\n")
+        numbers = {f"{kind}/{name}": number for key in values for name, number in _numbers(key, values[key])}
+        with _writing(self._events.path):
+            self._events.add(iteration, numbers)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An OSError in the block ends the run with one line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def _keep_until(path: Path, iteration: int) -> None:
-    """Drops the records after `iteration`, and a last line that was cut off while it was written."""
-    kept: list[str] = []
+    """Drops the records after `iteration`, and lines that a killed writer or a failing disk has spoilt."""
+    kept: list[bytes] = []
     if iteration > 0 and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
-                if json.loads(line)["iteration"] <= iteration:
+                if json.loads(line.decode())["iteration"] <= iteration:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError):  # no UTF-8, no JSON, or no record
                 continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
 def _plain(value: Any) -> Any:

@@ -34,6 +34,6 @@ def random_batch(
         label,
         images(unlabeled),
         torch.ones(unlabeled, height, width, dtype=torch.bool, device=device),
-        strong_draws(uniform, 0.0, config.data.crop, config.data.augment).to(device),
+        strong_draws(uniform, config.data.crop, config.data.augment).to(device),
         seed,
     )

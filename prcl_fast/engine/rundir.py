@@ -8,6 +8,7 @@ import yaml
 
 from prcl_fast.config import Config, config_fingerprint, dump_config, load_config
 from prcl_fast.data.user_cache import user_cache
+from prcl_fast.engine.durable import write_whole
 from prcl_fast.errors import InputError
 
 
@@ -20,15 +21,13 @@ def claim_output(config: Config) -> Path:
     folder = config.output
     fingerprint = config_fingerprint(config)
     former = folder / "config.yaml"
-    if former.exists() and config_fingerprint(load_config(former)) != fingerprint:
-        raise InputError(f"output: {folder} holds another configuration's run (config.yaml differs)")
     try:
+        if former.exists() and config_fingerprint(load_config(former)) != fingerprint:
+            raise InputError(f"output: {folder} holds another configuration's run (config.yaml differs)")
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "config.yaml.tmp"
-        temporary.write_text(yaml.safe_dump(dump_config(config), sort_keys=False), encoding="utf-8")
-        temporary.replace(former)
+        write_whole(former, yaml.safe_dump(dump_config(config), sort_keys=False).encode())
     except OSError as error:
-        raise InputError(f"output: {folder} cannot be written: {error.strerror}") from None
+        raise InputError(f"output: {folder} cannot be written: {error.strerror or error}") from None
     return folder
 
 

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import BatchNorm2d
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from prcl_fast.config import Config
 from prcl_fast.data.batches import Batch
 from prcl_fast.device import autocast
-from prcl_fast.engine.guard import FiniteGuard
+from prcl_fast.distributed import start_sum, summed, world_size
+from prcl_fast.engine.guard import GRADIENT, BufferSnapshot, Failure, FiniteGuard
 from prcl_fast.losses import poly_lr
 from prcl_fast.methods import Method, Step
 from prcl_fast.parts import part
+
+# PyTorch 2.13 renamed the option.
+_BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 class TrainStep:
     """Losses and gradients of some micro-batches, the optimiser's step and what the method does after it.
 
     The iteration, the learning rates, the gradient scale and the sums of the losses are tensors on the
-    device. On a CPU, where there is nothing to wait for, a loss that is not finite stops the step before it
-    reaches the weights.
+    device. A loss or gradient that is not finite never reaches the weights: the optimiser leaves them as they
+    are, and `failure` says so when it is asked. With `train.on_nonfinite: skip` the batch statistics and
+    prototypes are put back as well, so that training can go on.
+
+    With several processes, gradients are averaged by DistributedDataParallel, in the last of the
+    micro-batches, and what a step returns is the mean over the processes; so all of them agree on its end.
 
     Attributes:
         iteration: int64 scalar, the number of steps done.
@@ -45,52 +62,96 @@ class TrainStep:
             for parameter in group["params"]:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.amp == "fp16")
-        self._losses: LossSums | None = None
+        self._sums: LossSums | None = None
+        self._guard: FiniteGuard | None = None
+        self._gradient_norm = torch.zeros((), device=device)
+        self._snapshot = BufferSnapshot(method) if config.train.on_nonfinite == "skip" else None
+        self._losses: Callable[[Batch, Step], dict[str, Tensor]] = method
+        if world_size() > 1:
+            no_sync_of_buffers: dict[str, Any] = {_BUFFER_SYNC: False}  # see _average_batch_statistics
+            self._losses = DistributedDataParallel(
+                method,
+                gradient_as_bucket_view=True,
+                # Without it, buckets are laid out anew after the first step, and sums over more than two
+                # processes are then rounded otherwise than in a run that was resumed there.
+                find_unused_parameters=device.type == "cpu",
+                **no_sync_of_buffers,
+            )
 
     def __call__(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """One step over `train.accumulate` micro-batches; the named losses, averaged over them.
-
-        Raises:
-            NonFiniteLossError: on a CPU, a loss was not finite.
-        """
+        """One step over `train.accumulate` micro-batches; the named losses, averaged over them."""
         config = self.config
         step = Step(self.iteration, config.train.iterations)
         decay = poly_lr(1.0, step.iteration, step.total, power=config.optim.power)
         for lr, base in zip(self._lr, self._base_lr, strict=True):
             lr.copy_(base * decay)
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            with autocast(self.device, config.train.amp):
-                losses = self.method.losses(batch, step)
-            with part("backward"):
-                self.scaler.scale(losses["loss"] / len(batches)).backward()
-            sums = {name: sums.get(name, 0) + value.detach().float() for name, value in losses.items()}
-        means = {name: total / len(batches) for name, total in sums.items()}
-        if self._losses is None:
-            self._losses = LossSums(tuple(means), self.device)
-        self._losses.add(means, self.iteration)
-        if self.device.type == "cpu":
-            self._losses.guard.check()
+        if self._snapshot is not None:
+            self._snapshot.take()
+        means = self._accumulate(batches, step)
+        self._watch(means)
         with part("optimizer"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
+        if self._snapshot is not None and self._guard is not None:
+            self._snapshot.restore_if(self._guard.bad)
+        if world_size() > 1 and not config.train.sync_bn:
+            _average_batch_statistics(self.method)
         self.method.after_step(step)
         self.iteration += 1
         return means
 
-    def check_finite(self) -> None:
-        """Raises NonFiniteLossError if a loss of any step was not finite. Reads from the device."""
-        if self._losses is not None:
-            self._losses.guard.check()
+    def _accumulate(self, batches: Sequence[Batch], step: Step) -> dict[str, Tensor]:
+        """The gradients of the micro-batches' mean loss, and the means of the named losses."""
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            last = batch is batches[-1]
+            with contextlib.ExitStack() as stack:
+                if not last and isinstance(self._losses, DistributedDataParallel):
+                    stack.enter_context(self._losses.no_sync())
+                with autocast(self.device, self.config.train.amp):
+                    losses = self._losses(batch, step)
+                sums = {name: sums.get(name, 0) + value.detach().float() for name, value in losses.items()}
+                if last:
+                    # Travels beside the backward pass.
+                    means = start_sum(torch.stack(list(sums.values())) / (len(batches) * world_size()))
+                with part("backward"):
+                    self.scaler.scale(losses["loss"] / len(batches)).backward()
+        return dict(zip(sums, means().unbind(), strict=True))
 
-    def take_means(self) -> dict[str, float]:
-        """Each loss averaged over the steps since the last call. Reads from the device."""
-        return {} if self._losses is None else self._losses.take()
+    def _watch(self, means: dict[str, Tensor]) -> None:
+        """Adds the step to the sums and tells the optimiser to leave out what is not finite."""
+        # Gradients in fp16 overflow now and then: the scaler finds that, and leaves the step out.
+        fp16 = self.scaler.is_enabled()
+        values = torch.stack(list(means.values()))
+        if self._guard is None or self._sums is None:
+            self._sums = LossSums(tuple(means), self.device)
+            self._guard = FiniteGuard((*means, *(() if fp16 else (GRADIENT,))), self.device)
+        self._sums.add(values)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        self._gradient_norm.copy_(
+            get_total_norm([gradient for gradient in gradients if gradient is not None])
+        )
+        if fp16:
+            self._guard.watch(values, self.iteration)
+        else:
+            self._guard.watch(torch.cat([values, self._gradient_norm[None]]), self.iteration)
+            self.optimizer.found_inf = self._guard.bad  # type: ignore[attr-defined]
 
-    def learning_rate(self) -> float:
-        """Of the last step, in the first group. Reads from the device."""
-        return float(self._lr[0])
+    def failure(self) -> Failure | None:
+        """What was not finite since the last call, None if nothing was. Reads from the device."""
+        return None if self._guard is None else self._guard.take()
+
+    def take_record(self) -> dict[str, Any]:
+        """Each loss averaged over the steps since the last call, and the last step's rate and gradient norm.
+
+        Reads from the device.
+        """
+        if self._sums is None:
+            return {}
+        record: dict[str, Any] = self._sums.take()
+        norm = float(self._gradient_norm) / self.scaler.get_scale()
+        return record | {"lr": float(self._lr[0]), "gradient_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's and the gradient scale's state."""
@@ -105,24 +166,35 @@ class TrainStep:
         self.iteration.fill_(iteration)
 
 
+def _average_batch_statistics(method: Method) -> None:
+    """Gives all processes the mean of their running means and variances: their networks stay equal."""
+    buffers = [
+        buffer
+        for module in method.modules()
+        if isinstance(module, BatchNorm2d) and module.training
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    mean = summed(torch.cat(buffers)) / world_size()
+    torch._foreach_copy_(buffers, list(mean.split([len(buffer) for buffer in buffers])))
+
+
 class LossSums:
-    """Sums of named scalars over steps, kept on their device, and watched for what is not finite."""
+    """Sums of named scalars over the steps in which all are finite, kept on their device."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self._names = names
         self._sum = torch.zeros(len(names), device=device)
         self._steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.guard = FiniteGuard(names, device)
 
-    def add(self, values: dict[str, Tensor], iteration: Tensor) -> None:
-        """The values of step `iteration`."""
-        row = torch.stack([values[name] for name in self._names])
-        self.guard.watch(row, iteration)
-        self._sum += row
-        self._steps += 1
+    def add(self, values: Tensor) -> None:
+        """The values [names] of a step."""
+        finite = values.isfinite().all()
+        self._sum += torch.where(finite, values, 0.0)
+        self._steps += finite
 
     def take(self) -> dict[str, float]:
-        """The means since the last call; reads from the device and starts anew."""
+        """The means since the last call, nan if there was none; reads from the device and starts anew."""
         means = (self._sum / self._steps).tolist()
         self._sum.zero_()
         self._steps.zero_()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -13,18 +12,35 @@ from rich.console import Console
 from torch import Tensor
 
 from prcl_fast.config import Config, config_fingerprint, dump_config
-from prcl_fast.data.batches import Batch, training_batches, training_cache
+from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
 from prcl_fast.data.scan import scan_labels
 from prcl_fast.data.source import build_source
 from prcl_fast.device import choose_device, prepare_device
-from prcl_fast.engine.checkpoint import load_checkpoint, restore, save_checkpoint
+from prcl_fast.distributed import first_says, rank, world_size
+from prcl_fast.engine.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    restore,
+    save_checkpoint,
+    save_last,
+)
+from prcl_fast.engine.checkpoint_state import check_optimizer
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import WARM_UP, CapturedStep
+from prcl_fast.engine.guard import NonFiniteLossError
 from prcl_fast.engine.logging import RunLog
+from prcl_fast.engine.paper import paper_batch
+from prcl_fast.engine.replicas import check_alike
 from prcl_fast.engine.rundir import claim_output, label_scan_cache
+from prcl_fast.engine.signals import StopRequest
 from prcl_fast.engine.step import TrainStep
+from prcl_fast.engine.watchdog import Watchdog
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.methods import build_method
+from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
+
+_IMAGES_NAMED = 16
+_SKIPPED_IN_A_ROW = 10  # so many steps left out one after the other end the run
 
 
 class InterruptedRunError(RunError):
@@ -35,40 +51,48 @@ class Trainer:
     """One run of a configuration, from its own last checkpoint if there is one.
 
     Everything random is a function of (seed, step), so the state is: the method, the optimiser, the gradient
-    scale, and how far the run has come.
+    scale, and how far the run has come. In a process group, every process makes a Trainer; process 0 writes.
+
+    Args:
+        device: where this process computes; by default what `train.device` says.
+        watchdog: what ends the run if it stalls; by default nothing does.
 
     Raises:
         InputError: whatever is wrong with the configuration's files, before anything is written.
     """
 
-    def __init__(self, config: Config, console: Console) -> None:
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        *,
+        device: torch.device | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self.config, self.console = config, console
-        self.device = choose_device(config.train.device)
-        if self.device.type != "cuda":
-            for key in ("graph", "sync_check"):
-                if getattr(config.train, key):
-                    raise InputError(f"train.{key}: needs a CUDA device; this run is on {self.device}")
+        self.device = choose_device(config.train.device) if device is None else device
+        self._check_graph()
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
-        if config.data.scan:
+        if config.data.scan and rank() == 0:
             scan_labels(self.source, cache=label_scan_cache())
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if world_size() > 1 and config.train.sync_bn:
+            synchronize_batch_norm(self.method, self.device)
         self.train_step = TrainStep(self.method, config, self.device)
         self._run_step: CapturedStep | TrainStep = self.train_step
         if config.train.graph:
             self._run_step = CapturedStep(self.train_step)
         self.iteration = 0
         self.progress: dict[str, Any] = {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}}
-        self.stopping = False
-        self.cache = training_cache(
-            self.source,
-            config,
-            unlabeled=self.method.needs_unlabeled,
-            say=lambda line: console.print(line, highlight=False),
-        )
-        self.output = claim_output(config)
+        self.stop = StopRequest()
+        self.watchdog = watchdog or Watchdog(0, 1, None, stall_s=None, say=self._say)
+        self.cache = training_cache(self.source, config, unlabeled=self.method.needs_unlabeled, say=self._say)
+        self.output = config.output
+        if rank() == 0:
+            claim_output(config)
         self._resume()
         if config.train.compile:
             for network in self.method.networks().values():
@@ -80,33 +104,39 @@ class Trainer:
         """Trains to the end and returns the summary of the run.
 
         Raises:
-            NonFiniteLossError: a loss was not finite.
+            NonFiniteLossError: a loss or gradient was not finite.
             InterruptedRunError: SIGINT or SIGTERM came; the state is saved.
+            DriftError: processes came to hold different weights.
         """
         train, total = self.config.train, self.config.train.iterations
         self._describe()
         started = time.monotonic() - self.progress["seconds"]
         with (
-            RunLog(self.output, start=self.iteration, total=total, console=self.console) as log,
-            self._stop_on_signal(),
+            self._log() as log,
+            self.stop.on_signals(self._say),
             contextlib.closing(self.batches()) as batches,
         ):
             while self.iteration < total:
                 self.step(batches)
                 self.progress["seconds"] = time.monotonic() - started
                 done = self.iteration == total
-                if self._due(train.log_every) or done:
-                    self.train_step.check_finite()
-                    log.train(self.iteration, self._record())
-                log.advance(self.iteration)
+                stopping = self.stop.agreed()
+                logs, saves = (
+                    self._due(train.log_every) or done,
+                    self._due(train.save_every) or done or stopping,
+                )
+                if logs or saves or self.device.type == "cpu":
+                    self._check_finite()
+                if log is not None:
+                    if logs:
+                        log.train(self.iteration, self._record())
+                    log.advance(self.iteration)
                 if self._due(train.eval_every) or done:
                     self._evaluate(log)
                     self.progress["seconds"] = time.monotonic() - started
-                if self._due(train.save_every) or done or self.stopping:
-                    self.train_step.check_finite()
-                    log.flush()
-                    self._save("last.pt")
-                if self.stopping and not done:
+                if saves:
+                    self._save("last.pt", log)
+                if stopping and not done:
                     raise InterruptedRunError(
                         f"stopped at iteration {self.iteration} of {total}; the state is saved in "
                         f"{self.output}, the same command goes on from there"
@@ -135,15 +165,20 @@ class Trainer:
 
         On CUDA the losses are written anew by the next step where `train.graph` is set.
         """
+        self.watchdog.at(f"waiting for data at iteration {self.iteration}")
         micro_batches = [next(batches) for _ in range(self.config.train.accumulate)]
+        # The first steps may compile and capture for as long as that takes.
+        patient = self._steps_here <= WARM_UP and (self.config.train.compile or self.config.train.graph)
+        self.watchdog.at(f"in the step of iteration {self.iteration}", patient=patient)
         with self._no_waiting():
             losses = self._run_step(micro_batches)
         self.iteration += 1
         self._steps_here += 1
         return losses
 
-    def _evaluate(self, log: RunLog) -> None:
+    def _evaluate(self, log: RunLog | None) -> None:
         config = self.config
+        self.watchdog.at("evaluating")
         results = evaluate(
             self.method.networks(),
             self.source,
@@ -151,50 +186,109 @@ class Trainer:
             config.eval,
             self.device,
             amp=config.train.amp,
+            progress=lambda done, total: self.watchdog.alive(f"evaluating, image {done} of {total}"),
         )
         main = next(iter(results.values()))
         iou = dict(zip(self.source.classes, (100 * main.iou).tolist(), strict=True))
         last = {"miou": main.miou, "miou_student": results["student"].miou}
-        log.evaluation(self.iteration, last | {"iou": iou})
+        if log is not None:
+            log.evaluation(self.iteration, last | {"iou": iou})
         self.progress["last"] = last
         if main.miou > self.progress["best_miou"]:
-            self.train_step.check_finite()
+            self._check_finite()
             self.progress |= {"best_miou": main.miou, "best_iteration": self.iteration}
-            self._save("best.pt")
+            self._save("best.pt", log)
 
     def _record(self) -> dict[str, Any]:
-        values: dict[str, Any] = dict(self.train_step.take_means())
-        values |= {"seconds": round(self.progress["seconds"], 2), "lr": self.train_step.learning_rate()}
-        return values | self.method.diagnostics()
+        values = self.train_step.take_record()
+        return values | {"seconds": round(self.progress["seconds"], 2)} | self.method.diagnostics()
 
-    def _save(self, name: str) -> None:
+    def _check_finite(self) -> None:
+        """Ends the run after a step that was not finite, or says that it was left out."""
+        failure = self.train_step.failure()
+        if failure is None:
+            return
+        names = images_of_step(
+            self.source, self.config, failure.iteration, unlabeled=self.method.needs_unlabeled
+        )
+        more = f" and {len(names) - _IMAGES_NAMED} more" if len(names) > _IMAGES_NAMED else ""
+        found = (
+            f"the {failure.term} was not finite at iteration {failure.iteration} (seed {self.config.seed}, "
+            f"images {', '.join(names[:_IMAGES_NAMED])}{more})"
+        )
+        if self.config.train.on_nonfinite == "stop":
+            raise NonFiniteLossError(
+                f"{found}; the last checkpoint is from before it, and the same command replays it from "
+                "there. A smaller optim.lr, a larger method.tau or train.amp=bf16 instead of fp16 often "
+                "helps; train.on_nonfinite=skip leaves such steps out."
+            )
+        if failure.in_a_row >= _SKIPPED_IN_A_ROW:
+            raise NonFiniteLossError(
+                f"{found}, as were {failure.in_a_row} steps in a row: the run is stopped"
+            )
+        self._say(f"{found}: left out, {failure.steps} such steps since the start of this command")
+
+    def _save(self, name: str, log: RunLog | None) -> None:
+        self.watchdog.at(f"saving {name} of iteration {self.iteration}")
+        method = self.method.state_dict()
+        check_alike(method)
+        if log is None:
+            return
+        log.flush()
         state = {
             "config": dump_config(self.config),
             "fingerprint": config_fingerprint(self.config),
             "classes": list(self.source.classes),
             "palette": self.source.palette.tolist(),
             "iteration": self.iteration,
-            "method": self.method.state_dict(),
+            "method": method,
             "progress": self.progress,
             **self.train_step.state_dict(),
         }
-        save_checkpoint(self.output / name, state)
+        if name == "last.pt":
+            save_last(self.output, state, self.config.train.keep)
+        else:
+            save_checkpoint(self.output / name, state)
 
     def _resume(self) -> None:
-        path = self.output / "last.pt"
-        if not path.exists():
+        """Goes on from the newest checkpoint that process 0 finds whole, in all processes."""
+        found = newest_checkpoint(self.output, self._say) if rank() == 0 else None
+        name = first_says("" if found is None else found[0].name)
+        if not name:
             return
-        state = load_checkpoint(path)
+        path = self.output / name
+        if found is None:
+            try:
+                found = path, load_checkpoint(path)
+            except InputError as error:
+                raise InputError(
+                    f"output: process {rank()} cannot read what process 0 reads: {error}"
+                ) from None
+        state = found[1]
         restore(self.method, state["method"], path)
         self.iteration, self.progress = state["iteration"], state["progress"]
+        optimizer = self.train_step.optimizer
+        shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+        check_optimizer(state["optimizer"], optimizer.state_dict(), shapes, path)
         self.train_step.load_state_dict(state, self.iteration)
-        self.console.print(f"{path}: going on from iteration {self.iteration}", highlight=False)
+        self._say(f"{path}: going on from iteration {self.iteration}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _log(self) -> contextlib.AbstractContextManager[RunLog | None]:
+        if rank() > 0:
+            return contextlib.nullcontext()
+        total = self.config.train.iterations
+        return RunLog(self.output, start=self.iteration, total=total, console=self.console)
 
     def batches(self) -> Generator[Batch, None, None]:
         return training_batches(
             self.source,
             self.config,
             start=self.iteration * self.config.train.accumulate,
+            rank=rank(),
+            world=world_size(),
             device=self.device,
             unlabeled=self.method.needs_unlabeled,
             cache=self.cache,
@@ -216,35 +310,35 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.iteration % every == 0
 
+    def _check_graph(self) -> None:
+        train = self.config.train
+        for key in ("graph", "sync_check"):
+            if getattr(train, key) and self.device.type != "cuda":
+                raise InputError(f"train.{key}: needs a CUDA device; this run is on {self.device}")
+        if train.graph and world_size() > 1:
+            raise InputError(
+                f"train.graph: captures the step of one process; this run has {world_size()}, set it to false"
+            )
+
     def _describe(self) -> None:
         for name, split in self.source.splits.items():
             if split.names:
-                text = f"{name}: {len(split.names)} images, {split.family}, list {split.fingerprint}"
-                self.console.print(text, highlight=False)
+                self._say(f"{name}: {len(split.names)} images, {split.family}, list {split.fingerprint}")
         parameters = sum(p.numel() for p in self.method.student.parameters())
         train = self.config.train
         precision = "float32" if train.amp == "off" else f"{train.amp} autocast"
         if self.device.type == "cuda":
             precision += ", TF32" if train.tf32 else ", no TF32"
-        self.console.print(
+        place = str(self.device)
+        if world_size() > 1:
+            place = f"{world_size()} x {self.device.type}" + ", synchronised batch norm," * train.sync_bn
+        self._say(
             f"{self.config.method.name}: {self.config.model.backbone}, {parameters / 1e6:.1f} M parameters, "
-            f"{len(self.source.classes)} classes, on {self.device} in {precision}; output {self.output}",
-            highlight=False,
+            f"{len(self.source.classes)} classes, on {place} in {precision}; output {self.output}"
         )
-
-    @contextlib.contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM lets the step finish and saves; a second one ends at once."""
-
-        def stop(number: int, frame: Any) -> None:
-            if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
-            self.console.print("stopping after this step; once more to end at once", highlight=False)
-
-        former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+        batch, paper = (train.batch_labeled, train.batch_unlabeled), paper_batch(self.config)
+        if paper is not None and batch != paper:
+            self._say(
+                f"note: {batch[0]} + {batch[1]} images a step over all processes, {paper[0]} + {paper[1]} in "
+                f"the papers; the learning rate stays {self.config.optim.lr:g}, as configured"
+            )

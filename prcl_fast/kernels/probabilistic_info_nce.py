@@ -29,8 +29,11 @@ _SCATTER_DIMS = 256
 
 
 @triton.jit
-def _weight_kernel(anchor_index, positive_count, weights, num_classes, num_anchors, BLOCK: tl.constexpr):
-    """What an anchor of a class counts in the loss: 1 / (the class's anchors x the classes present), or 0."""
+def _weight_kernel(
+    anchor_index, positive_count, class_factor, weights, num_classes, num_anchors, HAS_FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What an anchor counts: its class's factor / (the class's anchors x the classes present), or 0."""
     c = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     drawn = tl.full((BLOCK,), 0, tl.int32)
@@ -46,7 +49,8 @@ def _weight_kernel(anchor_index, positive_count, weights, num_classes, num_ancho
     num_present = tl.sum(present, 0)
     counts = (num_drawn > 0) & (num_present >= 2) & (tl.load(positive_count + c) > 0)
     shares = tl.maximum(num_drawn, 1).to(tl.float32) * tl.maximum(num_present, 1).to(tl.float32)
-    tl.store(weights + c, tl.where(counts, 1.0 / shares, 0.0))
+    factor = tl.load(class_factor + c) if HAS_FACTOR else 1.0
+    tl.store(weights + c, tl.where(counts, factor / shares, 0.0))
 
 
 @triton.jit
@@ -164,6 +168,7 @@ def probabilistic_info_nce(
     positive_variance: Tensor,
     positive_count: Tensor,
     virtual_mu: Tensor | None,
+    class_factor: Tensor | None,
     tau: float,
     mean: bool,
     normalize: bool,
@@ -184,8 +189,9 @@ def probabilistic_info_nce(
     dims_block = max(16, triton.next_power_of_2(dims))
     with device_of(mu):
         _weight_kernel[(num_classes,)](
-            anchor_index, positive_count, weights, num_classes, num_anchors, BLOCK=128
-        )
+            anchor_index, positive_count, positive_mean if class_factor is None else class_factor, weights,
+            num_classes, num_anchors, HAS_FACTOR=class_factor is not None, BLOCK=128,
+        )  # fmt: skip
         _anchor_kernel[(rows,)](
             mu, var, anchor_index, negative_index, positive_mean, positive_variance, positive_count,
             positive_mean if virtual_mu is None else virtual_mu, weights, losses, grad_mu, grad_var,

@@ -1,15 +1,18 @@
 """The three losses, L_s, L_u and L_c, and how their weight and the learning rate move over training."""
 
 from prcl_fast.losses.contrast import ProbabilisticContrast
-from prcl_fast.losses.diagnostics import explain_inert
+from prcl_fast.losses.diagnostics import explain_inert, explain_variance
 from prcl_fast.losses.schedules import lambda_c, poly_lr
-from prcl_fast.losses.segmentation import supervised_loss, unsupervised_loss
+from prcl_fast.losses.segmentation import PixelCounts, start_counting, supervised_loss, unsupervised_loss
 
 __all__ = [
+    "PixelCounts",
     "ProbabilisticContrast",
     "explain_inert",
+    "explain_variance",
     "lambda_c",
     "poly_lr",
+    "start_counting",
     "supervised_loss",
     "unsupervised_loss",
 ]

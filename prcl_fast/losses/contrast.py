@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from prcl_fast.distributed import start_sum, world_size
 from prcl_fast.ops import (
     PrototypeStatistics,
     Purpose,
@@ -32,8 +35,10 @@ class ProbabilisticContrast(nn.Module):
     - "ema": an exponential moving average of the local prototypes' means and variances;
     - "local": this batch's, eq. (4).
 
-    The states are buffers. Under `torch.distributed` the batch is that of all processes: their statistics are
-    summed.
+    The states are buffers. With several processes the prototypes are those of all pixels: the processes add
+    up their statistics, [C, 2D + 4] numbers, and hold the same prototypes bit for bit. Each draws anchors and
+    negatives from its own pixels. What it returns is such that the mean over the processes is the loss: a
+    class's anchors on a process stand for that process's share of the class's hard pixels.
 
     With `deterministic` every variance, the prototypes' included, is the constant 0.5 and means are
     L2-normalised and summed over (`reduction` and `normalize` are not looked at): the score is then exactly
@@ -171,8 +176,11 @@ class ProbabilisticContrast(nn.Module):
             hard = valid & (confidence < self.delta_s)
             with torch.no_grad():
                 local = prototype_statistics(mu, var, label, valid, self.num_classes)
-                positive = self._updated(_summed_over_processes(local))
+                total = _start_adding_up(local, _count_per_class(label, hard, self.num_classes))
+                # Needs no other process: goes on while the numbers travel.
                 anchors = sample_anchors(label, valid, hard, self.num_classes, self.num_anchors, seed)
+                batch = total()
+                positive = self._updated(batch.statistics)
                 negatives = sample_negatives(
                     self._negative_classes(positive),
                     label,
@@ -193,8 +201,9 @@ class ProbabilisticContrast(nn.Module):
                 tau=self.tau,
                 reduction=self.reduction,
                 normalize=self.normalize,
+                class_factor=batch.share,
             )
-        self._record(loss, label, hard, local, positive, negatives)
+        self._record(loss, batch, negatives)
         return loss
 
     def _updated(self, batch: PrototypeStatistics) -> PrototypeStatistics:
@@ -246,29 +255,19 @@ class ProbabilisticContrast(nn.Module):
         return mean + self.beta * philox_normal(seed, shape, Purpose.VIRTUAL_NEGATIVES) * variance
 
     @torch.no_grad()
-    def _record(
-        self,
-        loss: Tensor,
-        label: Tensor,
-        hard: Tensor,
-        local: PrototypeStatistics,
-        positive: PrototypeStatistics,
-        negatives: Tensor,
-    ) -> None:
+    def _record(self, loss: Tensor, batch: _Total, negatives: Tensor) -> None:
         """Fills `diagnostics` with tensors on the device; nothing waits for them.
 
-        valid_per_class, hard_per_class, anchors_per_class [C]: this process's pixels and distinct draws at
-        most; present_classes; negatives: how many the anchors were set against; loss; chance_level: the loss
-        of an anchor whose scores are all equal.
+        valid_per_class, hard_per_class, anchors_per_class [C]: pixels and distinct draws at most, of all
+        processes; present_classes; negatives: how many this process's anchors were set against; loss;
+        chance_level: the loss of an anchor whose scores are all equal.
         """
-        classes = torch.arange(self.num_classes, device=label.device)
-        hard_per_class = ((label.flatten() == classes[:, None]) & hard.flatten()).sum(1)
-        present = (positive.count > 0).sum()
+        present = (batch.statistics.count > 0).sum()
         others = (present - 1).clamp(min=0)
         self.diagnostics = {
-            "valid_per_class": local.count,
-            "hard_per_class": hard_per_class,
-            "anchors_per_class": hard_per_class.clamp(max=self.num_anchors),
+            "valid_per_class": batch.statistics.count,
+            "hard_per_class": batch.hard,
+            "anchors_per_class": batch.hard.clamp(max=self.num_anchors * world_size()),
             "present_classes": present,
             # A class has all of its negatives or none: one look at each is enough.
             "negatives": (negatives[:, 0, 0] >= 0).sum() * (self.num_anchors * self.num_negatives),
@@ -277,12 +276,39 @@ class ProbabilisticContrast(nn.Module):
         }
 
 
-def _summed_over_processes(local: PrototypeStatistics) -> PrototypeStatistics:
-    """One all-reduce of [C, 2D + 1] numbers instead of gathering feature maps: the sums are the same."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return local
+@dataclass(frozen=True)
+class _Total:
+    """The batch of all processes."""
+
+    statistics: PrototypeStatistics
+    hard: Tensor  # [C] int64, hard pixels
+    share: Tensor | None  # [C] float32: this process's hard pixels over the mean of all processes'
+
+
+def _count_per_class(label: Tensor, chosen: Tensor, num_classes: int) -> Tensor:
+    """[C] int64."""
+    classes = torch.arange(num_classes, device=label.device)
+    return ((label.flatten() == classes[:, None]) & chosen.flatten()).sum(1)
+
+
+# Counts travel as two float32 numbers, so that sums are exact up to 2^36 pixels on 4096 processes.
+_HALF = 4096
+
+
+def _start_adding_up(local: PrototypeStatistics, hard: Tensor) -> Callable[[], _Total]:
+    """One all-reduce of [C, 2D + 4] numbers in place of gathering feature maps: the sums are the same."""
+    if world_size() == 1:
+        return lambda: _Total(local, hard, None)
     dim = local.precision.shape[1]
-    packed = torch.cat([local.precision, local.weighted_mean, local.count[:, None]], dim=1)
-    dist.all_reduce(packed)
-    precision, weighted_mean, count = packed.split([dim, dim, 1], dim=1)
-    return PrototypeStatistics(precision, weighted_mean, count[:, 0].long())
+    counts = torch.stack([local.count, hard], dim=1)
+    wait = start_sum(
+        torch.cat([local.precision, local.weighted_mean, counts % _HALF, counts // _HALF], dim=1)
+    )
+
+    def total() -> _Total:
+        precision, weighted_mean, low, high = wait().split([dim, dim, 2, 2], dim=1)
+        count, all_hard = (low.long() + _HALF * high.long()).unbind(1)
+        share = world_size() * hard / all_hard.clamp(min=1)
+        return _Total(PrototypeStatistics(precision, weighted_mean, count), all_hard, share)
+
+    return total

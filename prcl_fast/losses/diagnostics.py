@@ -9,6 +9,9 @@ from torch import Tensor
 
 _AT_CHANCE = 1e-3
 _SATURATED = 1e-3
+# Of a variance between 0 and 1 that starts near 1/2.
+_EXPLODED = 0.95
+_COLLAPSED = 1e-3
 
 
 def explain_inert(diagnostics: Mapping[str, Tensor]) -> str | None:
@@ -45,5 +48,24 @@ def explain_inert(diagnostics: Mapping[str, Tensor]) -> str | None:
         return (
             f"the contrast, {loss:.2e}, is next to 0 against a chance level of {chance:.4f}: "
             "tau is too small for its scores, or the classes are already separated"
+        )
+    return None
+
+
+def explain_variance(mean: float) -> str | None:
+    """What is wrong with a mean variance sigma^2, between 0 and 1, and what helps; None where nothing is.
+
+    Both papers hold the probability head back by a small learning rate ("soft freezing"), for the contrast
+    also falls when every pixel is called uncertain.
+    """
+    if mean > _EXPLODED:
+        return (
+            f"the variances explode: their mean is {mean:.3f} of at most 1, every pixel is called uncertain; "
+            "lower optim.probability_lr (5e-5 in the papers) or method.lambda_c"
+        )
+    if mean < _COLLAPSED:
+        return (
+            f"the variances collapse: their mean is {mean:.1e}, and the precisions of the prototypes grow "
+            "without bound; lower optim.probability_lr (5e-5 in the papers) or raise method.tau"
         )
     return None

@@ -2,28 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from prcl_fast.distributed import start_sum, world_size
 from prcl_fast.ops import upsample_cross_entropy
 
 OMEGA = ("batch", "image")
 
 
+@dataclass(frozen=True)
+class PixelCounts:
+    """Numbers of pixels in the batch of several processes, each as its mean over the processes.
+
+    A loss over a process's own pixels, divided by these, is such that the mean over the processes is the mean
+    over all pixels, however unevenly the labeled ones are spread.
+    """
+
+    labeled: Tensor  # scalars, float64; labeled
+    pseudo_labeled: Tensor  # unlabeled and not ignored
+    confident: Tensor  # of those, with a confidence above delta_u
+
+
+def start_counting(
+    label: Tensor,
+    pseudo_label: Tensor | None = None,
+    confidence: Tensor | None = None,
+    delta_u: float = 0.0,
+    *,
+    ignore_index: int = 255,
+) -> Callable[[], PixelCounts | None]:
+    """Starts to add up the processes' counts and returns what waits for them; None with one process.
+
+    Args:
+        label: [B, H, W] of the labeled images.
+        pseudo_label, confidence: [B, H, W] of the unlabeled ones, if any.
+        delta_u: threshold of the confidence.
+    """
+    if world_size() == 1:
+        return lambda: None
+    counts = [(label != ignore_index).sum(), label.new_zeros(2, dtype=torch.int64)]
+    if pseudo_label is not None and confidence is not None:
+        kept = pseudo_label != ignore_index
+        counts[1] = torch.stack([kept.sum(), (kept & (confidence > delta_u)).sum()])
+    wait = start_sum(torch.cat([counts[0][None], counts[1]]))
+    return lambda: PixelCounts(*(wait().double() / world_size()).unbind())
+
+
 def supervised_loss(
-    logits: Tensor, label: Tensor, *, ignore_index: int = 255, align_corners: bool = True
+    logits: Tensor,
+    label: Tensor,
+    *,
+    counts: PixelCounts | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = True,
 ) -> Tensor:
     """L_s, eq. (13) of the IJCV paper: mean cross-entropy over the labeled pixels, at label size.
 
     Args:
         logits: [B, C, h, w] floating, upsampled bilinearly to the label's size.
         label: [B, H, W] uint8 or int64, class or `ignore_index`.
+        counts: of `start_counting`, where the mean runs over the pixels of several processes.
     Returns:
         scalar; a 0 that stays in the graph where every pixel is ignored.
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    return upsample_cross_entropy(logits, label, ignore_index=ignore_index, align_corners=align_corners)
+    return _mean(
+        logits,
+        label,
+        None,
+        None if counts is None else counts.labeled,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+    )
 
 
 def unsupervised_loss(
@@ -33,6 +88,7 @@ def unsupervised_loss(
     delta_u: float,
     *,
     omega: str = "batch",
+    counts: PixelCounts | None = None,
     ignore_index: int = 255,
     align_corners: bool = True,
 ) -> Tensor:
@@ -50,6 +106,7 @@ def unsupervised_loss(
         confidence: [B, H, W] floating, p.
         delta_u: threshold of the confidence.
         omega: "batch" or "image".
+        counts: of `start_counting`, where mean and omega are those of several processes' pixels.
     Returns:
         scalar; a 0 that stays in the graph where every pixel is ignored.
     Raises:
@@ -62,16 +119,46 @@ def unsupervised_loss(
         )
     kept = pseudo_label.long() != ignore_index
     if omega == "batch":
-        share = (kept & (confidence > delta_u)).sum() / kept.sum().clamp(min=1)
+        if counts is None:
+            share = (kept & (confidence > delta_u)).sum() / kept.sum().clamp(min=1)
+        else:
+            share = counts.confident / _or_one(counts.pseudo_labeled)
         weight = share.expand(len(logits))
     elif omega == "image":
         weight = (confidence >= delta_u).sum((1, 2)) / kept.sum((1, 2)).clamp(min=1)
     else:
         raise ValueError(f"omega must be one of {', '.join(OMEGA)}; got {omega!r}")
-    return upsample_cross_entropy(
+    return _mean(
         logits,
         pseudo_label,
-        weight=weight.to(torch.float32),
+        weight.to(torch.float32),
+        None if counts is None else counts.pseudo_labeled,
         ignore_index=ignore_index,
         align_corners=align_corners,
     )
+
+
+def _mean(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    count: Tensor | None,
+    *,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    """The weighted loss over `count` pixels; None means: over those that are not ignored here."""
+    reduction = "mean" if count is None else "sum"
+    loss = upsample_cross_entropy(
+        logits,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        reduction=reduction,
+    )
+    return loss if count is None else loss / _or_one(count).to(loss.dtype)
+
+
+def _or_one(count: Tensor) -> Tensor:
+    return torch.where(count > 0, count, 1.0)

@@ -62,6 +62,10 @@ class Method(nn.Module):
         """The scalars of one micro-batch: "loss" is what is minimised, the others are its named terms."""
         raise NotImplementedError
 
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """`losses`, for what wraps a module, such as DistributedDataParallel."""
+        return self.losses(batch, step)
+
     def after_step(self, step: Step) -> None:
         """Called once after the optimiser step of `step`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from prcl_fast.data.augment import strong_augment
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.mix import mix
 from prcl_fast.data.source import IGNORE
-from prcl_fast.losses import supervised_loss, unsupervised_loss
+from prcl_fast.losses import PixelCounts, start_counting, supervised_loss, unsupervised_loss
 from prcl_fast.methods.base import Method, Step
 from prcl_fast.models.network import NetworkOutput
 from prcl_fast.models.teacher import EMATeacher
@@ -28,6 +29,7 @@ class Unlabeled:
     image: Tensor  # [B, 3, h, w] strongly augmented and mixed, normalised
     label: Tensor  # [B, h, w] uint8, IGNORE outside the image and in erased boxes
     confidence: Tensor  # [B, h, w] float32, 0 where ignored
+    counts: Callable[[], PixelCounts | None]  # waits for the other processes
 
 
 class MeanTeacher(Method):
@@ -64,7 +66,9 @@ class MeanTeacher(Method):
         with torch.no_grad(), part("strong augmentation"):
             image = strong_augment(weak, batch.strong)
             image, label, confidence = mix(image, label, confidence, batch.strong, self.settings.mix)
-            return Unlabeled(self.normalize(image), label, confidence)
+            # Their sums travel while the student works.
+            counts = start_counting(batch.label, label, confidence, self.settings.delta_u)
+            return Unlabeled(self.normalize(image), label, confidence, counts)
 
     def student_pass(
         self, batch: Batch, unlabeled: Unlabeled, *, representations: bool
@@ -88,13 +92,15 @@ class MeanTeacher(Method):
         settings = self.settings
         self._pseudo_labels = unlabeled.label, unlabeled.confidence
         with part("losses"):
-            supervised = supervised_loss(labeled_out.logits, batch.label)
+            counts = unlabeled.counts()
+            supervised = supervised_loss(labeled_out.logits, batch.label, counts=counts)
             unsupervised = unsupervised_loss(
                 unlabeled_out.logits,
                 unlabeled.label,
                 unlabeled.confidence,
                 delta_u=settings.delta_u,
                 omega=settings.omega,
+                counts=counts,
             )
             return {
                 "loss": supervised + unsupervised,

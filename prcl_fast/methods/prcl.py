@@ -10,7 +10,8 @@ from torch import Tensor
 from prcl_fast.config import Config, PRCLConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
-from prcl_fast.losses import ProbabilisticContrast, explain_inert, lambda_c
+from prcl_fast.device import full_precision
+from prcl_fast.losses import ProbabilisticContrast, explain_inert, explain_variance, lambda_c
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.mean_teacher import MeanTeacher, Unlabeled
 from prcl_fast.models.network import NetworkOutput
@@ -77,7 +78,7 @@ class PRCL(MeanTeacher):
             confidence = torch.cat([student[:count], teacher[count:]])
         assert labeled_out.mu is not None
         assert unlabeled_out.mu is not None
-        mu = torch.cat([labeled_out.mu, unlabeled_out.mu]).float()
+        mu = full_precision(torch.cat([labeled_out.mu, unlabeled_out.mu]))
         var = None
         if labeled_out.var is not None and unlabeled_out.var is not None:
             var = torch.cat([labeled_out.var, unlabeled_out.var])
@@ -104,6 +105,8 @@ class PRCL(MeanTeacher):
             "classes_present": int(found["present_classes"]),
         }
         reason = explain_inert(found)
+        if reason is None and "variance_mean" in values:
+            reason = explain_variance(values["variance_mean"])
         return values if reason is None else values | {"note": reason}
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prcl_fast.device import full_precision
+
 LOG_FLOOR = math.log(1e-6)
 
 
@@ -56,7 +58,7 @@ class ProbabilityHead(nn.Module):
         x = F.relu(self.bn1(_normalized_linear(x, self.fc1)), inplace=True)
         # Under autocast the products run in the low precision; from here on its few bits would show in the
         # precisions 1 / sigma^2, whose sums make the prototypes. What follows keeps float32 under autocast.
-        x = self.gamma * self.bn2(_normalized_linear(x, self.fc2).float()) + self.beta
+        x = self.gamma * self.bn2(full_precision(_normalized_linear(x, self.fc2))) + self.beta
         # logaddexp stays finite, gradient included, where exp(x) alone would overflow.
         return torch.sigmoid(torch.logaddexp(x, torch.full_like(self.beta, LOG_FLOOR)))
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prcl_fast.config_errors import shortened
 from prcl_fast.errors import InputError
+from prcl_fast.torch_file import check_torch_file
 
 if TYPE_CHECKING:
     from prcl_fast.models.network import SegmentationNetwork
@@ -86,10 +88,10 @@ def read_file(path: str | Path) -> Any:
     """A file's content on the CPU, read without running any code in it.
 
     Raises:
-        InputError: the file is missing, corrupt, or holds other things than tensors and plain values.
+        InputError: the file is missing, corrupt, compressed, or holds other things than tensors and plain
+            values.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such weights file")
+    check_torch_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     # The reader meets damaged bytes at every level (zip, pickle, storage), each with exceptions of its own.
@@ -106,15 +108,17 @@ def tensors_of(content: object, path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"{path}: holds no state dict")
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise InputError(f"{path}: '{key}' is no tensor, so this is no state dict")
+        if not isinstance(key, str) or not key.isprintable() or not isinstance(value, Tensor):
+            raise InputError(f"{path}: {shortened(key)} is no tensor, so this is no state dict")
+        if value.is_meta or value.layout is not torch.strided:
+            raise InputError(f"{path}: {shortened(key)} is a tensor without data, or a sparse one")
     return dict(content)
 
 
 def check_keys(
     expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: str | Path, what: str
 ) -> None:
-    """Compare names and shapes; BN batch counters may be missing.
+    """Compare names, shapes and kinds of numbers, which must be finite; BN batch counters may be missing.
 
     Raises:
         InputError: one line with the number of keys at fault and the first of them.
@@ -128,6 +132,13 @@ def check_keys(
         for key in expected
         if key in given and given[key].shape != expected[key].shape
     ]
+    common = [key for key in expected if key in given and given[key].shape == expected[key].shape]
+    faults += [
+        f"{key} is {given[key].dtype}, not {expected[key].dtype}"
+        for key in common
+        if given[key].is_floating_point() != expected[key].is_floating_point()
+    ]
+    faults += [f"{key} is not finite" for key in common if not given[key].isfinite().all()]
     if faults:
         more = f", and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise InputError(
@@ -153,13 +164,14 @@ def _load_backbone(network: SegmentationNetwork, content: object, path: str | Pa
 def _load_network(network: SegmentationNetwork, content: object, path: str | Path) -> None:
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise InputError(f"{path}: is no {FORMAT} file")
-    if content.get("version") != VERSION:
+    version, classes = content.get("version"), content.get("num_classes")
+    if not isinstance(version, int) or version != VERSION:
         raise InputError(
-            f"{path}: {FORMAT} version {content.get('version')}, this program reads version {VERSION}"
+            f"{path}: {FORMAT} version {shortened(version)}, this program reads version {VERSION}"
         )
-    if content.get("num_classes") != network.num_classes:
+    if not isinstance(classes, int) or classes != network.num_classes:
         raise InputError(
-            f"{path}: made for {content.get('num_classes')} classes, this network has {network.num_classes}"
+            f"{path}: made for {shortened(classes)} classes, this network has {network.num_classes}"
         )
     given = tensors_of(content.get("network"), path)
     check_keys(network.state_dict(), given, path, "the network")

@@ -25,6 +25,7 @@ def probabilistic_info_nce(
     tau: float,
     reduction: str = "sum",
     normalize: bool = False,
+    class_factor: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE of each anchor over its class's prototype, its negatives and the virtual negatives, eq. (15).
 
@@ -48,6 +49,7 @@ def probabilistic_info_nce(
         tau: temperature, > 0.
         reduction: "sum" over the D dimensions or their "mean".
         normalize: whether every mean is L2-normalised inside the score.
+        class_factor: [C] floating >= 0, what the mean over each class's anchors is multiplied by, or None.
     Returns:
         scalar, float32 (float64 for float64 mu).
     Raises:
@@ -71,6 +73,9 @@ def probabilistic_info_nce(
     if virtual_mu is not None:
         check_tensor("virtual_mu", virtual_mu, (num_classes, "V", dim), FLOATING, ("mu", mu))
         virtual_mu = virtual_mu.detach()
+    if class_factor is not None:
+        check_tensor("class_factor", class_factor, (num_classes,), FLOATING, ("mu", mu))
+        class_factor = class_factor.detach()
     if not tau > 0:
         raise ValueError(f"tau must be positive; got {tau}")
     mean = reduction_is_mean(reduction)
@@ -85,6 +90,7 @@ def probabilistic_info_nce(
         positive_variance,
         positive.count,
         virtual_mu,
+        class_factor,
         tau,
         mean,
         normalize,
@@ -101,6 +107,7 @@ def _fake(
     positive_variance: Tensor,
     positive_count: Tensor,
     virtual_mu: Tensor | None,
+    class_factor: Tensor | None,
     tau: float,
     mean: bool,
     normalize: bool,
@@ -135,7 +142,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
         ctx.dtype,
         ctx.channels_last,
     )
-    return grad_mu, grad_var, *[None] * 10
+    return grad_mu, grad_var, *[None] * 11
 
 
 def _backward_fake(
@@ -167,6 +174,7 @@ def _prepared(
     positive_variance: Tensor,
     positive_count: Tensor,
     virtual_mu: Tensor | None,
+    class_factor: Tensor | None,
     *options: float | bool,
 ) -> tuple[Any, ...]:
     """What the kernels may trust: rows [P, D], a view where mu is channels_last and else a copy."""
@@ -174,8 +182,8 @@ def _prepared(
     rows = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous() for x in (mu, var)]
     index = [x.contiguous() for x in (anchor_index, negative_index)]
     positive = [x.to(work).contiguous() for x in (positive_mean, positive_variance)]
-    virtual = None if virtual_mu is None else virtual_mu.to(work).contiguous()
-    return *rows, *index, *positive, positive_count.contiguous(), virtual, *options
+    optional = [None if x is None else x.to(work).contiguous() for x in (virtual_mu, class_factor)]
+    return *rows, *index, *positive, positive_count.contiguous(), *optional, *options
 
 
 def _backward_prepared(
@@ -187,8 +195,8 @@ def _backward_prepared(
 
 _op = define_op(
     "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index,"
-    " Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu, float tau,"
-    " bool mean, bool normalize, bool needs_grad)"
+    " Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu,"
+    " Tensor? class_factor, float tau, bool mean, bool normalize, bool needs_grad)"
     " -> (Tensor loss, Tensor grad_mu_rows, Tensor grad_var_rows)",
     fake=_fake,
     implementations={

@@ -30,6 +30,7 @@ def probabilistic_info_nce(
     positive_variance: Tensor,
     positive_count: Tensor,
     virtual_mu: Tensor | None,
+    class_factor: Tensor | None,
     tau: float,
     mean: bool,
     normalize: bool,
@@ -44,7 +45,7 @@ def probabilistic_info_nce(
     work = torch.float64 if mu.dtype == torch.float64 else torch.float32
     scale = 1.0 / (tau * dim) if mean else 1.0 / tau
     present = positive_count > 0  # [C]
-    weight = _anchor_weights(anchor_index, present, work).flatten()  # [C*A]
+    weight = _anchor_weights(anchor_index, present, class_factor, work).flatten()  # [C*A]
 
     mu_rows, var_rows = _pixel_rows(mu), _pixel_rows(var)  # [P, D]
     prototype_mu = positive_mean.to(work)
@@ -165,11 +166,15 @@ def _values_are_at_hand(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _anchor_weights(anchor_index: Tensor, present: Tensor, dtype: torch.dtype) -> Tensor:
+def _anchor_weights(
+    anchor_index: Tensor, present: Tensor, class_factor: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """[C, A]: what turns the anchors' losses into the loss; all 0 with fewer than two classes present."""
     drawn = (anchor_index >= 0) & present[:, None]
     num_present = present.sum()
     share = drawn.to(dtype) / (drawn.sum(1, keepdim=True).clamp(min=1) * num_present.clamp(min=1))
+    if class_factor is not None:
+        share = share * class_factor.to(dtype)[:, None]
     return torch.where(num_present >= 2, share, 0.0)
 
 

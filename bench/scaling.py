@@ -1,0 +1,225 @@
+"""What training on several processes costs: on paper, measured on this machine, and on simulated networks.
+
+    python -m bench.scaling --table
+    python -m bench.scaling --processes 1,2,4
+    python -m bench.scaling --simulate
+    python -m bench.scaling --json RESULT.json
+    python -m bench.scaling --plot RESULT.json --out DIR
+
+    scaling_traffic.py   what crosses in a step, and its time by formula
+    scaling_group.py     process groups that count what crosses, or stand for many processes
+
+Without --table, --processes or --simulate it does all three.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.multiprocessing as mp
+import typer
+from matplotlib.axes import Axes
+from rich.console import Console
+
+from bench import machine
+from bench.harness import percentile
+from bench.run import read_result, write_result
+from bench.scaling_group import Meter, joined, simulated
+from bench.scaling_traffic import (
+    GRADIENTS,
+    NETWORKS,
+    NORM_BACKWARD,
+    NORM_FORWARD,
+    PURPOSES,
+    STATISTICS,
+    Shape,
+    gathering,
+    shape_of,
+    table,
+)
+from bench.step_data import size_config
+from prcl_fast.analysis.style import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure, styled
+from prcl_fast.cli.tables import print_table
+from prcl_fast.config import dump_config, load_config, parse_config
+from prcl_fast.engine.trainer import Trainer
+from prcl_fast.errors import InputError
+from prcl_fast.losses import ProbabilisticContrast
+
+KIND = "bench.scaling 1"
+PROCESSES = (1, 2, 4, 8, 16, 64, 256, 1024)
+WARMUP, STEPS, ROUNDS = 3, 8, 3
+
+_VOC, _VOC_CLASSES = Path(__file__).resolve().parent.parent / "configs/voc/base.yaml", 21
+_HERE = ("train.device=cpu", "train.threads=1", "data.synthetic.unlabeled=16")
+_MEASURED = ("train.batch_labeled=8", "train.batch_unlabeled=8")
+# The papers' D, so that features weigh beside gradients; fewer anchors, so that steps are short.
+_SIMULATED = ("model.dim=256", "method.anchors=64", "method.negatives=128")
+_SMALL = "small"  # of bench.step
+
+
+def measure(counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Training steps of one global batch on so many processes of this machine, each with one thread."""
+    rows = []
+    for count in counts:
+        with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
+            config = size_config(_SMALL, Path(folder), [*_HERE, *_MEASURED])
+            report = _on_processes(_train, count, Path(folder), dump_config(config))
+        images = config.train.batch_labeled + config.train.batch_unlabeled
+        rows.append({"processes": count, "images": images} | report)
+    return rows
+
+
+def measure_contrast(shape: Shape) -> dict[str, Any]:
+    """What one forward and backward pass of the contrast sends, on 2 processes with a random map each."""
+    size = (shape.classes, shape.dim, shape.height, shape.width)
+    with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
+        sent = _on_processes(_contrast, 2, Path(folder), size)
+    return {"processes": 2, "classes": size[0], "dim": size[1], "map": size[2:], "collectives": sent}
+
+
+def simulate(counts: Sequence[int], rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Steps of one real process that is told that it is one of many, with 2 + 2 images for each of them."""
+    return [row for count in counts for row in _simulate(count, rounds)]
+
+
+def _simulate(count: int, rounds: int) -> list[dict[str, Any]]:
+    ways = [(None, "ours"), *((network, what) for network in NETWORKS for what in ("ours", "gathering"))]
+    if count == 1:
+        ways = ways[:1]
+    rows = [
+        {"processes": count, "network": network and network.name, "what": what, "every_ms": []}
+        for network, what in ways
+    ]
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prcl_scaling_")))
+        batch = (f"train.batch_labeled={2 * count}", f"train.batch_unlabeled={2 * count}")
+        config = size_config(_SMALL, folder, [*_HERE, *_SIMULATED, *batch])
+        group = stack.enter_context(simulated(count))
+        trainer = Trainer(config, Console(quiet=True))
+        batches = stack.enter_context(contextlib.closing(trainer.batches()))
+        instead = gathering(shape_of(config, len(trainer.source.classes)), (2, 2))
+        for _ in range(WARMUP):
+            trainer.step(batches)
+        for _ in range(rounds):
+            for (network, what), row in zip(ways, rows, strict=True):
+                group.network, group.instead = network, instead if what == "gathering" else None
+                group.take()
+                started = time.perf_counter()
+                trainer.step(batches)
+                trainer.stop.agreed()
+                row["every_ms"].append(1e3 * (time.perf_counter() - started))
+                passed, _ = group.take()
+                if group.instead is not None:
+                    passed = [one for one in passed if one.purpose != STATISTICS] + instead
+                row["network_ms"] = 0.0 if network is None else 1e3 * network.seconds(passed, count)
+    return [row | {"ms": percentile(row["every_ms"], 50)} for row in rows]
+
+
+def _on_processes(work: Any, count: int, folder: Path, argument: Any) -> Any:
+    """Runs `work` on so many processes; what the first of them reports."""
+    mp.spawn(work, (count, folder, argument), nprocs=count)
+    return json_format.loads((folder / "report.json").read_text())
+
+
+def _report(rank: int, folder: Path, report: Mapping[str, Any]) -> None:
+    if rank == 0:
+        (folder / "report.json").write_text(json_format.dumps(report))
+
+
+def _train(rank: int, count: int, folder: Path, tree: Mapping[str, Any]) -> None:
+    config = parse_config(tree, "bench.scaling")
+    times: list[float] = []
+    waits: list[dict[str, float]] = []
+    calls: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        meter = stack.enter_context(joined(rank, count, folder)) if count > 1 else None
+        trainer = Trainer(config, Console(quiet=True))
+        batches = stack.enter_context(contextlib.closing(trainer.batches()))
+        for _ in range(WARMUP + STEPS):
+            started = time.perf_counter()
+            trainer.step(batches)
+            trainer.stop.agreed()
+            times.append(1e3 * (time.perf_counter() - started))
+            if meter is not None:
+                calls, waited = _taken(meter, count)
+                waits.append(waited)
+    times, waits = times[WARMUP:], waits[WARMUP:]
+    waited_ms = {purpose: percentile([step.get(purpose, 0.0) for step in waits], 50) for purpose in calls}
+    share = percentile([sum(step.values()) / time for step, time in zip(waits, times, strict=True)], 50) if waits else 0.0
+    report = {f"ms{end}": percentile(times, percent) for end, percent in (("", 50), ("_20", 20), ("_80", 80))}
+    more = {"every_ms": times, "collectives": calls, "waited_ms": waited_ms, "waited_share": share}
+    _report(rank, folder, report | more)
+
+
+def _contrast(rank: int, count: int, folder: Path, size: Sequence[int]) -> None:
+    torch.set_num_threads(1)
+    classes, dim, height, width = size
+    torch.manual_seed(rank)
+    mu = torch.randn(1, dim, height, width).contiguous(memory_format=torch.channels_last).requires_grad_()
+    var = torch.rand_like(mu, requires_grad=False).mul_(0.9).add_(0.05)
+    label = torch.randint(classes, (1, height, width))
+    contrast = ProbabilisticContrast(classes, dim, tau=1.0)
+    everywhere = torch.ones_like(label, dtype=torch.bool)
+    with joined(rank, count, folder) as meter:
+        loss = contrast(mu, var, label, everywhere, torch.rand(label.shape), torch.tensor([0, rank]))
+        loss.backward()
+        _report(rank, folder, _taken(meter, count)[0])
+
+
+def _taken(meter: Meter, count: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Calls, bytes given and bytes sent by purpose since the last time, and milliseconds waited."""
+    passed, waited = meter.take()
+    sums: dict[str, Any] = {}
+    for one in passed:
+        entry = sums.setdefault(one.purpose, {"calls": 0, "gives": 0, "sends": 0.0})
+        entry["calls"] += 1
+        entry["gives"] += one.gives
+        entry["sends"] += one.sent(count)
+    return sums, {purpose: 1e3 * seconds for purpose, seconds in waited.items()}
+
+
+def scaling_command(
+    paper: Annotated[bool, typer.Option("--table", help="Bytes and time of a step at VOC size, by formula.")] = False,
+    processes: Annotated[
+        str | None, typer.Option(help="Measure training on so many processes of this machine: 1,2,4.")
+    ] = None,
+    simulated_: Annotated[
+        bool, typer.Option("--simulate", help="Steps of one process among up to 1024, on simulated networks.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figure of a result.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: where to.")] = Path("."),
+) -> None:
+    """What training on several processes costs."""
+    if plot is not None:
+        print(write_figure(read_result(plot, KIND), out / f"{plot.stem}.png"))
+        return
+    everything = not (paper or processes or simulated_)
+    counts = _counts(processes or "1,2,4") if everything or processes else []
+    shape = shape_of(load_config(_VOC, ["model.weights=null"]), _VOC_CLASSES)
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {
+        "kind": KIND,
+        "machine": machine.describe("cpu"),
+        "options": {"load_before": os.getloadavg()[0], "steps": STEPS, "rounds": ROUNDS, "warmup": WARMUP},
+    }
+    if paper or everything:
+        result["paper"] = table(shape, PROCESSES)
+    if counts:
+        print("measuring", file=sys.stderr, flush=True)
+        result |= {"measured": measure(counts), "contrast": measure_contrast(shape)}
+    if simulated_ or everything:
+        print("simulating", file=sys.stderr, flush=True)
+        result["simulated"] = simulate(PROCESSES)
+    if json is not None:
+        write_result(result, json)
+    _print(result)

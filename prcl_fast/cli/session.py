@@ -1,0 +1,84 @@
+"""A command on one process, or on all that torchrun or srun started: their group, watch and output."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from rich.console import Console
+
+from prcl_fast.engine.launch import device_of, read_launch
+from prcl_fast.engine.rendezvous import join
+from prcl_fast.engine.watchdog import Watchdog
+from prcl_fast.errors import InputError
+
+Loaded = TypeVar("Loaded")
+_A_DAY = 86400.0
+# A collective gives up after the watchdog, which knows more, has spoken.
+_MARGIN = 120.0
+
+
+@dataclass(frozen=True)
+class Session(Generic[Loaded]):
+    """What a command works with on this process."""
+
+    loaded: Loaded
+    device: torch.device
+    watchdog: Watchdog
+    console: Console  # standard error; quiet but on process 0
+    rank: int
+
+    def result(self, line: str) -> None:
+        """Prints a line on standard output, once for all processes."""
+        if self.rank == 0:
+            print(line)
+
+
+@contextlib.contextmanager
+def session(
+    load: Callable[[], Loaded],
+    device: Callable[[Loaded], str],
+    stall_timeout: Callable[[Loaded], float | None] = lambda _: None,
+) -> Iterator[Session[Loaded]]:
+    """Joins the processes of the run, if there are several, and watches over them until the block ends.
+
+    An error in the block, and a mistake in what `load` reads, is said by one process and ends all of them.
+
+    Args:
+        load: reads what the command needs.
+        device, stall_timeout: the name of the device, and the seconds without progress, that it asks for.
+
+    Raises:
+        InputError: a wrong environment, device, or whatever `load` says.
+        RunError: the processes did not come together.
+    """
+    launch = read_launch(os.environ)
+    mistake: InputError | None = None
+    stall: float | None = None
+    try:
+        loaded = load()
+        here, stall = device_of(launch, device(loaded)), stall_timeout(loaded)
+    except InputError as error:
+        if launch is None:
+            raise
+        mistake, here = error, torch.device("cpu")
+    rank, world = (0, 1) if launch is None else (launch.rank, launch.world)
+    with contextlib.ExitStack() as stack:
+        store = None
+        if launch is not None:
+            if here.type == "cuda":
+                torch.cuda.set_device(here)
+            store = stack.enter_context(join(launch, here, (stall or _A_DAY) + _MARGIN)).store
+        watchdog = stack.enter_context(Watchdog(rank, world, store, stall, _say))
+        if mistake is not None:
+            raise mistake
+        yield Session(loaded, here, watchdog, Console(stderr=True, quiet=rank > 0), rank)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

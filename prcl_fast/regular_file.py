@@ -1,0 +1,67 @@
+"""Files that users name, opened only where they are plain files and no longer than they may be."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from prcl_fast.errors import InputError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: str | Path, what: str) -> int:
+    """The size in bytes of a plain file, found without opening it: to open a pipe is to wait for its writer.
+
+    Args:
+        what: the kind of file for messages, such as "split file".
+
+    Raises:
+        InputError: naming the file: missing, out of reach, or a folder, pipe, socket or device.
+    """
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {what}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # no name of a file: a NUL in it, or half of a surrogate pair
+        raise InputError(f"{str(path)!r}: cannot be read: {error}") from None
+    if not stat.S_ISREG(state.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(state.st_mode), "no plain file")
+        raise InputError(f"{path}: cannot be read as a {what}: it is {kind}")
+    return state.st_size
+
+
+def read_text(path: Path, what: str, max_bytes: int) -> str:
+    """The UTF-8 text of a plain file, without its byte order mark and with line ends as newlines.
+
+    Args:
+        what: the kind of file for messages.
+        max_bytes: longer files are refused before they are read.
+
+    Raises:
+        InputError: naming the file: see `check_regular`; too long, or not UTF-8.
+    """
+    size = check_regular(path, what)
+    if size > max_bytes:
+        raise InputError(f"{path}: {size} bytes; a {what} has at most {max_bytes}")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes)  # some systems say 0 of files that have no end
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: cannot be read as a {what}: not UTF-8 text at byte {error.start}"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
