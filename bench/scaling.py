@@ -7,33 +7,27 @@
     python -m bench.scaling --plot RESULT.json --out DIR
 
     scaling_traffic.py   what crosses in a step, and its time by formula
-    scaling_group.py     process groups that count what crosses, or stand for many processes
+    scaling_run.py       training on processes that count what crosses, and on one that stands for many
 
 Without --table, --processes or --simulate it does all three.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json as json_format
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.multiprocessing as mp
 import typer
 from matplotlib.axes import Axes
-from rich.console import Console
+from matplotlib.ticker import NullLocator
 
 from bench import machine
-from bench.harness import percentile
 from bench.run import read_result, write_result
-from bench.scaling_group import Meter, joined, simulated
+from bench.scaling_run import measure, measure_contrast, simulate
 from bench.scaling_traffic import (
     GRADIENTS,
     NETWORKS,
@@ -41,159 +35,37 @@ from bench.scaling_traffic import (
     NORM_FORWARD,
     PURPOSES,
     STATISTICS,
-    Shape,
-    gathering,
     shape_of,
     table,
 )
-from bench.step_data import size_config
 from prcl_fast.analysis.style import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure, styled
+from prcl_fast.cli.choices import check_known
 from prcl_fast.cli.tables import print_table
-from prcl_fast.config import dump_config, load_config, parse_config
-from prcl_fast.engine.trainer import Trainer
+from prcl_fast.config import load_config
 from prcl_fast.errors import InputError
-from prcl_fast.losses import ProbabilisticContrast
 
 KIND = "bench.scaling 1"
 PROCESSES = (1, 2, 4, 8, 16, 64, 256, 1024)
-WARMUP, STEPS, ROUNDS = 3, 8, 3
-
+MEASURED = ("1", "2", "4")  # what the measured batch can be shared out to
+SIMULATED = (1, 2, 8, 64, 256, 1024)
 _VOC, _VOC_CLASSES = Path(__file__).resolve().parent.parent / "configs/voc/base.yaml", 21
-_HERE = ("train.device=cpu", "train.threads=1", "data.synthetic.unlabeled=16")
-_MEASURED = ("train.batch_labeled=8", "train.batch_unlabeled=8")
-# The papers' D, so that features weigh beside gradients; fewer anchors, so that steps are short.
-_SIMULATED = ("model.dim=256", "method.anchors=64", "method.negatives=128")
-_SMALL = "small"  # of bench.step
-
-
-def measure(counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Training steps of one global batch on so many processes of this machine, each with one thread."""
-    rows = []
-    for count in counts:
-        with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
-            config = size_config(_SMALL, Path(folder), [*_HERE, *_MEASURED])
-            report = _on_processes(_train, count, Path(folder), dump_config(config))
-        images = config.train.batch_labeled + config.train.batch_unlabeled
-        rows.append({"processes": count, "images": images} | report)
-    return rows
-
-
-def measure_contrast(shape: Shape) -> dict[str, Any]:
-    """What one forward and backward pass of the contrast sends, on 2 processes with a random map each."""
-    size = (shape.classes, shape.dim, shape.height, shape.width)
-    with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
-        sent = _on_processes(_contrast, 2, Path(folder), size)
-    return {"processes": 2, "classes": size[0], "dim": size[1], "map": size[2:], "collectives": sent}
-
-
-def simulate(counts: Sequence[int], rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Steps of one real process that is told that it is one of many, with 2 + 2 images for each of them."""
-    return [row for count in counts for row in _simulate(count, rounds)]
-
-
-def _simulate(count: int, rounds: int) -> list[dict[str, Any]]:
-    ways = [(None, "ours"), *((network, what) for network in NETWORKS for what in ("ours", "gathering"))]
-    if count == 1:
-        ways = ways[:1]
-    rows = [
-        {"processes": count, "network": network and network.name, "what": what, "every_ms": []}
-        for network, what in ways
-    ]
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prcl_scaling_")))
-        batch = (f"train.batch_labeled={2 * count}", f"train.batch_unlabeled={2 * count}")
-        config = size_config(_SMALL, folder, [*_HERE, *_SIMULATED, *batch])
-        group = stack.enter_context(simulated(count))
-        trainer = Trainer(config, Console(quiet=True))
-        batches = stack.enter_context(contextlib.closing(trainer.batches()))
-        instead = gathering(shape_of(config, len(trainer.source.classes)), (2, 2))
-        for _ in range(WARMUP):
-            trainer.step(batches)
-        for _ in range(rounds):
-            for (network, what), row in zip(ways, rows, strict=True):
-                group.network, group.instead = network, instead if what == "gathering" else None
-                group.take()
-                started = time.perf_counter()
-                trainer.step(batches)
-                trainer.stop.agreed()
-                row["every_ms"].append(1e3 * (time.perf_counter() - started))
-                passed, _ = group.take()
-                if group.instead is not None:
-                    passed = [one for one in passed if one.purpose != STATISTICS] + instead
-                row["network_ms"] = 0.0 if network is None else 1e3 * network.seconds(passed, count)
-    return [row | {"ms": percentile(row["every_ms"], 50)} for row in rows]
-
-
-def _on_processes(work: Any, count: int, folder: Path, argument: Any) -> Any:
-    """Runs `work` on so many processes; what the first of them reports."""
-    mp.spawn(work, (count, folder, argument), nprocs=count)
-    return json_format.loads((folder / "report.json").read_text())
-
-
-def _report(rank: int, folder: Path, report: Mapping[str, Any]) -> None:
-    if rank == 0:
-        (folder / "report.json").write_text(json_format.dumps(report))
-
-
-def _train(rank: int, count: int, folder: Path, tree: Mapping[str, Any]) -> None:
-    config = parse_config(tree, "bench.scaling")
-    times: list[float] = []
-    waits: list[dict[str, float]] = []
-    calls: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        meter = stack.enter_context(joined(rank, count, folder)) if count > 1 else None
-        trainer = Trainer(config, Console(quiet=True))
-        batches = stack.enter_context(contextlib.closing(trainer.batches()))
-        for _ in range(WARMUP + STEPS):
-            started = time.perf_counter()
-            trainer.step(batches)
-            trainer.stop.agreed()
-            times.append(1e3 * (time.perf_counter() - started))
-            if meter is not None:
-                calls, waited = _taken(meter, count)
-                waits.append(waited)
-    times, waits = times[WARMUP:], waits[WARMUP:]
-    waited_ms = {purpose: percentile([step.get(purpose, 0.0) for step in waits], 50) for purpose in calls}
-    share = percentile([sum(step.values()) / time for step, time in zip(waits, times, strict=True)], 50) if waits else 0.0
-    report = {f"ms{end}": percentile(times, percent) for end, percent in (("", 50), ("_20", 20), ("_80", 80))}
-    more = {"every_ms": times, "collectives": calls, "waited_ms": waited_ms, "waited_share": share}
-    _report(rank, folder, report | more)
-
-
-def _contrast(rank: int, count: int, folder: Path, size: Sequence[int]) -> None:
-    torch.set_num_threads(1)
-    classes, dim, height, width = size
-    torch.manual_seed(rank)
-    mu = torch.randn(1, dim, height, width).contiguous(memory_format=torch.channels_last).requires_grad_()
-    var = torch.rand_like(mu, requires_grad=False).mul_(0.9).add_(0.05)
-    label = torch.randint(classes, (1, height, width))
-    contrast = ProbabilisticContrast(classes, dim, tau=1.0)
-    everywhere = torch.ones_like(label, dtype=torch.bool)
-    with joined(rank, count, folder) as meter:
-        loss = contrast(mu, var, label, everywhere, torch.rand(label.shape), torch.tensor([0, rank]))
-        loss.backward()
-        _report(rank, folder, _taken(meter, count)[0])
-
-
-def _taken(meter: Meter, count: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """Calls, bytes given and bytes sent by purpose since the last time, and milliseconds waited."""
-    passed, waited = meter.take()
-    sums: dict[str, Any] = {}
-    for one in passed:
-        entry = sums.setdefault(one.purpose, {"calls": 0, "gives": 0, "sends": 0.0})
-        entry["calls"] += 1
-        entry["gives"] += one.gives
-        entry["sends"] += one.sent(count)
-    return sums, {purpose: 1e3 * seconds for purpose, seconds in waited.items()}
+_NORM = (NORM_FORWARD, NORM_BACKWARD)
+_PAPER_COLUMNS = (
+    "processes", "images of one", GRADIENTS, NORM_FORWARD, NORM_BACKWARD, STATISTICS, "other",
+    "gathering instead", "images read",
+)  # fmt: skip
+_MEASURED_COLUMNS = (
+    "processes", "step, ms", "20 to 80 %", "collectives", "sends", "waits", "for gradients", "for batch norm",
+)  # fmt: skip
 
 
 def scaling_command(
-    paper: Annotated[bool, typer.Option("--table", help="Bytes and time of a step at VOC size, by formula.")] = False,
+    paper: Annotated[bool, typer.Option("--table", help="A step at VOC size by formula.")] = False,
     processes: Annotated[
-        str | None, typer.Option(help="Measure training on so many processes of this machine: 1,2,4.")
+        str | None, typer.Option(metavar="N,N,..", help=f"Measure here, of {', '.join(MEASURED)}.")
     ] = None,
     simulated_: Annotated[
-        bool, typer.Option("--simulate", help="Steps of one process among up to 1024, on simulated networks.")
+        bool, typer.Option("--simulate", help="One process among many, on networks by formula.")
     ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figure of a result.")] = None,
@@ -204,22 +76,214 @@ def scaling_command(
         print(write_figure(read_result(plot, KIND), out / f"{plot.stem}.png"))
         return
     everything = not (paper or processes or simulated_)
-    counts = _counts(processes or "1,2,4") if everything or processes else []
+    named = [name.strip() for name in processes.split(",")] if processes else everything * MEASURED
+    check_known("--processes", named, MEASURED)
     shape = shape_of(load_config(_VOC, ["model.weights=null"]), _VOC_CLASSES)
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "kind": KIND,
         "machine": machine.describe("cpu"),
-        "options": {"load_before": os.getloadavg()[0], "steps": STEPS, "rounds": ROUNDS, "warmup": WARMUP},
+        "options": {"load_before": os.getloadavg()[0]},
     }
     if paper or everything:
         result["paper"] = table(shape, PROCESSES)
-    if counts:
+    if named:
         print("measuring", file=sys.stderr, flush=True)
-        result |= {"measured": measure(counts), "contrast": measure_contrast(shape)}
+        result |= {"measured": measure([int(name) for name in named]), "contrast": measure_contrast(shape)}
     if simulated_ or everything:
         print("simulating", file=sys.stderr, flush=True)
-        result["simulated"] = simulate(PROCESSES)
+        result["simulated"] = simulate(SIMULATED)
     if json is not None:
         write_result(result, json)
     _print(result)
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    where = result["machine"]
+    print(
+        f"{where['device']}, PyTorch {where['torch']}, {where['commit']}; load of the machine before: "
+        f"{result['options']['load_before']:.2f} on {where['cores']} cores"
+    )
+    if "paper" in result:
+        _print_paper(result["paper"])
+    if "measured" in result:
+        _print_measured(result["measured"])
+        contrast = result["contrast"]
+        for purpose, sums in contrast["collectives"].items():
+            print(
+                f"contrast of {contrast['classes']} classes, D = {contrast['dim']}, 2 processes: "
+                f"{sums['calls']} call for {purpose}, gives {_bytes(sums['gives'])}, sends {_bytes(sums['sends'])}"
+            )
+    if "simulated" in result:
+        names = [network.name for network in NETWORKS]
+        rows = result["simulated"]
+        print_table(
+            "simulated: milliseconds of a step, ours / with features gathered",
+            ["processes", "no delay", *names],
+            [
+                [str(count), *(_pair(rows, count, name) for name in (None, *names))]
+                for count in sorted({row["processes"] for row in rows})
+            ],
+            right=range(5),
+        )
+
+
+def _print_paper(rows: Sequence[Mapping[str, Any]]) -> None:
+    shown = (GRADIENTS, NORM_FORWARD, NORM_BACKWARD, STATISTICS)
+    cells = []
+    for row in rows:
+        sent = row["sent_bytes"]
+        other = sum(sent[purpose] for purpose in PURPOSES if purpose not in shown)
+        numbers = (*(sent[purpose] for purpose in shown), other, row["gathering_bytes"], row["read_bytes"])
+        images = "{} + {}".format(*row["images_of_a_process"])
+        cells.append([str(row["processes"]), images, *map(_bytes, numbers)])
+    title = "on paper, VOC: bytes that each process sends, and receives, in a step"
+    print_table(title, _PAPER_COLUMNS, cells, right=range(len(_PAPER_COLUMNS)))
+    names = [network.name for network in NETWORKS]
+    print_table(
+        "on paper, VOC: milliseconds of all collectives / of those that nothing hides; so with gathering",
+        ["processes", "collectives", *names],
+        [
+            [str(row["processes"]), str(row["collectives"]), *(_times(row["ms"][n]) for n in names)]
+            for row in rows
+        ],
+        right=range(5),
+    )
+
+
+def _print_measured(rows: Sequence[Mapping[str, Any]]) -> None:
+    cells = []
+    for row in rows:
+        sums, waited = row["collectives"].values(), row["waited_ms"]
+        norm = sum(waited.get(purpose, 0.0) for purpose in _NORM)
+        cells.append(
+            [
+                str(row["processes"]),
+                _number(row["ms"]),
+                f"{row['ms_20']:.0f} to {row['ms_80']:.0f}",
+                str(sum(entry["calls"] for entry in sums)),
+                _bytes(sum(entry["sends"] for entry in sums)),
+                f"{100 * row['waited_share']:.0f} %",
+                f"{_number(waited.get(GRADIENTS, 0.0))} ms",
+                f"{_number(norm)} ms",
+            ]
+        )
+    title = f"measured: steps of {rows[0]['images']} images in all, on processes of one thread each, gloo"
+    print_table(title, _MEASURED_COLUMNS, cells, right=range(len(_MEASURED_COLUMNS)))
+
+
+def _times(ms: Mapping[str, float]) -> str:
+    ours, gathered = (("all", "exposed"), ("gathering", "gathering, exposed"))
+    return "; ".join(" / ".join(_number(ms[key]) for key in keys) for keys in (ours, gathered))
+
+
+def _pair(rows: Sequence[Mapping[str, Any]], count: int, network: str | None) -> str:
+    found = [row["ms"] for row in rows if (row["processes"], row["network"]) == (count, network)]
+    return " / ".join(map(_number, found))
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def write_figure(result: Mapping[str, Any], path: Path) -> Path:
+    """Bytes and time of a step by formula, and simulated steps. Raises InputError."""
+    if not ("paper" in result and "simulated" in result):
+        raise InputError(f"{path.stem}: holds no table or no simulation; measure without naming parts")
+    where, rows = result["machine"], [row for row in result["paper"] if row["processes"] > 1]
+    with styled():
+        figure = new_figure(12.5, 4.4)
+        figure.suptitle(
+            "Training on N processes. Left and middle: a VOC step on paper. Right: a small step of one "
+            f"process,\none thread, with the delays of N ({where['device']}, {where['commit']})",
+            fontsize=10, x=0.01, ha="left",
+        )  # fmt: skip
+        sent, exposed, simulated = figure.subplots(1, 3)
+        _draw_bytes(sent, rows)
+        _draw_networks(
+            exposed,
+            {n.name: [(row["processes"], row["ms"][n.name]["exposed"]) for row in rows] for n in NETWORKS},
+            {
+                n.name: [(r["processes"], r["ms"][n.name]["gathering, exposed"]) for r in rows]
+                for n in NETWORKS
+            },
+        )
+        exposed.set_title("ms of a step that nothing hides, by formula")
+        _draw_networks(
+            simulated,
+            {n.name: _simulated(result["simulated"], n.name, "ours") for n in NETWORKS},
+            {n.name: _simulated(result["simulated"], n.name, "gathering") for n in NETWORKS},
+        )
+        free = _simulated(result["simulated"], None, "ours")
+        simulated.plot(*zip(*free, strict=True), ":", color=GREY, label="no delay")
+        simulated.set_title("ms of a simulated step")
+        handles, labels = simulated.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncol=4)
+        save_figure(figure, path)
+    return path
+
+
+def _simulated(rows: Sequence[Mapping[str, Any]], network: str | None, what: str) -> list[tuple[int, float]]:
+    return [(row["processes"], row["ms"]) for row in rows if (row["network"], row["what"]) == (network, what)]
+
+
+def _draw_bytes(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    counts = [row["processes"] for row in rows]
+    sent = [row["sent_bytes"] for row in rows]
+    lines = {
+        "features, gathered": (RED, [row["gathering_bytes"] for row in rows]),
+        "gradients": (GREY, [purposes[GRADIENTS] for purposes in sent]),
+        "batch norm": (GREEN, [sum(purposes[p] for p in _NORM) for purposes in sent]),
+        "prototype statistics": (BLUE, [purposes[STATISTICS] for purposes in sent]),
+    }
+    for name, (colour, values) in lines.items():
+        axes.plot(counts, values, "o-", markersize=3, color=colour, label=name)
+    axes.set(title="bytes that a process sends in a step", ylim=(1e4, 1e14))
+    axes.legend(loc="upper left", ncol=2)
+    _log_axes(axes, counts)
+    axes.yaxis.set_major_formatter(lambda value, _: _bytes(value))
+
+
+def _draw_networks(
+    axes: Axes,
+    ours: Mapping[str, Sequence[tuple[int, float]]],
+    gathering: Mapping[str, Sequence[tuple[int, float]]],
+) -> None:
+    for way, style, lines in (("ours", "o-", ours), ("features gathered", "o--", gathering)):
+        for (name, points), colour in zip(lines.items(), (GREEN, BLUE, ORANGE), strict=True):
+            counts, values = zip(*points, strict=True)
+            label = f"{name.split(',')[0]}, {way}"
+            axes.plot(counts, values, style, markersize=3, color=colour, label=label)
+    _log_axes(axes, counts)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _log_axes(axes: Axes, counts: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("processes")
+
+
+def main() -> None:
+    """The command; a mistake in the input is one line and status 2."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(scaling_command)
+    try:
+        app()
+    except InputError as error:
+        print(f"bench.scaling: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -162,7 +162,9 @@ class Watchdog:
     def _leave_process(self, status: int) -> None:
         board = self._board
         if board is not None and self.rank == 0:
-            self._hold_store(lambda: board.seen >= len(self._present()))
+            # Of some, nothing may have been heard so far: they have only just come.
+            left = [note for note in board.notes.values() if note.left]
+            self._hold_store(lambda: board.seen >= self.world - len(left))
         _within(_SAYING_S, lambda: (sys.stdout.flush(), sys.stderr.flush()))
         self._end(status)
 

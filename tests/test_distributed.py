@@ -1,0 +1,344 @@
+"""Several processes: the same mathematics as one, the same state in all, one end for all."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_tree
+from processes import Pair, launch, pair
+from rich.console import Console
+from torch import Tensor, nn
+
+from bench import same_processes
+from prcl_fast.config import parse_config
+from prcl_fast.data.source import build_source
+from prcl_fast.distributed import first_says, largest, world_size
+from prcl_fast.engine.checkpoint import load_checkpoint, load_run
+from prcl_fast.engine.evaluate import evaluate
+from prcl_fast.engine.replicas import DriftError, check_alike
+from prcl_fast.engine.trainer import InterruptedRunError, Trainer
+from prcl_fast.errors import InputError
+from prcl_fast.losses import ProbabilisticContrast, start_counting, supervised_loss, unsupervised_loss
+from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
+from prcl_fast.ops import prototype_statistics
+
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with pair(tmp_path_factory.mktemp("pair")) as processes:
+        yield processes
+
+
+def tree(output: Path, **train: Any) -> dict[str, Any]:
+    result = tiny_tree(output)
+    result["train"] |= {"batch_labeled": 4, "batch_unlabeled": 4} | train
+    return result
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _batch_norm(rank: int, rows: list[slice] | None, affine: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(5, affine=affine)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x, weight = 3 + 2 * draw(6, 5, 4, 3), draw(6, 5, 4, 3, seed=1)
+    if rows is not None:
+        synchronize_batch_norm(norm, CPU)
+        x, weight = x[rows[rank]], weight[rows[rank]]
+    x = x.clone().requires_grad_()
+    y = norm(x)
+    (y * weight).sum().backward()
+    assert x.grad is not None
+    found = {"y": y.detach(), "x": x.grad} | dict(norm.state_dict())
+    gradients = {f"{name} gradient": p.grad for name, p in norm.named_parameters() if p.grad is not None}
+    return found | gradients
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_runs_over_the_images_of_all_processes(two: Pair, affine: bool) -> None:
+    whole = _batch_norm(0, None, affine)
+    parts = two(_batch_norm, [slice(0, 4), slice(4, 6)], affine)
+    for name, value in whole.items():
+        found = parts[0][name]
+        if name in ("y", "x"):
+            found = torch.cat([part[name] for part in parts])
+        elif name.endswith("gradient"):
+            found = parts[0][name] + parts[1][name]
+        else:
+            assert torch.equal(parts[0][name], parts[1][name]), name
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+
+
+def _segmentation(rank: int, rows: list[slice] | None, ignored: str, omega: str) -> dict[str, Tensor]:
+    logits = draw(4, 3, 5, 5)
+    label = draw(4, 9, 9, seed=1).abs().mul(2).clamp(max=2).to(torch.uint8)
+    confidence = draw(4, 9, 9, seed=2).abs().clamp(max=1)
+    if ignored == "rank 1":
+        label[2:] = 255
+    elif ignored == "most of rank 0":
+        label[:2, 1:] = 255
+    else:
+        label[:] = 255
+    if rows is not None:
+        logits, label, confidence = (x[rows[rank]] for x in (logits, label, confidence))
+    logits = logits.clone().requires_grad_()
+    counts = start_counting(label, label, confidence, 0.5)()
+    loss_s = supervised_loss(logits, label, counts=counts)
+    loss_u = unsupervised_loss(logits, label, confidence, 0.5, omega=omega, counts=counts)
+    (2 * loss_s + 3 * loss_u).backward()
+    assert logits.grad is not None
+    return {"loss_s": loss_s.detach(), "loss_u": loss_u.detach(), "gradient": logits.grad}
+
+
+@pytest.mark.parametrize("omega", ["batch", "image"])
+@pytest.mark.parametrize("ignored", ["rank 1", "most of rank 0", "all"])
+def test_segmentation_losses_average_to_those_of_the_whole_batch(two: Pair, ignored: str, omega: str) -> None:
+    whole = _segmentation(0, None, ignored, omega)
+    parts = two(_segmentation, [slice(0, 2), slice(2, 4)], ignored, omega)
+    for name in ("loss_s", "loss_u"):
+        torch.testing.assert_close(sum(part[name] for part in parts) / 2, whole[name])
+    # Gradients are averaged over the processes.
+    torch.testing.assert_close(torch.cat([part["gradient"] for part in parts]) / 2, whole["gradient"])
+
+
+def _two_images() -> dict[str, Tensor]:
+    """Every pixel of a class in an image has one distribution: no draw matters but those of the classes."""
+    classes = torch.zeros(2, 4, 6, dtype=torch.int64)
+    classes[0, 1:], classes[1, :, 5:] = 1, 1
+    mu, var = draw(2, 2, 3), draw(2, 2, 3, seed=1).sigmoid()  # image, class, dimension
+    image = torch.arange(2)[:, None, None].expand_as(classes)
+    return {
+        "mu": mu[image, classes].movedim(-1, 1).contiguous(),
+        "var": var[image, classes].movedim(-1, 1).contiguous(),
+        "label": classes,
+        "valid": torch.ones_like(classes, dtype=torch.bool),
+        "confidence": torch.full(classes.shape, 0.1),
+        "seed": torch.tensor([0, 0]),
+    }
+
+
+def _contrast(rank: int, change: str) -> dict[str, Any]:
+    batch = _two_images()
+    if change == "rank 1 has nothing":
+        batch["valid"][1] = False
+    own = {name: value if name == "seed" else value[rank : rank + 1] for name, value in batch.items()}
+    own["mu"].requires_grad_()
+    contrast = ProbabilisticContrast(2, 3, tau=0.7, num_anchors=8, num_negatives=8, virtual_negatives=0)
+    loss = contrast(**own)
+    loss.backward()
+    state = {name: value.clone() for name, value in contrast.state_dict().items()}
+    check_alike(state)
+    return state | {"loss": loss.detach(), "gradient": own["mu"].grad, **contrast.diagnostics}
+
+
+def test_a_process_counts_in_the_contrast_by_its_share_of_the_hard_pixels(two: Pair) -> None:
+    parts = two(_contrast, "none")
+    batch = _two_images()
+    statistics = prototype_statistics(batch["mu"], batch["var"], batch["label"], batch["valid"], 2)
+    for part in parts:
+        torch.testing.assert_close(part["precision"].float(), statistics.precision)
+        assert part["count"].tolist() == part["hard_per_class"].tolist() == [6 + 20, 18 + 4]
+    # By hand: each process's mean over a class's anchors, weighted by its share of that class's pixels.
+    pixels = torch.tensor([[6, 18], [20, 4]])
+    own = [_class_means(batch, statistics.mean, statistics.variance, image) for image in range(2)]
+    expected = sum((pixels[image] / pixels.sum(0) * own[image]).sum() / 2 for image in range(2))
+    torch.testing.assert_close((parts[0]["loss"] + parts[1]["loss"]) / 2, expected, rtol=1e-4, atol=1e-5)
+
+
+def _class_means(batch: dict[str, Tensor], mean: Tensor, variance: Tensor, image: int) -> Tensor:
+    """Eq. (15) of an anchor of each class, with 8 equal negatives of the other class of its own image."""
+
+    def score(mu_a: Tensor, var_a: Tensor, mu_b: Tensor, var_b: Tensor) -> Tensor:
+        mu_a, mu_b = (x / x.norm() for x in (mu_a, mu_b))
+        total = var_a + var_b
+        return -0.5 * ((mu_a - mu_b).square() / total + total.log()).mean() / 0.7
+
+    losses = []
+    for c in range(2):
+        pixel = [(batch["label"][image] == k).nonzero()[0].tolist() for k in range(2)]
+        mu, var = (
+            [batch[name][image, :, pixel[k][0], pixel[k][1]] for k in range(2)] for name in ("mu", "var")
+        )
+        positive = score(mu[c], var[c], mean[c], variance[c])
+        negative = score(mu[c], var[c], mu[1 - c], var[1 - c])
+        losses.append((positive.exp() + 8 * negative.exp()).log() - positive)
+    return torch.stack(losses)
+
+
+def test_a_process_without_any_class_takes_part_and_gives_a_zero_in_the_graph(two: Pair) -> None:
+    first, second = two(_contrast, "rank 1 has nothing")
+    assert first["loss"] > 0
+    assert second["loss"] == 0
+    assert not second["gradient"].any()
+    assert second["present_classes"] == 2
+    assert second["count"].tolist() == [6, 18]
+
+
+def _helpers(rank: int) -> tuple[str, list[int], str]:
+    state = {"same": torch.ones(3), "other": torch.tensor([1.0, 2.0 + rank])}
+    with pytest.raises(DriftError) as caught:
+        check_alike(state)
+    check_alike({"same": torch.full((2, 2), torch.nan), "integer": torch.arange(3)})
+    return (
+        first_says(f"from {rank}: ä" * (1 - rank)),
+        largest(torch.tensor([rank, -rank])).tolist(),
+        str(caught.value),
+    )
+
+
+def test_what_processes_tell_each_other(two: Pair) -> None:
+    for text, most, drift in two(_helpers):
+        assert text == "from 0: ä"
+        assert most == [1, 0]
+        assert "no longer hold the same other (1 of 2 entries differ)" in drift
+    assert world_size() == 1
+    assert first_says("alone") == "alone"
+
+
+def _steps(rank: int, config: dict[str, Any], steps: int) -> dict[str, Tensor]:
+    trainer = Trainer(parse_config(config, "tiny"), QUIET)
+    with contextlib.closing(trainer.batches()) as batches:
+        for _ in range(steps):
+            trainer.step(batches)
+            check_alike(trainer.method.state_dict())
+    return {name: value.clone() for name, value in trainer.method.state_dict().items()}
+
+
+@pytest.mark.parametrize("sync_bn", [True, False])
+def test_processes_hold_the_same_state_after_every_step(two: Pair, tmp_path: Path, sync_bn: bool) -> None:
+    config = tree(tmp_path / "run", sync_bn=sync_bn, accumulate=1 + sync_bn, batch_unlabeled=8)
+    state, other = two(_steps, config, 3)
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    assert all(value.isfinite().all() for value in state.values())
+    mean = state["student.backbone.bn1.running_mean"]
+    assert mean.abs().max() > 0
+
+
+def _run(rank: int, config: dict[str, Any], stop_on: int | None) -> dict[str, Any]:
+    trainer = Trainer(parse_config(config, "tiny"), QUIET)
+    start = trainer.iteration
+    trainer.stop.asked = rank == stop_on
+    try:
+        return trainer.run() | {"start": start}
+    except InterruptedRunError as error:
+        return {"stopped": str(error), "start": start}
+
+
+def _weights(output: Path) -> dict[str, Tensor]:
+    state = load_checkpoint(output / "last.pt")
+    momentum = state["optimizer"]["state"]
+    return state["method"] | {f"momentum {i}": entry["momentum_buffer"] for i, entry in momentum.items()}
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_stop_on_one_process_stops_all_and_any_number_of_processes_goes_on(
+    two: Pair, tmp_path: Path
+) -> None:
+    whole, halves = (tree(tmp_path / name, iterations=5) for name in ("whole", "halves"))
+    summaries = two(_run, whole, None)
+    assert summaries[0]["miou"] == summaries[1]["miou"]
+    for result in two(_run, halves, 1):
+        assert "stopped at iteration 2 of 5" in result["stopped"]  # it is known a step later
+    alone = tree(tmp_path / "alone", iterations=5)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "last.pt").write_bytes((tmp_path / "halves" / "last.pt").read_bytes())
+    assert [result["start"] for result in two(_run, halves, None)] == [2, 2]
+    assert _same(_weights(tmp_path / "whole"), _weights(tmp_path / "halves"))
+
+    assert _run(0, alone, None)["start"] == 2
+    # The same batches, and the same losses but for rounding and the draws of anchors and negatives.
+    for name, value in _weights(tmp_path / "alone").items():
+        if name.startswith("student") and value.is_floating_point():
+            assert (value - _weights(tmp_path / "whole")[name]).abs().max() < 0.1 * value.abs().max() + 0.1, (
+                name
+            )
+    found = two(_evaluate, str(tmp_path / "whole"))
+    network = _evaluate(0, str(tmp_path / "whole"))
+    assert torch.equal(found[0], network)
+    assert torch.equal(found[1], network)
+
+
+def _evaluate(rank: int, run: str) -> Tensor:
+    loaded = load_run(Path(run) / "last.pt", CPU)
+    source = build_source(loaded.config.data)
+    results = evaluate(loaded.networks, source, loaded.config.data, loaded.config.eval, CPU)
+    return torch.stack([torch.from_numpy(result.confusion) for result in results.values()])
+
+
+def test_losses_prototypes_and_evaluation_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    config = tree(tmp_path / "run", batch_labeled=4, batch_unlabeled=4)
+    config["data"] |= {"crop": [32, 32]}
+    config["method"] |= {"lambda_c": 0.0, "delta_u": 0.2}
+    one, other = (same_processes.trained(parse_config(config, "tiny"), n, 4) for n in (1, 2))
+    found = same_processes.compared(one, other)
+    assert found["losses"] < 1e-6
+    assert found["prototypes"] < 1e-6
+    assert found["same_counts"]
+    assert one["losses"].isfinite().all()
+    assert one["losses"][0, 2] > 0  # L_u
+    other["losses"][2, 1] *= 1.01
+    assert same_processes.compared(one, other)["losses"] > same_processes.BOUND
+
+
+def test_a_captured_graph_and_a_batch_that_cannot_be_shared_out_are_refused(
+    two: Pair, tmp_path: Path
+) -> None:
+    for line in two(_refused, tree(tmp_path / "run", batch_labeled=3)):
+        assert line == "train.batch_labeled: 3 is not a multiple of 2 processes x train.accumulate 1"
+
+
+def _refused(rank: int, config: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        Trainer(parse_config(config, "tiny"), QUIET).run()
+    return str(caught.value)
+
+
+def test_a_mistake_in_the_configuration_is_said_once(tmp_path: Path) -> None:
+    config = tree(tmp_path / "run")
+    config["method"]["tua"] = 1
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
+    ended = [
+        (*process.communicate(timeout=90), process.returncode)
+        for process in launch("train", str(tmp_path / "wrong.yaml"))
+    ]
+    said = [line for _, error, _ in ended for line in error.splitlines()]
+    assert len(said) == 1, said
+    assert "unknown key method.tua; did you mean tau?" in said[0]
+    assert [status for *_, status in ended] in ([2, 1], [1, 2], [2, 2])
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=500, eval_every=500, save_every=500)))
+    processes = launch("train", str(file))
+    log = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if log.exists() and log.read_text().count("\n") >= 1:
+            break
+        with contextlib.suppress(Exception):
+            processes[0].wait(0.1)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    ended = [process.communicate(timeout=60) for process in processes]
+    said = [line for _, error in ended for line in error.splitlines() if line.startswith("prcl:")]
+    assert len(said) == 1, ended
+    assert "the same command goes on from there" in said[0]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["iteration"] < 500
