@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +64,7 @@ def scaling_command(
     processes: Annotated[
         str | None, typer.Option(metavar="N,N,..", help=f"Measure here, of {', '.join(MEASURED)}.")
     ] = None,
-    simulated_: Annotated[
+    simulated: Annotated[
         bool, typer.Option("--simulate", help="One process among many, on networks by formula.")
     ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there.")] = None,
@@ -75,7 +75,7 @@ def scaling_command(
     if plot is not None:
         print(write_figure(read_result(plot, KIND), out / f"{plot.stem}.png"))
         return
-    everything = not (paper or processes or simulated_)
+    everything = not (paper or processes or simulated)
     named = [name.strip() for name in processes.split(",")] if processes else everything * MEASURED
     check_known("--processes", named, MEASURED)
     shape = shape_of(load_config(_VOC, ["model.weights=null"]), _VOC_CLASSES)
@@ -88,14 +88,20 @@ def scaling_command(
     if paper or everything:
         result["paper"] = table(shape, PROCESSES)
     if named:
-        print("measuring", file=sys.stderr, flush=True)
-        result |= {"measured": measure([int(name) for name in named]), "contrast": measure_contrast(shape)}
-    if simulated_ or everything:
-        print("simulating", file=sys.stderr, flush=True)
-        result["simulated"] = simulate(SIMULATED)
+        result["measured"] = [measure(count) for count in _told("measuring on {} processes", map(int, named))]
+        result["contrast"] = measure_contrast(shape)
+    if simulated or everything:
+        counts = _told("simulating {} processes", SIMULATED)
+        result["simulated"] = [row for count in counts for row in simulate(count)]
     if json is not None:
         write_result(result, json)
     _print(result)
+
+
+def _told(text: str, counts: Iterable[int]) -> Iterator[int]:
+    for count in counts:
+        print(text.format(count), file=sys.stderr, flush=True)
+        yield count
 
 
 def _print(result: Mapping[str, Any]) -> None:
@@ -112,7 +118,7 @@ def _print(result: Mapping[str, Any]) -> None:
         for purpose, sums in contrast["collectives"].items():
             print(
                 f"contrast of {contrast['classes']} classes, D = {contrast['dim']}, 2 processes: "
-                f"{sums['calls']} call for {purpose}, gives {_bytes(sums['gives'])}, sends {_bytes(sums['sends'])}"
+                f"{purpose} {sums['calls']} x, gives {_bytes(sums['gives'])}, sends {_bytes(sums['sends'])}"
             )
     if "simulated" in result:
         names = [network.name for network in NETWORKS]

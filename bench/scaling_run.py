@@ -47,7 +47,7 @@ from prcl_fast.engine.trainer import Trainer
 from prcl_fast.losses import ProbabilisticContrast
 from prcl_fast.parts import listening
 
-WARMUP, STEPS, ROUNDS = 2, 5, 3  # steps, and turns of each network
+WARMUP, STEPS, ROUNDS = 2, 5, 5  # steps, and turns of each network
 _SMALL = "small"  # of bench.step
 _HERE = ("train.device=cpu", "train.threads=1", "data.synthetic.unlabeled=16")
 _MEASURED = ("train.batch_labeled=8", "train.batch_unlabeled=8")
@@ -69,16 +69,13 @@ _IN_CPP = (GRADIENTS, USED, SETTING_UP)  # who waits: DistributedDataParallel
 _OVERSLEPT = 2e-4  # seconds that a sleep may be too long
 
 
-def measure(counts: Sequence[int]) -> list[dict[str, Any]]:
+def measure(count: int) -> dict[str, Any]:
     """Training steps of one global batch on so many processes of this machine, each with one thread."""
-    rows = []
-    for count in counts:
-        with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
-            config = size_config(_SMALL, Path(folder), [*_HERE, *_MEASURED])
-            report = _on_processes(_train, count, Path(folder), dump_config(config))
-        images = config.train.batch_labeled + config.train.batch_unlabeled
-        rows.append({"processes": count, "images": images} | report)
-    return rows
+    with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
+        config = size_config(_SMALL, Path(folder), [*_HERE, *_MEASURED])
+        report = _on_processes(_train, count, Path(folder), dump_config(config))
+    images = config.train.batch_labeled + config.train.batch_unlabeled
+    return {"processes": count, "images": images} | report
 
 
 def measure_contrast(shape: Shape) -> dict[str, Any]:
@@ -89,12 +86,8 @@ def measure_contrast(shape: Shape) -> dict[str, Any]:
     return {"processes": 2, "classes": size[0], "dim": size[1], "map": size[2:], "collectives": sent}
 
 
-def simulate(counts: Sequence[int], rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Steps of one real process that is told that it is one of many, with 2 + 2 images for each of them."""
-    return [row for count in counts for row in _simulate(count, rounds)]
-
-
-def _simulate(count: int, rounds: int) -> list[dict[str, Any]]:
+def simulate(count: int) -> list[dict[str, Any]]:
+    """Steps of one real process that is told that it is one of `count`, with 2 + 2 images for each of them."""
     ways = [(None, "ours"), *((network, what) for network in NETWORKS for what in ("ours", "gathering"))]
     if count == 1:
         ways = ways[:1]
@@ -112,7 +105,7 @@ def _simulate(count: int, rounds: int) -> list[dict[str, Any]]:
         instead = gathering(shape_of(config, len(trainer.source.classes)), (2, 2))
         for _ in range(WARMUP):
             trainer.step(batches)
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             for (network, what), row in zip(ways, rows, strict=True):
                 group.network, group.instead = network, instead if what == "gathering" else None
                 group.take()

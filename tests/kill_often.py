@@ -103,7 +103,7 @@ def _config(folder: Path, name: str, steps: int) -> Path:
         "batch_labeled": 4,
         "batch_unlabeled": 4,
         "eval_every": max(1, steps // 3),
-        "save_every": 1,
+        "save_every": 2,
     }
     tree["data"]["crop"] = [32, 32]
     file = folder / f"{name}.yaml"

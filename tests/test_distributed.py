@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -328,12 +333,7 @@ def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> N
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=500, eval_every=500, save_every=500)))
     processes = launch("train", str(file))
-    log = tmp_path / "run" / "metrics.jsonl"
-    for _ in range(600):
-        if log.exists() and log.read_text().count("\n") >= 1:
-            break
-        with contextlib.suppress(Exception):
-            processes[0].wait(0.1)
+    _await_file(tmp_path / "run" / "tensorboard", processes[0])
     for process in processes:
         process.send_signal(signal.SIGTERM)
     ended = [process.communicate(timeout=60) for process in processes]
@@ -342,3 +342,34 @@ def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> N
     assert "the same command goes on from there" in said[0]
     assert [process.returncode for process in processes] == [1, 1]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["iteration"] < 500
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_anew_after_one_was_killed_and_the_run_completes(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=12, eval_every=12, save_every=1)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "prcl_fast.cli.main", "train", str(file)]
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _await_file(tmp_path / "run" / "last-1.pt", run)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        out, error = run.communicate(timeout=150)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 0, error
+    assert json.loads(out.splitlines()[-1])["iterations"] == 12
+    assert "going on from iteration" in error
+
+
+def _await_file(path: Path, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")

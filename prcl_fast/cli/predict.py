@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 
 def predict_command(
@@ -27,17 +26,16 @@ def predict_command(
 
     Writes NAME.png (class ids), NAME_overlay.png and, with a probability head, NAME_variance.png.
     """
-    from prcl_fast.device import choose_device
+    from prcl_fast.cli.session import session
     from prcl_fast.engine.checkpoint import load_run
     from prcl_fast.engine.predict import predict_files
 
-    console = Console(stderr=True)
-    chosen = choose_device(device)
-    loaded = load_run(run, chosen)
-    for written in predict_files(loaded, network, images, out, chosen, raw=raw):
-        line = f"{written.image} -> {', '.join(file.name for file in written.files)}"
-        if written.variance_range is not None:
-            low, high = written.variance_range
-            line += f"; variance {low:.4g} (dark blue) to {high:.4g} (yellow)"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"predictions are in {out}", highlight=False, markup=False, soft_wrap=True)
+    with session(lambda: None, lambda _: device) as here:
+        loaded = load_run(run, here.device)
+        for written in predict_files(loaded, network, images, out, here.device, raw=raw):
+            line = f"{written.image} -> {', '.join(file.name for file in written.files)}"
+            if written.variance_range is not None:
+                low, high = written.variance_range
+                line += f"; variance {low:.4g} (dark blue) to {high:.4g} (yellow)"
+            here.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        here.console.print(f"predictions are in {out}", highlight=False, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prcl_fast.errors import RunError
 
 GRADIENT = "gradient"
+_NAMED = 16  # images
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -26,6 +27,14 @@ class Failure:
     iteration: int
     steps: int
     in_a_row: int  # the last ones
+
+    def describe(self, seed: int, images: Sequence[str]) -> str:
+        """What happened, and what replays it: the seed and the step's images."""
+        more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
+        return (
+            f"the {self.term} was not finite at iteration {self.iteration} (seed {seed}, images "
+            f"{', '.join(images[:_NAMED])}{more})"
+        )
 
 
 class FiniteGuard:

@@ -19,6 +19,7 @@ from prcl_fast.config import Config
 from prcl_fast.data.atomic import replacing
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.images import IMAGE_SUFFIXES, read_image, save_index_png
+from prcl_fast.distributed import rank, world_size
 from prcl_fast.engine.checkpoint import LoadedRun
 from prcl_fast.engine.inference import inference, inference_settings, logits_of, variance_of
 from prcl_fast.errors import InputError
@@ -82,9 +83,11 @@ def predict_files(
     probability head, `NAME_variance.png`: viridis from the image's smallest to its largest mean sigma^2, both
     stored in the PNG as text "variance_min" and "variance_max". `raw` adds `NAME_variance.npy`, float32.
 
+    With several processes, each takes its share of the images.
+
     Args:
         network: a key of `run.networks`; None takes the first.
-        progress: called with (images done, images in all).
+        progress: called with (images done, images in all) of this process.
 
     Raises:
         InputError: no such network or file, an unreadable image, two inputs or an input and an output of
@@ -95,6 +98,9 @@ def predict_files(
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
     images = find_images(inputs)
     _check_outputs(images, out)
+    images = images[rank() :: world_size()]
+    if not images:
+        return
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read_image, images[0])
         for done, path in enumerate(images, start=1):

@@ -25,11 +25,11 @@ from prcl_fast.engine.checkpoint import (
     save_last,
 )
 from prcl_fast.engine.checkpoint_state import check_optimizer
+from prcl_fast.engine.describe import describe_run
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import WARM_UP, CapturedStep
 from prcl_fast.engine.guard import NonFiniteLossError
 from prcl_fast.engine.logging import RunLog
-from prcl_fast.engine.paper import paper_batch
 from prcl_fast.engine.replicas import check_alike
 from prcl_fast.engine.rundir import claim_output, label_scan_cache
 from prcl_fast.engine.signals import StopRequest
@@ -39,7 +39,6 @@ from prcl_fast.errors import InputError, RunError
 from prcl_fast.methods import build_method
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
 
-_IMAGES_NAMED = 16
 _SKIPPED_IN_A_ROW = 10  # so many steps left out one after the other end the run
 
 
@@ -71,7 +70,7 @@ class Trainer:
     ) -> None:
         self.config, self.console = config, console
         self.device = choose_device(config.train.device) if device is None else device
-        self._check_graph()
+        _check_graph(config, self.device)
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
         if config.data.scan and rank() == 0:
@@ -109,7 +108,8 @@ class Trainer:
             DriftError: processes came to hold different weights.
         """
         train, total = self.config.train, self.config.train.iterations
-        self._describe()
+        for line in describe_run(self.config, self.source, self.method, self.device):
+            self._say(line)
         started = time.monotonic() - self.progress["seconds"]
         with (
             self._log() as log,
@@ -208,14 +208,10 @@ class Trainer:
         failure = self.train_step.failure()
         if failure is None:
             return
-        names = images_of_step(
+        images = images_of_step(
             self.source, self.config, failure.iteration, unlabeled=self.method.needs_unlabeled
         )
-        more = f" and {len(names) - _IMAGES_NAMED} more" if len(names) > _IMAGES_NAMED else ""
-        found = (
-            f"the {failure.term} was not finite at iteration {failure.iteration} (seed {self.config.seed}, "
-            f"images {', '.join(names[:_IMAGES_NAMED])}{more})"
-        )
+        found = failure.describe(self.config.seed, images)
         if self.config.train.on_nonfinite == "stop":
             raise NonFiniteLossError(
                 f"{found}; the last checkpoint is from before it, and the same command replays it from "
@@ -310,35 +306,12 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.iteration % every == 0
 
-    def _check_graph(self) -> None:
-        train = self.config.train
-        for key in ("graph", "sync_check"):
-            if getattr(train, key) and self.device.type != "cuda":
-                raise InputError(f"train.{key}: needs a CUDA device; this run is on {self.device}")
-        if train.graph and world_size() > 1:
-            raise InputError(
-                f"train.graph: captures the step of one process; this run has {world_size()}, set it to false"
-            )
 
-    def _describe(self) -> None:
-        for name, split in self.source.splits.items():
-            if split.names:
-                self._say(f"{name}: {len(split.names)} images, {split.family}, list {split.fingerprint}")
-        parameters = sum(p.numel() for p in self.method.student.parameters())
-        train = self.config.train
-        precision = "float32" if train.amp == "off" else f"{train.amp} autocast"
-        if self.device.type == "cuda":
-            precision += ", TF32" if train.tf32 else ", no TF32"
-        place = str(self.device)
-        if world_size() > 1:
-            place = f"{world_size()} x {self.device.type}" + ", synchronised batch norm," * train.sync_bn
-        self._say(
-            f"{self.config.method.name}: {self.config.model.backbone}, {parameters / 1e6:.1f} M parameters, "
-            f"{len(self.source.classes)} classes, on {place} in {precision}; output {self.output}"
+def _check_graph(config: Config, device: torch.device) -> None:
+    for key in ("graph", "sync_check"):
+        if getattr(config.train, key) and device.type != "cuda":
+            raise InputError(f"train.{key}: needs a CUDA device; this run is on {device}")
+    if config.train.graph and world_size() > 1:
+        raise InputError(
+            f"train.graph: captures the step of one process; this run has {world_size()}, set it to false"
         )
-        batch, paper = (train.batch_labeled, train.batch_unlabeled), paper_batch(self.config)
-        if paper is not None and batch != paper:
-            self._say(
-                f"note: {batch[0]} + {batch[1]} images a step over all processes, {paper[0]} + {paper[1]} in "
-                f"the papers; the learning rate stays {self.config.optim.lr:g}, as configured"
-            )

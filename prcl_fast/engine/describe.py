@@ -1,0 +1,42 @@
+"""What a run says of itself before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from prcl_fast.config import Config
+from prcl_fast.data.source import Source
+from prcl_fast.distributed import world_size
+from prcl_fast.engine.paper import paper_batch
+from prcl_fast.methods import Method
+
+
+def describe_run(config: Config, source: Source, method: Method, device: torch.device) -> Iterator[str]:
+    """Lines about the splits, the network, where and how precisely it computes, and the batch."""
+    train = config.train
+    for name, split in source.splits.items():
+        if split.names:
+            yield f"{name}: {len(split.names)} images, {split.family}, list {split.fingerprint}"
+    parameters = sum(p.numel() for p in method.student.parameters())
+    precision = "float32" if train.amp == "off" else f"{train.amp} autocast"
+    if device.type == "cuda":
+        precision += ", TF32" if train.tf32 else ", no TF32"
+    yield (
+        f"{config.method.name}: {config.model.backbone}, {parameters / 1e6:.1f} M parameters, "
+        f"{len(source.classes)} classes, on {device} in {precision}; output {config.output}"
+    )
+    batch = (train.batch_labeled, train.batch_unlabeled)
+    if world_size() > 1:
+        share = [count // (world_size() * train.accumulate) for count in batch]
+        yield (
+            f"{world_size()} processes of {share[0]} + {share[1]} images a pass, batch norm over the images "
+            f"of {'all of them' if train.sync_bn else 'each'}"
+        )
+    paper = paper_batch(config)
+    if paper is not None and batch != paper:
+        yield (
+            f"note: {batch[0]} + {batch[1]} images a step over all processes, {paper[0]} + {paper[1]} in the "
+            f"papers; the learning rate stays {config.optim.lr:g}, as configured"
+        )
