@@ -189,8 +189,8 @@ def _pair(rows: Sequence[Mapping[str, Any]], count: int, network: str | None) ->
 
 
 def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
             return f"{value:.3g} {unit}"
         value /= 1000
     raise AssertionError
@@ -230,7 +230,8 @@ def write_figure(result: Mapping[str, Any], path: Path) -> Path:
         )
         free = _simulated(result["simulated"], None, "ours")
         simulated.plot(*zip(*free, strict=True), ":", color=GREY, label="no delay")
-        simulated.set_title("ms of a simulated step")
+        _log_axes(simulated, [count for count, _ in free])
+        simulated.set(title="ms of a simulated step", yscale="linear", ylim=(0, None))
         handles, labels = simulated.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncol=4)
         save_figure(figure, path)
@@ -252,7 +253,7 @@ def _draw_bytes(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     }
     for name, (colour, values) in lines.items():
         axes.plot(counts, values, "o-", markersize=3, color=colour, label=name)
-    axes.set(title="bytes that a process sends in a step", ylim=(1e4, 1e14))
+    axes.set(title="bytes that a process sends in a step", ylim=(1e4, 1e13))
     axes.legend(loc="upper left", ncol=2)
     _log_axes(axes, counts)
     axes.yaxis.set_major_formatter(lambda value, _: _bytes(value))
@@ -269,7 +270,7 @@ def _draw_networks(
             label = f"{name.split(',')[0]}, {way}"
             axes.plot(counts, values, style, markersize=3, color=colour, label=label)
     _log_axes(axes, counts)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _log_axes(axes: Axes, counts: Sequence[int]) -> None:

@@ -87,7 +87,7 @@ def measure_contrast(shape: Shape) -> dict[str, Any]:
 
 
 def simulate(count: int) -> list[dict[str, Any]]:
-    """Steps of one real process that is told that it is one of `count`, with 2 + 2 images for each of them."""
+    """Steps of one real process that is told that it is one of `count`; 2 + 2 images for each of them."""
     ways = [(None, "ours"), *((network, what) for network in NETWORKS for what in ("ours", "gathering"))]
     if count == 1:
         ways = ways[:1]

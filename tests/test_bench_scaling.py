@@ -96,13 +96,20 @@ def test_equal_processes_train_as_one_of_them_would_alone(tmp_path: Path) -> Non
     alone = Trainer(tiny(tmp_path / "alone", 1), Console(quiet=True))
     with contextlib.closing(alone.batches()) as batches:
         seen = [next(batches) for _ in range(2)]
-    expected = [alone.step(iter([batch])) for batch in seen]
+    expected = [
+        alone.step(iter(seen[:1])),
+        dict(alone.method.contrast.diagnostics),
+        alone.step(iter(seen[1:])),
+    ]
     with training(tmp_path, 3) as (_, _, trainer):
-        found = [trainer.step(iter([batch])) for batch in seen]
-    # The second step's teacher has the unbiased variance of three times as many pixels.
-    for step, rtol in ((0, 1e-4), (1, 1e-2)):
-        for name, value in expected[step].items():
-            torch.testing.assert_close(found[step][name], value, rtol=rtol, atol=1e-5)
+        first = trainer.step(iter(seen[:1]))
+        diagnostics = dict(trainer.method.contrast.diagnostics)
+        second = trainer.step(iter(seen[1:]))
+    # The same mean over three times the pixels. The contrast alone differs: its prototypes are more certain.
+    for name in ("loss_supervised", "loss_unsupervised"):
+        torch.testing.assert_close(first[name], expected[0][name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(second[name], expected[2][name], rtol=1e-2, atol=1e-6)
+    assert torch.equal(diagnostics["valid_per_class"], 3 * expected[1]["valid_per_class"])
 
 
 def test_a_step_takes_longer_by_what_the_network_cannot_hide(tmp_path: Path) -> None:
@@ -201,6 +208,7 @@ def test_the_result_holds_the_parts_asked_for_and_is_drawn(
     assert error == "bench.scaling: scaling: holds no table or no simulation; measure without naming parts\n"
 
     monkeypatch.setattr(scaling, "SIMULATED", (1, 2))
+    monkeypatch.setattr(scaling_run, "ROUNDS", 1)
     monkeypatch.setattr(scaling_run, "size_config", lambda size, folder, overrides: tiny(folder, 2))
     assert run("--table", "--simulate", "--json", str(file))[0] == 0
     rows = read_result(file, scaling.KIND)["simulated"]

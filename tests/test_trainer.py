@@ -339,3 +339,29 @@ def test_variances_at_either_end_come_with_advice(mean: float, sentence: str | N
     note = explain_variance(mean)
     assert note is None if sentence is None else f"the variances {sentence}" in (note or "")
     assert note is None or "optim.probability_lr" in note
+
+
+def test_a_stalled_loader_ends_the_run_and_names_its_images(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path / "run")
+    tree["data"]["workers"] = 1
+    tree["train"] |= {"iterations": 100000, "eval_every": 100000, "save_every": 1, "stall_timeout": 2.0}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prcl_fast.cli.main", "train", str(tmp_path / "run.yaml")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _wait_for_steps(process, tmp_path / "run", 0.0)
+        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGSTOP)
+        _, error = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1
+    line = error.splitlines()[-1]
+    assert line.startswith("prcl: no progress for 2 s, waiting for data at iteration "), error
+    assert "images labeled_" in line
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["iteration"] >= 1

@@ -30,11 +30,13 @@ class Failure:
 
     def describe(self, seed: int, images: Sequence[str]) -> str:
         """What happened, and what replays it: the seed and the step's images."""
-        more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
-        return (
-            f"the {self.term} was not finite at iteration {self.iteration} (seed {seed}, images "
-            f"{', '.join(images[:_NAMED])}{more})"
-        )
+        return f"the {self.term} was not finite at iteration {self.iteration} (seed {seed}, {named(images)})"
+
+
+def named(images: Sequence[str]) -> str:
+    """The first of some images, for a message."""
+    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
+    return f"images {', '.join(images[:_NAMED])}{more}"
 
 
 class FiniteGuard:

@@ -88,8 +88,8 @@ class TrainStep:
         if self._snapshot is not None:
             self._snapshot.take()
         means = self._accumulate(batches, step)
-        self._watch(means)
         with part("optimizer"):
+            self._watch(means)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)

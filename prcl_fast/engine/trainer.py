@@ -28,7 +28,7 @@ from prcl_fast.engine.checkpoint_state import check_optimizer
 from prcl_fast.engine.describe import describe_run
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import WARM_UP, CapturedStep
-from prcl_fast.engine.guard import NonFiniteLossError
+from prcl_fast.engine.guard import NonFiniteLossError, named
 from prcl_fast.engine.logging import RunLog
 from prcl_fast.engine.replicas import check_alike
 from prcl_fast.engine.rundir import claim_output, label_scan_cache
@@ -88,6 +88,7 @@ class Trainer:
         self.progress: dict[str, Any] = {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}}
         self.stop = StopRequest()
         self.watchdog = watchdog or Watchdog(0, 1, None, stall_s=None, say=self._say)
+        self.watchdog.details = lambda: named(self._images(self.iteration))
         self.cache = training_cache(self.source, config, unlabeled=self.method.needs_unlabeled, say=self._say)
         self.output = config.output
         if rank() == 0:
@@ -208,10 +209,7 @@ class Trainer:
         failure = self.train_step.failure()
         if failure is None:
             return
-        images = images_of_step(
-            self.source, self.config, failure.iteration, unlabeled=self.method.needs_unlabeled
-        )
-        found = failure.describe(self.config.seed, images)
+        found = failure.describe(self.config.seed, self._images(failure.iteration))
         if self.config.train.on_nonfinite == "stop":
             raise NonFiniteLossError(
                 f"{found}; the last checkpoint is from before it, and the same command replays it from "
@@ -223,6 +221,9 @@ class Trainer:
                 f"{found}, as were {failure.in_a_row} steps in a row: the run is stopped"
             )
         self._say(f"{found}: left out, {failure.steps} such steps since the start of this command")
+
+    def _images(self, iteration: int) -> list[str]:
+        return images_of_step(self.source, self.config, iteration, unlabeled=self.method.needs_unlabeled)
 
     def _save(self, name: str, log: RunLog | None) -> None:
         self.watchdog.at(f"saving {name} of iteration {self.iteration}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import sys
 import threading
@@ -166,6 +167,8 @@ class Watchdog:
             left = [note for note in board.notes.values() if note.left]
             self._hold_store(lambda: board.seen >= self.world - len(left))
         _within(_SAYING_S, lambda: (sys.stdout.flush(), sys.stderr.flush()))
+        for worker in multiprocessing.active_children():  # one that hangs would stay, and hold the terminal
+            worker.kill()
         self._end(status)
 
     def _hold_store(self, enough: Callable[[], bool]) -> None:
