@@ -4,7 +4,7 @@ python tests/kill_often.py [--kills 100] [--seed 0] [--steps 300] [--folder DIR]
 
 Each time, after a random wait, both processes get SIGKILL, or one of them, and then the other must end by
 itself. Whatever checkpoint is there must then be whole; the next start goes on from it. Exit status 1 unless
-the final weights, momentum and prototypes are equal bit for bit.
+the final weights, momentum and prototypes are equal bit for bit. In the same folder, the script goes on.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from processes import launch
 from prcl_fast.engine.checkpoint import load_checkpoint
 from prcl_fast.engine.rotation import last_checkpoints
 
+KILLS, ALONE, READ = "kills", "of one process alone", "checkpoints read"
+LONGEST = "longest until the other ended, s"
 _START = 120.0  # seconds that a start may take until the run goes on
 _END = 60.0  # seconds within which a process must end when the other is gone
 
@@ -47,7 +49,7 @@ def main() -> int:
     print(json.dumps(result))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return int(not (result["equal"] and result["kills"] == options.kills))
+    return int(not (result["equal"] and result[KILLS] == options.kills))
 
 
 def kill_often(folder: Path, kills: int, steps: int, seed: int) -> dict[str, object]:
@@ -55,41 +57,45 @@ def kill_often(folder: Path, kills: int, steps: int, seed: int) -> dict[str, obj
     folder.mkdir(parents=True, exist_ok=True)
     configs = {name: _config(folder, name, steps) for name in ("whole", "killed")}
     _finish(configs["whole"])
-    draw = random.Random(seed)
-    output = folder / "killed"
-    done = checked = alone = 0
-    slowest = 0.0
-    while done < kills:
+    output, notes = folder / "killed", folder / "kills.json"
+    count = {KILLS: 0, ALONE: 0, LONGEST: 0.0, READ: 0}
+    if notes.exists():
+        count = json.loads(notes.read_text())
+    draw = random.Random(f"{seed} {count[KILLS]}")
+    while count[KILLS] < kills:
         processes = launch("train", str(configs["killed"]))
-        _wait(processes, output, draw)
+        started = _wait(processes, output, draw)
         if any(process.poll() is not None for process in processes):
             errors = [_stopped(process) for process in processes]
             if all(process.returncode == 0 for process in processes):
                 break  # the run is over before all kills were made
             raise SystemExit(f"ended by itself: {errors}")
-        victims = draw.choice((processes, processes, processes[:1], processes[1:]))
+        # Before they have met, a process would wait minutes for one that may just be late.
+        victims = draw.choice((processes, processes, processes[:1], processes[1:])) if started else processes
         for process in victims:
             os.killpg(process.pid, signal.SIGKILL)
-        done += 1
+        count[KILLS] += 1
         if len(victims) == 1:
-            alone += 1
-            started = time.monotonic()
+            count[ALONE] += 1
+            killed_at = time.monotonic()
             for process in processes:
                 process.communicate(timeout=_END)
-            slowest = max(slowest, time.monotonic() - started)
+            count[LONGEST] = max(round(time.monotonic() - killed_at, 1), count[LONGEST])
         for process in processes:
             _stopped(process)
         for path in last_checkpoints(output):
             load_checkpoint(path)  # raises where it is not whole
-            checked += 1
+            count[READ] += 1
+        notes.write_text(json.dumps(count))
         newest = [load_checkpoint(path)["iteration"] for path in last_checkpoints(output)[:1]]
-        print(f"kill {done}: {len(victims)} killed; state of iteration {newest}", file=sys.stderr, flush=True)
+        print(
+            f"kill {count[KILLS]}: {len(victims)} killed; state of iteration {newest}",
+            file=sys.stderr,
+            flush=True,
+        )
     _finish(configs["killed"])
     return {
-        "kills": done,
-        "of one process alone": alone,
-        "longest until the other ended, s": round(slowest, 1),
-        "checkpoints read": checked,
+        **count,
         "steps": steps,
         "seed": seed,
         "equal": _equal(folder / "whole" / "last.pt", output / "last.pt"),
@@ -118,18 +124,19 @@ def _finish(config: Path) -> None:
             raise SystemExit(f"the run failed: {error}")
 
 
-def _wait(processes: list[subprocess.Popen[str]], output: Path, draw: random.Random) -> None:
-    """Until a random moment: mostly some steps after the run went on, at times while it starts."""
+def _wait(processes: list[subprocess.Popen[str]], output: Path, draw: random.Random) -> bool:
+    """Until a random moment: mostly after the run went on, which is the result, at times while it starts."""
     if draw.random() < 0.2:
         time.sleep(8 * draw.random())
-        return
+        return False
     before = _saved_at(output)
     deadline = time.monotonic() + _START
     while _saved_at(output) == before and time.monotonic() < deadline:
         if any(process.poll() is not None for process in processes):
-            return
+            return False
         time.sleep(0.01)
     time.sleep(1.5 * draw.random())
+    return True
 
 
 def _saved_at(output: Path) -> int:
