@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -321,26 +318,3 @@ def test_explain_inert_says_why(options: dict[str, Any], change: dict[str, Any],
     contrast = make(**options)
     contrast(**batch)
     assert sentence in (explain_inert(contrast.diagnostics) or "")
-
-
-def _half_of_a_batch(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    batch = {
-        name: value if name == "seed" else value[rank : rank + 1].detach() for name, value in scene().items()
-    }
-    contrast = make()
-    contrast(**batch)
-    torch.save(contrast.state_dict(), f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_keep_the_prototypes_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(_half_of_a_batch, (str(tmp_path),), nprocs=2)
-    whole = make()
-    whole(**scene())
-    for rank in range(2):
-        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(state["precision"], whole.precision, rtol=1e-6, atol=0)
-        torch.testing.assert_close(state["weighted_mean"], whole.weighted_mean, rtol=1e-5, atol=1e-5)
-        assert torch.equal(state["count"], whole.count)

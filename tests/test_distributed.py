@@ -183,6 +183,26 @@ def _class_means(batch: dict[str, Tensor], mean: Tensor, variance: Tensor, image
     return torch.stack(losses)
 
 
+def _prototypes(rank: int | None) -> dict[str, Tensor]:
+    batch = _two_images() | {"mu": draw(2, 3, 4, 6), "var": draw(2, 3, 4, 6, seed=1).sigmoid()}
+    batch["label"] = torch.arange(48).view(2, 4, 6) % 5
+    batch["label"][1, 2:] = 255
+    if rank is not None:
+        batch = {name: x if name == "seed" else x[rank : rank + 1] for name, x in batch.items()}
+    contrast = ProbabilisticContrast(5, 3, tau=0.7)
+    for _ in range(2):
+        contrast(**batch)
+    return {name: value.clone() for name, value in contrast.state_dict().items()}
+
+
+def test_prototypes_are_those_of_the_whole_batch_and_the_same_bits_everywhere(two: Pair) -> None:
+    whole, (first, second) = _prototypes(None), two(_prototypes)
+    for name, value in whole.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-5)
+    assert torch.equal(first["count"], whole["count"])
+
+
 def test_a_process_without_any_class_takes_part_and_gives_a_zero_in_the_graph(two: Pair) -> None:
     first, second = two(_contrast, "rank 1 has nothing")
     assert first["loss"] > 0
@@ -331,13 +351,13 @@ def test_a_mistake_in_the_configuration_is_said_once(tmp_path: Path) -> None:
 
 def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=500, eval_every=500, save_every=500)))
+    file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=500, eval_every=500, save_every=4)))
     processes = launch("train", str(file))
-    _await_file(tmp_path / "run" / "tensorboard", processes[0])
+    _await_file(tmp_path / "run" / "last.pt", processes[0])
     for process in processes:
         process.send_signal(signal.SIGTERM)
     ended = [process.communicate(timeout=60) for process in processes]
-    said = [line for _, error in ended for line in error.splitlines() if line.startswith("prcl:")]
+    said = [line for _, error in ended for line in error.splitlines() if line.startswith("prcl: stopped")]
     assert len(said) == 1, ended
     assert "the same command goes on from there" in said[0]
     assert [process.returncode for process in processes] == [1, 1]

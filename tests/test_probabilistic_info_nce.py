@@ -430,6 +430,7 @@ def test_opcheck(virtual: bool) -> None:
             positive.variance,
             positive.count,
             case["virtual_mu"] if virtual else None,
+            torch.rand(C) if virtual else None,
             1.0,
             True,
             True,
