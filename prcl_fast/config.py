@@ -359,6 +359,7 @@ def config_fingerprint(config: Config) -> str:
         "device",
         "graph",
         "sync_check",
+        "on_nonfinite",  # what a run that met one is told to change
         "stall_timeout",
         "log_every",
         "save_every",

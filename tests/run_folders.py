@@ -35,7 +35,7 @@ def write_run(folder: Path, tree: dict[str, Any], classes: tuple[str, ...] | Non
         "method": method.state_dict(),
         "optimizer": {},
         "scaler": {},
-        "progress": {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}},
+        "progress": {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}, "evaluated": 0},
     }
     save_checkpoint(folder / "best.pt", state)
 
@@ -51,7 +51,7 @@ def small_state(iteration: int, size: int = 8) -> dict[str, Any]:
         "method": {"weight": torch.full((size,), float(iteration))},
         "optimizer": {},
         "scaler": {},
-        "progress": {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}},
+        "progress": {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}, "evaluated": 0},
     }
 
 

@@ -79,6 +79,7 @@ def test_the_fingerprint_sees_what_shapes_the_result_and_nothing_else(file: Path
         config_fingerprint(config)
     )
     elsewhere = ["data.cache=disk", "data.cache_dir=here", "train.graph=true", "train.sync_check=true"]
+    elsewhere += ["train.on_nonfinite=skip", "train.keep=5", "train.stall_timeout=null"]
     assert config_fingerprint(override_config(config, elsewhere)) == config_fingerprint(config)
     for change in ("seed=1", "method.tau=3.0", "train.iterations=7", "optim.lr=0.5"):
         assert config_fingerprint(override_config(config, [change])) != config_fingerprint(config), change

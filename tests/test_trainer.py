@@ -122,14 +122,22 @@ def test_two_runs_are_bitwise_equal(tmp_path: Path) -> None:
     assert same_state(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
 
 
-def test_a_stopped_run_goes_on_exactly_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_stopped_run_goes_on_exactly_where_it_was(tmp_path: Path, at: int) -> None:
     whole = parse_config(tiny_tree(tmp_path / "whole"), "tiny")
     run(whole)
     halves = parse_config(tiny_tree(tmp_path / "halves"), "tiny")
     first = Trainer(halves, QUIET)
-    first.stop.asked = True  # as after a signal: the step ends, the state is saved
-    with pytest.raises(InterruptedRunError, match="stopped at iteration 1 of 6"):
+    step = first.step
+
+    def stopped(batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
+        first.stop.asked = first.iteration + 1 == at  # as after a signal: the step ends, the state is saved
+        return step(batches)
+
+    first.step = stopped  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRunError, match=f"stopped at iteration {at} of 6"):
         first.run()
+    assert not records(halves.output, "eval")  # who asked may not wait for the one that is due at 3
     run(halves)
     assert same_state(final_state(whole.output), final_state(halves.output))
     for kind in ("train", "eval"):

@@ -90,5 +90,5 @@ def _is_colour(value: object) -> bool:
 
 
 def _is_progress(progress: Mapping[str, Any]) -> bool:
-    numbers = (progress.get(key) for key in ("seconds", "best_miou", "best_iteration"))
+    numbers = (progress.get(key) for key in ("seconds", "best_miou", "best_iteration", "evaluated"))
     return all(_is_number(value) for value in numbers) and isinstance(progress.get("last"), dict)

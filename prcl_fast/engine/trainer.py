@@ -85,7 +85,13 @@ class Trainer:
         if config.train.graph:
             self._run_step = CapturedStep(self.train_step)
         self.iteration = 0
-        self.progress: dict[str, Any] = {"seconds": 0.0, "best_miou": -1.0, "best_iteration": 0, "last": {}}
+        self.progress: dict[str, Any] = {
+            "seconds": 0.0,
+            "best_miou": -1.0,
+            "best_iteration": 0,
+            "last": {},
+            "evaluated": 0,  # iteration of the last evaluation
+        }
         self.stop = StopRequest()
         self.watchdog = watchdog or Watchdog(0, 1, None, stall_s=None, say=self._say)
         self.watchdog.details = lambda: named(self._images(self.iteration))
@@ -117,27 +123,26 @@ class Trainer:
             self.stop.on_signals(self._say),
             contextlib.closing(self.batches()) as batches,
         ):
+            if self._evaluation_is_missing():
+                self._evaluate(log)
             while self.iteration < total:
                 self.step(batches)
                 self.progress["seconds"] = time.monotonic() - started
                 done = self.iteration == total
-                stopping = self.stop.agreed()
-                logs, saves = (
-                    self._due(train.log_every) or done,
-                    self._due(train.save_every) or done or stopping,
-                )
-                if logs or saves or self.device.type == "cpu":
+                stopping = self.stop.agreed() and not done
+                logs, saves = self._due(train.log_every) or done, self._due(train.save_every) or done
+                if logs or saves or stopping or self.device.type == "cpu":
                     self._check_finite()
                 if log is not None:
                     if logs:
                         log.train(self.iteration, self._record())
                     log.advance(self.iteration)
-                if self._due(train.eval_every) or done:
+                if (self._due(train.eval_every) and not stopping) or done:
                     self._evaluate(log)
                     self.progress["seconds"] = time.monotonic() - started
-                if saves:
+                if saves or stopping:
                     self._save("last.pt", log)
-                if stopping and not done:
+                if stopping:
                     raise InterruptedRunError(
                         f"stopped at iteration {self.iteration} of {total}; the state is saved in "
                         f"{self.output}, the same command goes on from there"
@@ -177,6 +182,11 @@ class Trainer:
         self._steps_here += 1
         return losses
 
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the run was stopped where an evaluation was due: who stops it may not wait for one."""
+        due = self.iteration > 0 and self._due(self.config.train.eval_every)
+        return due and self.progress["evaluated"] != self.iteration
+
     def _evaluate(self, log: RunLog | None) -> None:
         config = self.config
         self.watchdog.at("evaluating")
@@ -194,7 +204,7 @@ class Trainer:
         last = {"miou": main.miou, "miou_student": results["student"].miou}
         if log is not None:
             log.evaluation(self.iteration, last | {"iou": iou})
-        self.progress["last"] = last
+        self.progress |= {"last": last, "evaluated": self.iteration}
         if main.miou > self.progress["best_miou"]:
             self._check_finite()
             self.progress |= {"best_miou": main.miou, "best_iteration": self.iteration}
