@@ -24,7 +24,7 @@ from prcl_fast.ops import _backend, use_backend
 
 FUSED = "native"
 STEPS = 100
-COMMON_STEPS = 40
+COMMON_STEPS = 25
 LR = 0.02
 # The third term, L_u, is a few uncertain pixels in so short a run.
 SMOOTH_LOSSES = ("loss_supervised", "loss_contrast")

@@ -275,12 +275,13 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_stop_on_one_process_stops_all_and_any_number_of_processes_goes_on(
     two: Pair, tmp_path: Path
 ) -> None:
-    whole, halves = (tree(tmp_path / name, iterations=5) for name in ("whole", "halves"))
+    whole, halves, alone = (tree(tmp_path / name, iterations=4) for name in ("whole", "halves", "alone"))
+    for config in (whole, halves, alone):
+        config["data"]["crop"] = [32, 32]
     summaries = two(_run, whole, None)
     assert summaries[0]["miou"] == summaries[1]["miou"]
     for result in two(_run, halves, 1):
-        assert "stopped at iteration 2 of 5" in result["stopped"]  # it is known a step later
-    alone = tree(tmp_path / "alone", iterations=5)
+        assert "stopped at iteration 2 of 4" in result["stopped"]  # it is known a step later
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "last.pt").write_bytes((tmp_path / "halves" / "last.pt").read_bytes())
     assert [result["start"] for result in two(_run, halves, None)] == [2, 2]
@@ -310,14 +311,14 @@ def test_losses_prototypes_and_evaluation_do_not_depend_on_the_number_of_process
     config = tree(tmp_path / "run", batch_labeled=4, batch_unlabeled=4)
     config["data"] |= {"crop": [32, 32]}
     config["method"] |= {"lambda_c": 0.0, "delta_u": 0.2}
-    one, other = (same_processes.trained(parse_config(config, "tiny"), n, 4) for n in (1, 2))
+    one, other = (same_processes.trained(parse_config(config, "tiny"), n, 2) for n in (1, 2))
     found = same_processes.compared(one, other)
     assert found["losses"] < 1e-6
     assert found["prototypes"] < 1e-6
     assert found["same_counts"]
     assert one["losses"].isfinite().all()
     assert one["losses"][0, 2] > 0  # L_u
-    other["losses"][2, 1] *= 1.01
+    other["losses"][1, 1] *= 1.01
     assert same_processes.compared(one, other)["losses"] > same_processes.BOUND
 
 
@@ -351,7 +352,7 @@ def test_a_mistake_in_the_configuration_is_said_once(tmp_path: Path) -> None:
 
 def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=500, eval_every=500, save_every=4)))
+    file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=500, eval_every=500, save_every=1)))
     processes = launch("train", str(file))
     _await_file(tmp_path / "run" / "last.pt", processes[0])
     for process in processes:
@@ -367,14 +368,14 @@ def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_torchrun_starts_all_anew_after_one_was_killed_and_the_run_completes(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=12, eval_every=12, save_every=1)))
+    file.write_text(yaml.safe_dump(tree(tmp_path / "run", iterations=6, eval_every=6, save_every=1)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "-m", "prcl_fast.cli.main", "train", str(file)]
     run = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        _await_file(tmp_path / "run" / "last-1.pt", run)
+        _await_file(tmp_path / "run" / "last.pt", run)
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
         out, error = run.communicate(timeout=150)
@@ -382,7 +383,7 @@ def test_torchrun_starts_all_anew_after_one_was_killed_and_the_run_completes(tmp
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 0, error
-    assert json.loads(out.splitlines()[-1])["iterations"] == 12
+    assert json.loads(out.splitlines()[-1])["iterations"] == 6
     assert "going on from iteration" in error
 
 

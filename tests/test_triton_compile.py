@@ -43,8 +43,13 @@ KERNELS: dict[str, dict[str, Any]] = {
         "meta": {"MEAN": False, "ROWS": 16, "DIMS": 64},
     },
     "probabilistic_info_nce._weight_kernel": {
-        "types": {"anchor_index": "i64", "positive_count": "i64", "weights": "fp32"},
-        "meta": {"BLOCK": 128},
+        "types": {
+            "anchor_index": "i64",
+            "positive_count": "i64",
+            "class_factor": "fp32",
+            "weights": "fp32",
+        },
+        "meta": {"HAS_FACTOR": True, "BLOCK": 128},
     },
     "philox_normal._normal_kernel": {
         "types": {"seed": "i64", "out": "fp32"},
