@@ -289,11 +289,11 @@ def test_a_stop_on_one_process_stops_all_and_any_number_of_processes_goes_on(
 
     assert _run(0, alone, None)["start"] == 2
     # The same batches, and the same losses but for rounding and the draws of anchors and negatives.
+    together = _weights(tmp_path / "whole")
     for name, value in _weights(tmp_path / "alone").items():
         if name.startswith("student") and value.is_floating_point():
-            assert (value - _weights(tmp_path / "whole")[name]).abs().max() < 0.1 * value.abs().max() + 0.1, (
-                name
-            )
+            apart = (value - together[name]).abs().max()
+            assert apart < 0.1 * value.abs().max() + 0.1, name
     found = two(_evaluate, str(tmp_path / "whole"))
     network = _evaluate(0, str(tmp_path / "whole"))
     assert torch.equal(found[0], network)
