@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from rich.console import Console
 
+from prcl_fast.distributed import rank
 from prcl_fast.engine.launch import device_of, read_launch
 from prcl_fast.engine.rendezvous import join
 from prcl_fast.engine.watchdog import Watchdog
@@ -31,11 +32,10 @@ class Session(Generic[Loaded]):
     device: torch.device
     watchdog: Watchdog
     console: Console  # standard error; quiet but on process 0
-    rank: int
 
     def result(self, line: str) -> None:
         """Prints a line on standard output, once for all processes."""
-        if self.rank == 0:
+        if rank() == 0:
             print(line)
 
 
@@ -67,17 +67,17 @@ def session(
         if launch is None:
             raise
         mistake, here = error, torch.device("cpu")
-    rank, world = (0, 1) if launch is None else (launch.rank, launch.world)
+    own, world = (0, 1) if launch is None else (launch.rank, launch.world)
     with contextlib.ExitStack() as stack:
         store = None
         if launch is not None:
             if here.type == "cuda":
                 torch.cuda.set_device(here)
             store = stack.enter_context(join(launch, here, (stall or _A_DAY) + _MARGIN)).store
-        watchdog = stack.enter_context(Watchdog(rank, world, store, stall, _say))
+        watchdog = stack.enter_context(Watchdog(own, world, store, stall, _say))
         if mistake is not None:
             raise mistake
-        yield Session(loaded, here, watchdog, Console(stderr=True, quiet=rank > 0), rank)
+        yield Session(loaded, here, watchdog, Console(stderr=True, quiet=own > 0))
 
 
 def _say(text: str) -> None:

@@ -39,10 +39,11 @@ def train_command(
 def train(config: Config, run: Session[Any]) -> dict[str, Any]:
     """Runs `config` to its end, with its figures; returns the summary. Raises RunError, InputError."""
     from prcl_fast.analysis.figures import write_figures
+    from prcl_fast.distributed import rank
     from prcl_fast.engine.trainer import Trainer
 
     summary = Trainer(config, run.console, device=run.device, watchdog=run.watchdog).run()
-    if run.rank == 0:
+    if rank() == 0:
         for figure in write_figures(config.output, run.device):
             run.console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
     return summary

@@ -76,10 +76,10 @@ class FiniteGuard:
 
 
 class BufferSnapshot:
-    """The floating-point buffers of a module as they were before a step: batch statistics, prototypes."""
+    """The buffers of a module as they were before a step: batch statistics, prototypes, their counts."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._buffers = list(module.buffers())
         self._saved = [torch.empty_like(buffer) for buffer in self._buffers]
 
     @torch.no_grad()

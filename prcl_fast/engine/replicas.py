@@ -1,4 +1,4 @@
-"""What all processes of a run must hold alike: networks, prototypes, optimiser."""
+"""What all processes of a run must hold alike: networks and prototypes."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class MeanTeacher(Method):
         return {"teacher": self.teacher.network, "student": self.student}
 
     def diagnostics(self) -> dict[str, Any]:
-        """omega: the share of the unlabeled pixels whose confidence is above delta_u."""
+        """omega: the share of this process's unlabeled pixels whose confidence is above delta_u."""
         if self._pseudo_labels is None:
             return {}
         label, confidence = self._pseudo_labels
