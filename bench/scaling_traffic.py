@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from bench.step_data import DATA_SETS
 from bench.step_setup import LOSSES
-from prcl_fast.config import Config, ConsistencyConfig
+from prcl_fast.config import Config
+from prcl_fast.config_methods import UnlabeledConfig
 from prcl_fast.methods import build_method
 
 GRADIENTS, NORM_FORWARD, NORM_BACKWARD = "gradients", "batch norm, forward", "batch norm, backward"
@@ -109,7 +110,7 @@ def shape_of(config: Config, classes: int) -> Shape:
         maps = method.student(torch.zeros(2, 3, height, width), representations=False).logits
     learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
     norms = [m for m in method.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    mix = config.method.mix if isinstance(config.method, ConsistencyConfig) else "none"
+    mix = config.method.mix if isinstance(config.method, UnlabeledConfig) else "none"
     return Shape(
         parameters=sum(parameter.numel() for parameter in learned),
         buckets=_buckets(learned[::-1]),

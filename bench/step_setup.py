@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.baselines import Settings
-from prcl_fast.config import Config, PRCLConfig
+from prcl_fast.config import Config
+from prcl_fast.config_methods import PRCLConfig
 from prcl_fast.errors import InputError
 from prcl_fast.models.convolution import Conv3x3
 from prcl_fast.models.network import SegmentationNetwork, build_network

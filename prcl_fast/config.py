@@ -11,26 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from prcl_fast.config_errors import first_message
 from prcl_fast.config_files import PATH_KEYS, apply_override, read_tree
+from prcl_fast.config_methods import MethodConfig, PPSConfig, UnlabeledConfig
+from prcl_fast.config_types import Count, Fraction, NonNegative, PathString, Positive, Rgb, Section, Size
 from prcl_fast.errors import InputError
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values are never coerced in silence."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
-Rgb = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
-PathString = Annotated[Path, Field(strict=False)]
 
 
 def _off_is_a_word(value: Any) -> Any:
@@ -142,74 +129,6 @@ class ModelConfig(Section):
     )
 
 
-class SupervisedConfig(Section):
-    """Only the labeled images: L_s, eq. (13)."""
-
-    name: Literal["supervised"]
-
-
-class ConsistencyConfig(Section):
-    """What every method with a teacher and pseudo-labels has."""
-
-    mix: Literal["none", "cutout", "cutmix", "classmix"] = "classmix"
-    delta_u: Fraction = Field(0.97, description="Confidence above which a pixel counts for omega, eq. (14).")
-    omega: Literal["batch", "image"] = Field(
-        "batch",
-        description="Weight of L_u: share of confident pixels in the batch, or in each image.",
-    )
-    ema: Fraction = Field(0.99, description="Largest decay of the teacher's exponential moving average.")
-    forward: Literal["concatenated", "separate"] = Field(
-        "concatenated", description="Labeled and unlabeled images in one student pass, or in two."
-    )
-
-
-class MeanTeacherConfig(ConsistencyConfig):
-    """Consistency with an EMA teacher; `mix` makes it ClassMix, CutMix or CutOut."""
-
-    name: Literal["mean_teacher"]
-
-
-class PRCLConfig(ConsistencyConfig):
-    """Probabilistic representation contrastive learning, both papers' switches."""
-
-    name: Literal["prcl"]
-    representation: Literal["probabilistic", "deterministic"] = "probabilistic"
-    prototype: Literal["local", "ema", "global"] = Field(
-        "global", description="Eq. (4), EMA, or GDP, eq. (9)."
-    )
-    prototype_ema: Fraction = Field(0.99, description="Decay of prototype: ema.")
-    virtual_negatives: int = Field(4, ge=0, description="Virtual negatives per class, eq. (10).")
-    beta: NonNegative = Field(1.0, description="Radius of the virtual negatives, eq. (10).")
-    delta_w: Fraction = Field(0.7, description="Confidence from which a pixel is valid.")
-    delta_s: Fraction = Field(0.8, description="Confidence below which a valid pixel is hard.")
-    confidence: Literal["student", "teacher"] = Field(
-        "student", description="Whose probability of the pixel's class picks hard pixels."
-    )
-    tau: Positive = Field(0.5, description="Temperature of the contrast, eq. (15).")
-    reduction: Literal["sum", "mean"] = Field("sum", description="The score over the dimensions, eq. (3).")
-    normalize: bool = Field(True, description="L2-normalise mu inside the score, as the authors' code does.")
-    anchors: Count = Field(256, description="Anchors per class.")
-    negatives: Count = Field(512, description="Negatives per anchor.")
-    share: Count = Field(
-        1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
-    )
-    lambda_c: NonNegative = Field(1.0, description="Initial weight of the contrast, eq. (12).")
-    alpha: float = Field(-5.0, le=0, description="Decay of that weight, eq. (12); 0 holds it constant.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PRCLConfig:
-        if self.representation == "deterministic" and self.virtual_negatives:
-            raise ValueError(
-                "virtual_negatives: must be 0 with representation deterministic (it has no variance)"
-            )
-        if self.anchors % self.share:
-            raise ValueError(f"share: must divide anchors ({self.anchors})")
-        return self
-
-
-MethodConfig = Annotated[SupervisedConfig | MeanTeacherConfig | PRCLConfig, Field(discriminator="name")]
-
-
 class OptimConfig(Section):
     """SGD with the polynomial schedule base * (1 - iter/total)^power."""
 
@@ -291,7 +210,7 @@ class Config(Section):
         for key, size in (("eval.window", self.eval.window), ("eval.crop", self.eval.crop)):
             if size is not None and min(size) < stride:
                 raise ValueError(f"{key}: {size} is smaller than model.output_stride {stride}")
-        if isinstance(self.method, ConsistencyConfig):
+        if isinstance(self.method, UnlabeledConfig):
             if self.data.kind != "synthetic" and self.data.unlabeled is None:
                 raise ValueError(f"data.unlabeled: required for method {self.method.name}")
             mixes = self.method.mix in ("cutmix", "classmix")
@@ -299,12 +218,29 @@ class Config(Section):
                 raise ValueError(
                     f"train.batch_unlabeled: mix {self.method.mix} needs at least 2 images in each pass"
                 )
+        if isinstance(self.method, UnlabeledConfig) and self.method.warmup >= self.train.iterations:
+            raise ValueError(
+                f"method.warmup: must be below train.iterations {self.train.iterations}, "
+                f"got {self.method.warmup}"
+            )
+        if isinstance(self.method, PPSConfig) and self.model.dim % self.method.heads:
+            raise ValueError(f"method.heads: must divide model.dim {self.model.dim}, got {self.method.heads}")
         for key in ("batch_labeled", "batch_unlabeled"):
             if getattr(self.train, key) % self.train.accumulate:
                 raise ValueError(
                     f"train.{key}: must be a multiple of train.accumulate {self.train.accumulate}"
                 )
         return self
+
+
+# What does not shape a run's result.
+NEUTRAL_KEYS = (
+    "output",
+    *(f"data.{key}" for key in ("workers", "scan", "cache", "cache_dir")),
+    *(f"train.{key}" for key in ("threads", "device", "graph", "sync_check")),
+    "train.on_nonfinite",  # what a run that met one is told to change
+    *(f"train.{key}" for key in ("stall_timeout", "log_every", "save_every", "keep")),
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -351,21 +287,9 @@ def dump_config(config: Config) -> dict[str, Any]:
 def config_fingerprint(config: Config) -> str:
     """A hash of all that shapes a run's result: two runs of one fingerprint may share an output directory."""
     tree = dump_config(config)
-    del tree["output"]
-    for key in ("workers", "scan", "cache", "cache_dir"):
-        del tree["data"][key]
-    for key in (
-        "threads",
-        "device",
-        "graph",
-        "sync_check",
-        "on_nonfinite",  # what a run that met one is told to change
-        "stall_timeout",
-        "log_every",
-        "save_every",
-        "keep",
-    ):
-        del tree["train"][key]
+    for path in NEUTRAL_KEYS:
+        section, _, key = path.rpartition(".")
+        del (tree[section] if section else tree)[key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -165,20 +165,30 @@ def _switches(key: str, below: dict[str, Any], value: dict[str, Any]) -> bool:
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Puts one `key.path=value` into `tree`; the value is YAML. Raises InputError."""
     path, separator, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise InputError(f"override {shortened(override)}: expected key.path=value")
-    if len(keys) > MAX_DEPTH or len(text) > MAX_BYTES:
-        raise InputError(f"override {shortened(override)}: too long")
+    where = f"override {shortened(override)}"
+    if not separator or not all(path.strip().split(".")):
+        raise InputError(f"{where}: expected key.path=value")
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{where}: too long")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise InputError(f"override {shortened(override)}: the value is not valid YAML") from None
+        raise InputError(f"{where}: the value is not valid YAML") from None
+    set_value(tree, path, value, where)
+
+
+def set_value(tree: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Puts a value at `key.path` into `tree`. Raises InputError that begins with `where`."""
+    keys = path.strip().split(".")
+    if not all(keys):
+        raise InputError(f"{where}: an empty part in the key {shortened(path)}")
+    if len(keys) > MAX_DEPTH:
+        raise InputError(f"{where}: too long")
     holder = tree
     for key in keys[:-1]:
         below = holder.setdefault(key, {})
         if not isinstance(below, dict):
-            raise InputError(f"override {shortened(override)}: {key} is a value, not a section")
+            raise InputError(f"{where}: {key} is a value, not a section")
         holder = below
     if keys == ["method", "name"] and holder.get("name", value) != value:
         holder.clear()  # another method starts anew: the former one's keys would be unknown to it

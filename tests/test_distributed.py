@@ -19,6 +19,7 @@ import yaml
 from conftest import tiny_tree
 from processes import Pair, launch, pair
 from rich.console import Console
+from stub_networks import small_backbones
 from torch import Tensor, nn
 
 from bench import same_processes
@@ -31,6 +32,8 @@ from prcl_fast.engine.replicas import DriftError, check_alike
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast, start_counting, supervised_loss, unsupervised_loss
+from prcl_fast.methods import PCR
+from prcl_fast.methods.pcr import cluster_centers
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
 from prcl_fast.ops import prototype_statistics
 
@@ -108,7 +111,7 @@ def _segmentation(rank: int, rows: list[slice] | None, ignored: str, omega: str)
     return {"loss_s": loss_s.detach(), "loss_u": loss_u.detach(), "gradient": logits.grad}
 
 
-@pytest.mark.parametrize("omega", ["batch", "image"])
+@pytest.mark.parametrize("omega", ["batch", "image", "pixel"])
 @pytest.mark.parametrize("ignored", ["rank 1", "most of rank 0", "all"])
 def test_segmentation_losses_average_to_those_of_the_whole_batch(two: Pair, ignored: str, omega: str) -> None:
     whole = _segmentation(0, None, ignored, omega)
@@ -250,6 +253,82 @@ def test_processes_hold_the_same_state_after_every_step(two: Pair, tmp_path: Pat
     assert all(value.isfinite().all() for value in state.values())
     mean = state["student.backbone.bn1.running_mean"]
     assert mean.abs().max() > 0
+
+
+METHODS = {
+    "pcr": {"name": "pcr", "warmup": 2, "delta_u": 0.1915},  # between the confidences of the first step
+    "cps": {"name": "cps", "mix": "cutmix"},
+    "cps without mixing": {"name": "cps", "mix": "none"},
+    "pps": {"name": "pps", "prototypes": 2, "layers": 1, "heads": 2},
+    "memory bank": tiny_tree(Path())["method"] | {"virtual_negatives": 0, "memory_bank": 160},
+}
+
+
+def _method_tree(output: Path, method: str) -> dict[str, Any]:
+    config = tree(output / method) | {"method": METHODS[method]}
+    config["data"]["crop"] = [32, 32]
+    return config
+
+
+def _small_steps(rank: int, config: dict[str, Any], steps: int) -> dict[str, Tensor]:
+    with small_backbones():
+        return _steps(rank, config, steps)
+
+
+@pytest.mark.parametrize("method", ["pcr", "cps", "pps", "memory bank"])
+def test_processes_of_every_method_hold_the_same_state(two: Pair, tmp_path: Path, method: str) -> None:
+    state, other = two(_small_steps, _method_tree(tmp_path, method), 4)
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    assert all(value.isfinite().all() for value in state.values())
+    if method == "pcr":  # on both sides of the warm-up's end
+        assert state["predictor.known"].any()
+        assert state["samples.count"].max() == 2 * 64
+        assert torch.equal(state["samples.count"] > 0, state["predictor.known"])
+        rows = zip(state["samples.features"], state["samples.count"], strict=True)
+        centers = torch.stack([cluster_centers(features[:count], 4, 0) for features, count in rows])
+        moved = state["predictor.prototypes"] - centers  # by two steps, 1 % each
+        assert 0 < moved.norm() < 0.1 * centers.norm()
+    if method == "memory bank":
+        assert state["contrast.bank.count"].max() == 4 * 160 // 8
+
+
+def _weights_of(network: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def _first_step(rank: int, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The losses of the first step and how the student moved; pcr's step is one after its warm-up."""
+    with small_backbones():
+        trainer = Trainer(parse_config(config, "tiny"), QUIET)
+    method = trainer.method
+    if isinstance(method, PCR):
+        prototypes = method.predictor.prototypes
+        method.predictor.initialize(draw(*prototypes.shape), torch.ones_like(method.predictor.known))
+    before = _weights_of(method.student)
+    with contextlib.closing(trainer.batches()) as batches:
+        batch = next(batches)
+    # Unevenly over the images, wherever they are.
+    batch.label[batch.labeled_image[:, 0] > 0.5] = 255
+    assert batch.inside is not None
+    assert batch.unlabeled_image is not None
+    batch.inside &= batch.unlabeled_image[:, 0] < 0.5
+    found = dict(trainer.train_step([batch]))
+    if isinstance(method, PCR):
+        found["prototypes"] = method.predictor.prototypes
+    return found | {"moved": _weights_of(method.student) - before}
+
+
+@pytest.mark.parametrize("method", ["pcr", "cps", "cps without mixing", "pps"])
+def test_losses_of_every_method_are_those_of_one_process(two: Pair, tmp_path: Path, method: str) -> None:
+    parts = two(_first_step, _method_tree(tmp_path / "two", method))
+    whole = _first_step(0, _method_tree(tmp_path / "one", method))
+    assert all(value > 0 for name, value in whole.items() if name.startswith("loss"))
+    for name, value in whole.items():
+        assert torch.equal(parts[0][name], parts[1][name]), name
+        if name == "moved":  # a rounding can change the sign that a ReLU sees, and so a pixel's gradient
+            assert (parts[0][name] - value).norm() < 0.01 * value.norm()
+        else:
+            torch.testing.assert_close(parts[0][name], value, rtol=1e-4, atol=1e-5)
 
 
 def _run(rank: int, config: dict[str, Any], stop_on: int | None) -> dict[str, Any]:

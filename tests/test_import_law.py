@@ -24,6 +24,9 @@ ALLOWED = {
 }
 LEAVES = {
     "config",
+    "config_methods",
+    "config_types",
+    "sweep_config",
     "distributed",
     "regular_file",
     "torch_file",

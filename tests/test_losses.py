@@ -50,7 +50,23 @@ def test_unsupervised_loss_weighs_each_image_by_its_own_share() -> None:
     assert (logits.grad[1] != 0).any()
 
 
-@pytest.mark.parametrize("omega", ["batch", "image"])
+def test_unsupervised_loss_takes_confident_pixels_whole_and_leaves_others_out() -> None:
+    logits, label, confidence = scene()
+    confidence[0, 0, 0], label[0, 0, 0] = 0.7, 1  # at the threshold is not above it
+    kept = label != 255
+    total, own = logits.new_zeros((), dtype=torch.float64), logits.double()
+    full = F.interpolate(own, label.shape[1:], mode="bilinear", align_corners=True)
+    for b, y, x in (kept & (confidence > 0.7)).nonzero().tolist():
+        total = total - full[b, :, y, x].log_softmax(0)[int(label[b, y, x])]
+    expected = total / kept.sum()
+    (wanted,) = torch.autograd.grad(expected, logits)
+    loss = unsupervised_loss(logits, label, confidence, 0.7, omega="pixel")
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits.grad, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("omega", ["batch", "image", "pixel"])
 def test_all_ignored_gives_a_zero_that_stays_in_the_graph(omega: str) -> None:
     logits, label, confidence = scene()
     loss = unsupervised_loss(logits, torch.full_like(label, 255), confidence, 0.7, omega=omega)
@@ -70,8 +86,8 @@ def test_omega_is_one_where_all_pixels_are_confident_and_zero_where_none_is() ->
 
 def test_wrong_arguments_are_named() -> None:
     logits, label, confidence = scene()
-    with pytest.raises(ValueError, match="omega must be one of batch, image"):
-        unsupervised_loss(logits, label, confidence, 0.7, omega="pixel")
+    with pytest.raises(ValueError, match="omega must be one of batch, image, pixel; got 'none'"):
+        unsupervised_loss(logits, label, confidence, 0.7, omega="none")
     with pytest.raises(ValueError, match="confidence must have pseudo_label's shape"):
         unsupervised_loss(logits, label, confidence[:1], 0.7)
 

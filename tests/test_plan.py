@@ -235,7 +235,7 @@ def test_what_differs_from_the_paper_is_listed_with_both_values() -> None:
         "train.accumulate=2",
     ]
     changes += ["train.iterations=40000", "model.backbone=resnet50", "method.prototype=local"]
-    config = load_config(CONFIGS / "voc" / "classic_92_prcl.yaml", changes)
+    config = load_config(CONFIGS / "voc" / "prcl.yaml", changes)
     found = {d.key: d for d in paper_differences(config)}
     values = {key: (d.here, d.there) for key, d in found.items()}
     assert (
@@ -315,7 +315,7 @@ def test_the_tables_hold_memory_time_batch_and_paper(tmp_path: Path, quick: pyte
     ],
 )
 def test_a_mistake_is_one_line(override: str, message: str) -> None:
-    file = str(CONFIGS / "camvid" / "46_prcl.yaml")
+    file = str(CONFIGS / "camvid" / "prcl.yaml")
     result = CliRunner().invoke(app(), [file, "data.classes=[sky, road]", override])
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_tree
 from recording import HostReadError, Recording
 from rich.console import Console
+from stub_networks import small_backbones
 from torch import Tensor
 
 from prcl_fast.config import parse_config
@@ -37,8 +38,16 @@ def trainer_in(folder: Path, train: dict[str, Any], method: dict[str, Any]) -> T
         ({"amp": "fp16"}, {"mix": "cutmix", "forward": "separate", "omega": "image"}),
         ({"amp": "bf16"}, {"name": "mean_teacher", "mix": "cutout"}),
         ({}, {"name": "supervised"}),
+        ({}, {"name": "pcr", "warmup": 4, "delta_u": 0.2}),
+        ({}, {"name": "cps", "mix": "cutmix"}),
+        ({"amp": "bf16"}, {"name": "cps", "mix": "none"}),
+        ({}, {"name": "pps", "prototypes": 2, "layers": 1, "heads": 2}),
+        ({}, {"virtual_negatives": 0, "memory_bank": 160}),
     ],
-    ids=["prcl", "accumulated", "fp16", "mean_teacher", "supervised"],
+    ids=[
+        *("prcl", "accumulated", "fp16", "mean_teacher", "supervised"),
+        *("pcr", "cutmix cps", "cps", "pps", "memory_bank"),
+    ],
 )
 def test_replayed_steps_are_the_eager_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], method: dict[str, Any]
@@ -47,13 +56,20 @@ def test_replayed_steps_are_the_eager_ones(
     monkeypatch.setattr(FiniteGuard, "take", lambda self: None)
     if train.get("amp") == "fp16":  # its scale alone: a CPU takes a minute for convolutions in it
         monkeypatch.setattr(step, "autocast", lambda *_: contextlib.nullcontext())
-    eager, replayed = (trainer_in(tmp_path / name, train, method) for name in ("eager", "replayed"))
+    # The backbone is the same in all methods.
+    small = small_backbones() if method.get("name") in ("pcr", "cps", "pps") else contextlib.nullcontext()
+    with small:
+        eager, replayed = (trainer_in(tmp_path / name, train, method) for name in ("eager", "replayed"))
     recording: Recording | None = None
+    phase = 0  # the first step of what is recorded
     with contextlib.closing(eager.batches()) as batches:
         for number in range(STEPS):
             micro_batches = [next(batches) for _ in range(eager.config.train.accumulate)]
+            if eager.method.begin_step(number):
+                assert replayed.method.begin_step(number)
+                recording, phase = None, number
             expected = eager.train_step(micro_batches)
-            if number < WARM_UP:
+            if number < phase + WARM_UP:
                 losses = replayed.train_step(micro_batches)
             elif recording is None:
                 inputs = [cloned(batch) for batch in micro_batches]
@@ -102,13 +118,25 @@ def test_what_needs_a_gpu_says_so_without_one(tmp_path: Path, key: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "train", [{}, {"amp": "bf16"}, {"amp": "fp16"}, {"accumulate": 2, "batch_unlabeled": 4}]
+    ("train", "method"),
+    [
+        ({}, {}),
+        ({"amp": "bf16"}, {}),
+        ({"amp": "fp16"}, {}),
+        ({"accumulate": 2, "batch_unlabeled": 4}, {}),
+        ({}, {"virtual_negatives": 0, "memory_bank": 160}),
+        ({}, {"name": "pcr", "warmup": 4, "delta_u": 0.2}),  # captured before and after the warm-up's end
+        ({}, {"name": "cps"}),
+        ({}, {"name": "pps", "prototypes": 2, "layers": 1, "heads": 2}),
+    ],
 )
-def test_a_captured_run_has_the_losses_of_an_eager_one(tmp_path: Path, train: dict[str, Any]) -> None:
+def test_a_captured_run_has_the_losses_of_an_eager_one(
+    tmp_path: Path, train: dict[str, Any], method: dict[str, Any]
+) -> None:
     curves: list[list[Tensor]] = []
     for graph in (False, True):
         own = train | {"graph": graph, "sync_check": True, "device": "cuda", "tf32": False}
-        trainer = trainer_in(tmp_path / str(graph), own, {})
+        trainer = trainer_in(tmp_path / str(graph), own, method)
         with contextlib.closing(trainer.batches()) as batches:
             curves.append([trainer.step(batches)["loss"].clone() for _ in range(STEPS)])
     torch.testing.assert_close(torch.stack(curves[1]), torch.stack(curves[0]), rtol=1e-4, atol=1e-5)

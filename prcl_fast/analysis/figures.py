@@ -11,7 +11,7 @@ from prcl_fast.analysis.curves import draw_curves, draw_representation
 from prcl_fast.analysis.metrics import read_metrics
 from prcl_fast.analysis.panel import PanelRow, draw_panel
 from prcl_fast.analysis.style import save_figure
-from prcl_fast.config import ConsistencyConfig
+from prcl_fast.config_methods import ConsistencyConfig
 from prcl_fast.data.source import Source, build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.checkpoint import LoadedRun, load_run

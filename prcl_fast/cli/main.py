@@ -12,7 +12,9 @@ import typer
 
 from prcl_fast import __version__
 from prcl_fast.cli import data
+from prcl_fast.cli.analyse import analyse_command
 from prcl_fast.cli.bench import bench_command
+from prcl_fast.cli.compare import compare_command
 from prcl_fast.cli.demo import demo
 from prcl_fast.cli.doctor import doctor
 from prcl_fast.cli.eval import evaluate_command
@@ -20,6 +22,7 @@ from prcl_fast.cli.figures import figures_command
 from prcl_fast.cli.plan import plan_command
 from prcl_fast.cli.predict import predict_command
 from prcl_fast.cli.profile import profile_command
+from prcl_fast.cli.sweep import sweep_command
 from prcl_fast.cli.train import train_command
 from prcl_fast.cli.weights import convert_weights
 from prcl_fast.errors import InputError, RunError
@@ -35,7 +38,10 @@ app = typer.Typer(
 app.command("train")(train_command)
 app.command("eval")(evaluate_command)
 app.command("predict")(predict_command)
+app.command("sweep")(sweep_command)
+app.command("compare")(compare_command)
 app.command("figures")(figures_command)
+app.command("analyse")(analyse_command)
 app.command("demo")(demo)
 app.add_typer(data.app, name="data")
 app.command("weights")(convert_weights)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prcl_fast.config import Config, ConsistencyConfig
+from prcl_fast.config import Config
+from prcl_fast.config_methods import UnlabeledConfig
 from prcl_fast.data.augment import weak_augment
 from prcl_fast.data.cache import ImageCache, open_cache
 from prcl_fast.data.draws import Purpose, StrongDraws, generator
@@ -130,7 +131,7 @@ def _check(source: Source, config: Config, world: int, unlabeled: bool) -> None:
                 f"train.batch_{subset}: {batch} is not a multiple of {world} processes x train.accumulate "
                 f"{train.accumulate}"
             )
-    mix = config.method.mix if isinstance(config.method, ConsistencyConfig) else "none"
+    mix = config.method.mix if isinstance(config.method, UnlabeledConfig) else "none"
     if unlabeled and mix in ("cutmix", "classmix") and train.batch_unlabeled // parts < 2:
         raise InputError(
             f"train.batch_unlabeled: {train.batch_unlabeled} leaves one image to each pass of each of "

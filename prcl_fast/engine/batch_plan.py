@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prcl_fast.config import Config, ConsistencyConfig
+from prcl_fast.config import Config
+from prcl_fast.config_methods import UnlabeledConfig
 from prcl_fast.engine.measured_step import StepMeasurement, StepTimer
 from prcl_fast.engine.memory_estimate import MemoryEstimator, PassBytes, StateBytes
 
@@ -75,7 +76,7 @@ class BatchPlanner:
         self._needs_unlabeled = estimator.method.needs_unlabeled
         train = config.train
         self.batch = (train.batch_labeled, train.batch_unlabeled)
-        mixes = isinstance(config.method, ConsistencyConfig) and config.method.mix in ("cutmix", "classmix")
+        mixes = isinstance(config.method, UnlabeledConfig) and config.method.mix in ("cutmix", "classmix")
         self._least_unlabeled = 2 if mixes else 1
         shares = math.gcd(*self.batch)
         self._share = (self.batch[0] // shares, self.batch[1] // shares)

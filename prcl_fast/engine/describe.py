@@ -19,12 +19,14 @@ def describe_run(config: Config, source: Source, method: Method, device: torch.d
     for name, split in source.splits.items():
         if split.names:
             yield f"{name}: {len(split.names)} images, {split.family}, list {split.fingerprint}"
+    learners = method.learners()
     parameters = sum(p.numel() for p in method.student.parameters())
+    networks = f"{len(learners)} networks of " if len(learners) > 1 else ""
     precision = "float32" if train.amp == "off" else f"{train.amp} autocast"
     if device.type == "cuda":
         precision += ", TF32" if train.tf32 else ", no TF32"
     yield (
-        f"{config.method.name}: {config.model.backbone}, {parameters / 1e6:.1f} M parameters, "
+        f"{config.method.name}: {config.model.backbone}, {networks}{parameters / 1e6:.1f} M parameters, "
         f"{len(source.classes)} classes, on {device} in {precision}; output {config.output}"
     )
     batch = (train.batch_labeled, train.batch_unlabeled)

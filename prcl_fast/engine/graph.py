@@ -62,6 +62,10 @@ class CapturedStep:
         self._graph.replay()
         return self._outputs
 
+    def forget(self) -> None:
+        """Begins anew: the next calls are eager again, then the step is captured as it has become."""
+        self._graph, self._calls = None, 0
+
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:

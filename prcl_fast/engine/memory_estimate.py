@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from prcl_fast.config import Config
 from prcl_fast.device import autocast
 from prcl_fast.engine.random_batch import random_batch
-from prcl_fast.methods import MeanTeacher, Method, Step, build_method
+from prcl_fast.methods import Method, Step, build_method
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class StateBytes:
     """What lies in memory all the time, exact."""
 
     student: int  # parameters and buffers
-    teacher: int  # the same; 0 for a method without
+    teacher: int  # the same of the teacher, or of a second student; 0 for a method without
     prototypes: int  # and whatever else the method keeps
     momentum: int
 
@@ -74,7 +74,8 @@ class MemoryEstimator:
         """Weights, teacher, prototypes and momentum."""
         method = self.method
         student = tensor_bytes(_state(method.student))
-        teacher = tensor_bytes(_state(method.teacher)) if isinstance(method, MeanTeacher) else 0
+        others = [network for network in method.networks().values() if network is not method.student]
+        teacher = tensor_bytes(tensor for network in others for tensor in _state(network))
         learned = [parameter for group in method.parameter_groups() for parameter in group["params"]]
         momentum = tensor_bytes(learned) if self.config.optim.momentum else 0
         return StateBytes(student, teacher, tensor_bytes(_state(method)) - student - teacher, momentum)

@@ -72,9 +72,10 @@ class TrainStep:
             self._losses = DistributedDataParallel(
                 method,
                 gradient_as_bucket_view=True,
-                # Without it, buckets are laid out anew after the first step, and sums over more than two
-                # processes are then rounded otherwise than in a run that was resumed there.
-                find_unused_parameters=device.type == "cpu",
+                # A warm-up leaves heads out. And on the CPU, without it, buckets are laid out anew after the
+                # first step: sums over more than two processes would then be rounded otherwise than in a run
+                # that was resumed there.
+                find_unused_parameters=method.warmup > 0 or device.type == "cpu",
                 **no_sync_of_buffers,
             )
 

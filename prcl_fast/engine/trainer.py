@@ -173,6 +173,10 @@ class Trainer:
         """
         self.watchdog.at(f"waiting for data at iteration {self.iteration}")
         micro_batches = [next(batches) for _ in range(self.config.train.accumulate)]
+        if self.method.begin_step(self.iteration):
+            self._steps_here = 0
+            if isinstance(self._run_step, CapturedStep):
+                self._run_step.forget()
         # The first steps may compile and capture for as long as that takes.
         patient = self._steps_here <= WARM_UP and (self.config.train.compile or self.config.train.graph)
         self.watchdog.at(f"in the step of iteration {self.iteration}", patient=patient)

@@ -2,16 +2,23 @@
 
 from prcl_fast.losses.contrast import ProbabilisticContrast
 from prcl_fast.losses.diagnostics import explain_inert, explain_variance
+from prcl_fast.losses.feature_bank import FeatureBank
+from prcl_fast.losses.prototype_predictor import PrototypePredictor
+from prcl_fast.losses.prototypical import activation_regularization, prototypical_contrast
 from prcl_fast.losses.schedules import lambda_c, poly_lr
 from prcl_fast.losses.segmentation import PixelCounts, start_counting, supervised_loss, unsupervised_loss
 
 __all__ = [
+    "FeatureBank",
     "PixelCounts",
     "ProbabilisticContrast",
+    "PrototypePredictor",
+    "activation_regularization",
     "explain_inert",
     "explain_variance",
     "lambda_c",
     "poly_lr",
+    "prototypical_contrast",
     "start_counting",
     "supervised_loss",
     "unsupervised_loss",

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.distributed import start_sum, world_size
+from prcl_fast.losses.feature_bank import FeatureBank
 from prcl_fast.ops import (
     PrototypeStatistics,
     Purpose,
@@ -23,6 +25,8 @@ from prcl_fast.ops import (
 PROTOTYPES = ("global", "ema", "local")
 # Variance of every distribution in the deterministic case: two of them add up to one.
 _CONSTANT_VARIANCE = 0.5
+# Of each class's rows of the memory bank, those that a step writes anew: one of 8, at most so many.
+_ADDED = 64
 
 
 class ProbabilisticContrast(nn.Module):
@@ -61,6 +65,9 @@ class ProbabilisticContrast(nn.Module):
         ema_decay: share of the old state in the moving average.
         virtual_negatives: V, per class; 0 for none.
         beta: spread of the virtual negatives, eq. (10).
+        memory_bank: M, means of this and earlier batches kept per class; 0 for none. Negatives drawn from
+            them, points of variance 0, are what virtual negatives are an alternative to [IJCV, table 7].
+        bank_negatives: V of the memory bank, per class.
         deterministic: plain cosine similarities instead of distributions.
     Raises:
         ValueError: an argument out of its range; the message names it.
@@ -89,6 +96,8 @@ class ProbabilisticContrast(nn.Module):
         ema_decay: float = 0.99,
         virtual_negatives: int = 4,
         beta: float = 1.0,
+        memory_bank: int = 0,
+        bank_negatives: int = 4,
         deterministic: bool = False,
     ) -> None:
         super().__init__()
@@ -108,6 +117,8 @@ class ProbabilisticContrast(nn.Module):
             raise ValueError(
                 f"virtual_negatives must be 0 where deterministic is set; got {virtual_negatives}"
             )
+        if memory_bank and (virtual_negatives or deterministic):
+            raise ValueError("memory_bank must be 0 beside virtual_negatives, and where deterministic is set")
         self.num_classes = num_classes
         self.tau = tau
         self.num_anchors = num_anchors
@@ -120,6 +131,12 @@ class ProbabilisticContrast(nn.Module):
         self.ema_decay = ema_decay
         self.virtual_negatives = virtual_negatives
         self.beta = beta
+        self.bank = (
+            FeatureBank(num_classes, dim, size=memory_bank, rows=max(1, min(_ADDED, memory_bank // 8)))
+            if memory_bank
+            else None
+        )
+        self.bank_negatives = bank_negatives if memory_bank else 0
         self.deterministic = deterministic
         if prototype == "global":
             # Sums over a whole training: float32 would stop growing.
@@ -137,7 +154,7 @@ class ProbabilisticContrast(nn.Module):
             f"num_classes={self.num_classes}, tau={self.tau}, num_anchors={self.num_anchors}, "
             f"num_negatives={self.num_negatives}, share={self.share}, prototype={self.prototype}, "
             f"reduction={self.reduction}, normalize={self.normalize}, "
-            f"virtual_negatives={self.virtual_negatives}"
+            f"virtual_negatives={self.virtual_negatives}, bank_negatives={self.bank_negatives}"
         )
 
     def forward(
@@ -177,6 +194,7 @@ class ProbabilisticContrast(nn.Module):
             with torch.no_grad():
                 local = prototype_statistics(mu, var, label, valid, self.num_classes)
                 total = _start_adding_up(local, _count_per_class(label, hard, self.num_classes))
+                before = self._kept_mean()
                 # Needs no other process: goes on while the numbers travel.
                 anchors = sample_anchors(label, valid, hard, self.num_classes, self.num_anchors, seed)
                 batch = total()
@@ -191,6 +209,9 @@ class ProbabilisticContrast(nn.Module):
                     seed,
                 )
                 virtual_mu = self._virtual_negatives(positive, seed)
+                if self.bank is not None:
+                    self.bank.add(mu, label, valid, seed)
+                    virtual_mu = self.bank.draw(self.bank_negatives, seed)
             loss = probabilistic_info_nce(
                 mu,
                 var,
@@ -203,8 +224,15 @@ class ProbabilisticContrast(nn.Module):
                 normalize=self.normalize,
                 class_factor=batch.share,
             )
-        self._record(loss, batch, negatives)
+        self._record(loss, batch, negatives, before)
         return loss
+
+    def _kept_mean(self) -> Tensor | None:
+        """[C, D]: the means of the prototypes kept from step to step, nan where there is none yet."""
+        if self.prototype == "local":
+            return None
+        mean = self.mean if self.prototype == "ema" else self.weighted_mean / self.precision
+        return torch.where(self.count[:, None] > 0, mean, torch.nan)
 
     def _updated(self, batch: PrototypeStatistics) -> PrototypeStatistics:
         """Merges the batch into the state; returns the prototypes to use, with the batch's pixel counts."""
@@ -255,15 +283,18 @@ class ProbabilisticContrast(nn.Module):
         return mean + self.beta * philox_normal(seed, shape, Purpose.VIRTUAL_NEGATIVES) * variance
 
     @torch.no_grad()
-    def _record(self, loss: Tensor, batch: _Total, negatives: Tensor) -> None:
+    def _record(self, loss: Tensor, batch: _Total, negatives: Tensor, before: Tensor | None) -> None:
         """Fills `diagnostics` with tensors on the device; nothing waits for them.
 
         valid_per_class, hard_per_class, anchors_per_class [C]: pixels and distinct draws at most, of all
         processes; present_classes; negatives: how many this process's anchors were set against; loss;
-        chance_level: the loss of an anchor whose scores are all equal.
+        chance_level: the loss of an anchor whose scores are all equal; prototype_shift [C], where prototypes
+        are kept: the distance between a class's L2-normalised one before and after the step, nan where it has
+        none.
         """
         present = (batch.statistics.count > 0).sum()
         others = (present - 1).clamp(min=0)
+        points = self.virtual_negatives + self.bank_negatives
         self.diagnostics = {
             "valid_per_class": batch.statistics.count,
             "hard_per_class": batch.hard,
@@ -272,8 +303,12 @@ class ProbabilisticContrast(nn.Module):
             # A class has all of its negatives or none: one look at each is enough.
             "negatives": (negatives[:, 0, 0] >= 0).sum() * (self.num_anchors * self.num_negatives),
             "loss": loss.detach(),
-            "chance_level": torch.log1p((self.num_negatives + self.virtual_negatives * others).float()),
+            "chance_level": torch.log1p((self.num_negatives + points * others).float()),
         }
+        after = self._kept_mean()
+        if before is not None and after is not None:
+            shift = F.normalize(after, dim=1) - F.normalize(before, dim=1)
+            self.diagnostics["prototype_shift"] = shift.norm(dim=1)
 
 
 @dataclass(frozen=True)

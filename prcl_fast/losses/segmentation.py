@@ -11,7 +11,7 @@ from torch import Tensor
 from prcl_fast.distributed import start_sum, world_size
 from prcl_fast.ops import upsample_cross_entropy
 
-OMEGA = ("batch", "image")
+OMEGA = ("batch", "image", "pixel")
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,16 @@ def unsupervised_loss(
     omega. omega = "batch" is the paper's: the share, among the batch's pixels that are not ignored, of those
     with p > delta_u. omega = "image" is the authors' public code's: one weight per image, the number of its
     pixels with p >= delta_u, ignored or not, over the number of those not ignored, so that it can exceed one.
-    (That code leaves pixels whose loss rounds to exactly 0 out of the mean; here they count.)
+    (That code leaves pixels whose loss rounds to exactly 0 out of the mean; here they count.) omega = "pixel"
+    takes a pixel with p > delta_u whole and leaves others out, in the mean over all pixels that are not
+    ignored [Sohn et al., FixMatch, 2020, eq. (4)].
 
     Args:
         logits: [B, C, h, w] floating, upsampled bilinearly to the label's size.
         pseudo_label: [B, H, W] uint8 or int64, class or `ignore_index`.
         confidence: [B, H, W] floating, p.
         delta_u: threshold of the confidence.
-        omega: "batch" or "image".
+        omega: "batch", "image" or "pixel".
         counts: of `start_counting`, where mean and omega are those of several processes' pixels.
     Returns:
         scalar; a 0 that stays in the graph where every pixel is ignored.
@@ -126,6 +128,8 @@ def unsupervised_loss(
         weight = share.expand(len(logits))
     elif omega == "image":
         weight = (confidence >= delta_u).sum((1, 2)) / kept.sum((1, 2)).clamp(min=1)
+    elif omega == "pixel":
+        weight = confidence > delta_u
     else:
         raise ValueError(f"omega must be one of {', '.join(OMEGA)}; got {omega!r}")
     return _mean(

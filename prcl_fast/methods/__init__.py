@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from prcl_fast.config import Config, MeanTeacherConfig, PRCLConfig, SupervisedConfig
+from prcl_fast.config import Config
+from prcl_fast.config_methods import (
+    CPSConfig,
+    MeanTeacherConfig,
+    PCRConfig,
+    PPSConfig,
+    PRCLConfig,
+    SupervisedConfig,
+)
 from prcl_fast.methods.base import Method, Step
+from prcl_fast.methods.cps import CPS
 from prcl_fast.methods.mean_teacher import MeanTeacher
+from prcl_fast.methods.pcr import PCR
+from prcl_fast.methods.pps import PPS
 from prcl_fast.methods.prcl import PRCL
 from prcl_fast.methods.supervised import Supervised
 
-__all__ = ["PRCL", "MeanTeacher", "Method", "Step", "Supervised", "build_method"]
+__all__ = ["CPS", "PCR", "PPS", "PRCL", "MeanTeacher", "Method", "Step", "Supervised", "build_method"]
 
 
 def build_method(config: Config, num_classes: int) -> Method:
-    """The method that `config.method.name` names, its networks freshly initialised."""
+    """The method that `config.method.name` names, its networks freshly initialised.
+
+    Raises:
+        InputError: the method cannot be had for so many classes.
+    """
     kinds: dict[type, type[Method]] = {
         SupervisedConfig: Supervised,
         MeanTeacherConfig: MeanTeacher,
         PRCLConfig: PRCL,
+        PCRConfig: PCR,
+        CPSConfig: CPS,
+        PPSConfig: PPS,
     }
     method: Method = kinds[type(config.method)](config, num_classes)
     return method

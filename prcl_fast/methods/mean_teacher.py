@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prcl_fast.config import Config, ConsistencyConfig
+from prcl_fast.config import Config
+from prcl_fast.config_methods import ConsistencyConfig
 from prcl_fast.data.augment import strong_augment
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.mix import mix
@@ -36,11 +37,10 @@ class MeanTeacher(Method):
     """L = L_s + L_u, eq. (13) and (14); the teacher is the student's exponential moving average."""
 
     needs_unlabeled = True
+    unlabeled_terms: tuple[str, ...] = ("loss_unsupervised",)
 
-    def __init__(
-        self, config: Config, num_classes: int, *, representation: bool = False, probability: bool = False
-    ) -> None:
-        super().__init__(config, num_classes, representation=representation, probability=probability)
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config, num_classes)
         assert isinstance(config.method, ConsistencyConfig)
         self.settings: ConsistencyConfig = config.method
         self.teacher = EMATeacher(self.student, decay=config.method.ema)

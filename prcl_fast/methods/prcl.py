@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prcl_fast.config import Config, PRCLConfig
+from prcl_fast.config import Config
+from prcl_fast.config_methods import PRCLConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
 from prcl_fast.device import full_precision
+from prcl_fast.distributed import world_size
+from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast, explain_inert, explain_variance, lambda_c
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.mean_teacher import MeanTeacher, Unlabeled
-from prcl_fast.models.network import NetworkOutput
+from prcl_fast.methods.resolution import at_resolution
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, build_network
 from prcl_fast.parts import part
 
 
 class PRCL(MeanTeacher):
     """L = L_s + L_u + lambda_c(t) L_c, eq. (11), on Gaussians N(mu, sigma^2 I) for every pixel."""
 
+    unlabeled_terms: tuple[str, ...] = (*MeanTeacher.unlabeled_terms, "loss_contrast")
+
     def __init__(self, config: Config, num_classes: int) -> None:
         assert isinstance(config.method, PRCLConfig)
-        probabilistic = config.method.representation == "probabilistic"
-        super().__init__(config, num_classes, representation=True, probability=probabilistic)
+        super().__init__(config, num_classes)
         self.prcl = config.method
+        if 0 < self.prcl.memory_bank < world_size():
+            raise InputError(
+                f"method.memory_bank: at least one place for each of {world_size()} processes, "
+                f"got {self.prcl.memory_bank}"
+            )
         self.contrast = ProbabilisticContrast(
             num_classes,
             config.model.dim,
@@ -40,11 +51,25 @@ class PRCL(MeanTeacher):
             ema_decay=self.prcl.prototype_ema,
             virtual_negatives=self.prcl.virtual_negatives,
             beta=self.prcl.beta,
-            deterministic=not probabilistic,
+            memory_bank=self.prcl.memory_bank,
+            bank_negatives=self.prcl.bank_negatives,
+            deterministic=self.prcl.representation == "deterministic",
         )
         self._mu: Tensor | None = None
         self._var: Tensor | None = None
         self._lambda_c: Tensor | None = None
+
+    def new_network(self, config: Config, num_classes: int) -> SegmentationNetwork:
+        """With a head for the means, and one for the variances where there are some."""
+        assert isinstance(config.method, PRCLConfig)
+        probabilistic = config.method.representation == "probabilistic"
+        return build_network(
+            config.model,
+            num_classes,
+            representation=True,
+            probability=probabilistic,
+            initial_variance=config.method.initial_variance,
+        )
 
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Algorithm 1: L_s and L_u as in MeanTeacher, then L_c over labeled and unlabeled pixels together."""
@@ -53,7 +78,12 @@ class PRCL(MeanTeacher):
         losses = self.segmentation_losses(batch, unlabeled, *outputs)
         with part("contrast"):
             contrast = self._contrastive_loss(batch, unlabeled, *outputs)
-            weight = lambda_c(self.prcl.lambda_c, step.iteration, step.total, alpha=self.prcl.alpha)
+            weight = lambda_c(
+                self.prcl.lambda_c,
+                step.iteration - self.warmup,
+                step.total - self.warmup,
+                alpha=self.prcl.alpha,
+            )
             self._lambda_c = weight.to(contrast.dtype)
             losses["loss"] = losses["loss"] + self._lambda_c * contrast
         losses["loss_contrast"] = contrast
@@ -65,10 +95,10 @@ class PRCL(MeanTeacher):
         """Eq. (15) at the decoder's resolution; labels are read at the pixels that upsampling aligns."""
         logits = torch.cat([labeled_out.logits, unlabeled_out.logits])
         size = logits.shape[-2:]
-        label = _at_resolution(torch.cat([batch.label, unlabeled.label]), size)
+        label = at_resolution(torch.cat([batch.label, unlabeled.label]), size)
         # A labeled pixel is certain; an unlabeled one as certain as the teacher.
         teacher = torch.cat([torch.ones_like(batch.label, dtype=torch.float32), unlabeled.confidence])
-        teacher = _at_resolution(teacher, size)
+        teacher = at_resolution(teacher, size)
         valid = (label != IGNORE) & (teacher >= self.prcl.delta_w)
         student = _probability_of(label, logits)
         confidence = student
@@ -96,6 +126,8 @@ class PRCL(MeanTeacher):
                 values[f"{name}_mean"] = float(tensor.float().mean())
                 values[f"{name}_std"] = float(tensor.float().std())
         found = self.contrast.diagnostics
+        if not found:
+            return values
         values |= {
             "chance": float(found["chance_level"]),
             "valid": found["valid_per_class"].tolist(),
@@ -104,17 +136,14 @@ class PRCL(MeanTeacher):
             "negatives": int(found["negatives"]),
             "classes_present": int(found["present_classes"]),
         }
+        if "prototype_shift" in found:
+            values["prototype_shift"] = [
+                None if math.isnan(shift) else shift for shift in found["prototype_shift"].tolist()
+            ]
         reason = explain_inert(found)
         if reason is None and "variance_mean" in values:
             reason = explain_variance(values["variance_mean"])
         return values if reason is None else values | {"note": reason}
-
-
-def _at_resolution(full: Tensor, size: torch.Size) -> Tensor:
-    """[B, H, W] -> [B, h, w]: the value at the pixel nearest to each aligned-corner position."""
-    rows = torch.linspace(0, full.shape[-2] - 1, size[0], device=full.device).round().long()
-    columns = torch.linspace(0, full.shape[-1] - 1, size[1], device=full.device).round().long()
-    return full[:, rows[:, None], columns]
 
 
 @torch.no_grad()

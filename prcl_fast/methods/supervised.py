@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from prcl_fast.data.batches import Batch
-from prcl_fast.losses import start_counting, supervised_loss
 from prcl_fast.methods.base import Method, Step
-from prcl_fast.parts import part
 
 
 class Supervised(Method):
@@ -15,8 +13,5 @@ class Supervised(Method):
 
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """One term, the cross-entropy of the labeled pixels."""
-        counts = start_counting(batch.label)
-        with part("student"):
-            logits = self.student(self.normalize(batch.labeled_image), representations=False).logits
-        with part("losses"):
-            return {"loss": supervised_loss(logits, batch.label, counts=counts())}
+        _, loss = self.supervised_pass(batch)
+        return {"loss": loss}

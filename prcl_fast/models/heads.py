@@ -41,16 +41,22 @@ class ProbabilityHead(nn.Module):
 
     which lies between 1e-6 and 1. [AAAI] and [IJCV], section on the probability head; the floor and the
     normalisations are those of the authors' public code.
+
+    Args:
+        in_channels: C.
+        dim: D.
+        initial_variance: the sigma^2 that the bias starts at, around which the variances lie at first; 0.5 is
+            that of the papers.
     """
 
-    def __init__(self, in_channels: int, dim: int) -> None:
+    def __init__(self, in_channels: int, dim: int, initial_variance: float = 0.5) -> None:
         super().__init__()
         self.fc1 = nn.Parameter(torch.empty(dim, in_channels))
         self.bn1 = nn.BatchNorm2d(dim)
         self.fc2 = nn.Parameter(torch.empty(dim, dim))
         self.bn2 = nn.BatchNorm2d(dim, affine=False)
         self.gamma = nn.Parameter(torch.ones(1))
-        self.beta = nn.Parameter(torch.zeros(1))
+        self.beta = nn.Parameter(torch.logit(torch.tensor([initial_variance])))
         nn.init.kaiming_normal_(self.fc1)
         nn.init.kaiming_normal_(self.fc2)
 

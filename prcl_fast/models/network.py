@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from prcl_fast.errors import InputError
 from prcl_fast.models.deeplab import DeepLabDecoder
 from prcl_fast.models.heads import ProbabilityHead, RepresentationHead, SegmentationHead
+from prcl_fast.models.query_head import PrototypeScores, QueryHead
 from prcl_fast.models.resnet import ResNet
 from prcl_fast.models.weights import load_weights
 
 if TYPE_CHECKING:
     from prcl_fast.config import ModelConfig
+    from prcl_fast.config_methods import PPSConfig
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 
@@ -26,12 +29,17 @@ class NetworkOutput(NamedTuple):
     logits: Tensor  # [B, num_classes, h, w]
     mu: Tensor | None  # [B, D, h, w]
     var: Tensor | None  # [B, D, h, w], float32
+    features: Tensor  # [B, decoder.out_channels, h, w], the decoder's, which all heads read
+    prototypes: PrototypeScores | None = None  # of a head of prototypes
 
     def rows(self, images: slice) -> NetworkOutput:
         """The output for some of the batch's images."""
         mu = None if self.mu is None else self.mu[images]
         var = None if self.var is None else self.var[images]
-        return NetworkOutput(self.logits[images], mu, var)
+        prototypes = None
+        if self.prototypes is not None:
+            prototypes = PrototypeScores(*(tensor[images] for tensor in self.prototypes))
+        return NetworkOutput(self.logits[images], mu, var, self.features[images], prototypes)
 
 
 class SegmentationNetwork(nn.Module):
@@ -45,6 +53,9 @@ class SegmentationNetwork(nn.Module):
         width: channels of the decoder and of the heads' hidden layer.
         representation_dim: D, the dimension of the latent space; None builds no representation head.
         probability: whether to build the probability head; it has the representation's dimension.
+        initial_variance: where the probability head's variances start.
+        query_head: makes a head of prototypes from (in_channels, hidden_channels), in place of the linear
+            one.
 
     Raises:
         InputError: an unknown backbone, stem or output stride, or a probability head without a
@@ -61,6 +72,8 @@ class SegmentationNetwork(nn.Module):
         width: int = 256,
         representation_dim: int | None = None,
         probability: bool = False,
+        initial_variance: float = 0.5,
+        query_head: Callable[[int, int], QueryHead] | None = None,
     ) -> None:
         super().__init__()
         if backbone not in DEPTHS:
@@ -73,13 +86,17 @@ class SegmentationNetwork(nn.Module):
             self.backbone.low_channels, self.backbone.out_channels, output_stride, width
         )
         features = self.decoder.out_channels
-        self.classifier = SegmentationHead(features, width, num_classes)
+        self.classifier: SegmentationHead | QueryHead = (
+            SegmentationHead(features, width, num_classes)
+            if query_head is None
+            else query_head(features, width)
+        )
         self.representation: RepresentationHead | None = None
         self.probability: ProbabilityHead | None = None
         if representation_dim is not None:
             self.representation = RepresentationHead(features, width, representation_dim)
             if probability:
-                self.probability = ProbabilityHead(features, representation_dim)
+                self.probability = ProbabilityHead(features, representation_dim, initial_variance)
 
     def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
         """Segment images and embed their pixels.
@@ -94,13 +111,17 @@ class SegmentationNetwork(nn.Module):
             mu have the autocast type, var is float32 always. Upsample logits with align_corners=True.
         """
         features = self.decoder(*self.backbone(x))
-        logits = self.classifier(features)
+        prototypes = None
+        if isinstance(self.classifier, QueryHead):
+            logits, prototypes = self.classifier(features)
+        else:
+            logits = self.classifier(features)
         mu = var = None
         if representations and self.representation is not None:
             mu = self.representation(features)
             if self.probability is not None:
                 var = self.probability(features)
-        return NetworkOutput(logits, mu, var)
+        return NetworkOutput(logits, mu, var, features, prototypes)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the backbone."""
@@ -117,18 +138,36 @@ class SegmentationNetwork(nn.Module):
 
 
 def build_network(
-    model: ModelConfig, num_classes: int, *, representation: bool, probability: bool
+    model: ModelConfig,
+    num_classes: int,
+    *,
+    representation: bool = False,
+    probability: bool = False,
+    initial_variance: float = 0.5,
+    queries: PPSConfig | None = None,
 ) -> SegmentationNetwork:
     """The network that a configuration describes, with its starting weights loaded.
 
     Args:
         model: the configuration's `model` section.
         num_classes: number of classes of the data.
-        representation, probability: the heads that the method needs.
+        representation, probability, initial_variance: the heads that the method needs.
+        queries: settings of a head of prototypes, which then takes the linear one's place.
 
     Raises:
         InputError: `model.weights` cannot be read or does not fit.
     """
+    query_head = None
+    if queries is not None:
+        query_head = partial(
+            QueryHead,
+            dim=model.dim,
+            num_classes=num_classes,
+            per_class=queries.prototypes,
+            layers=queries.layers,
+            heads=queries.heads,
+            tau=queries.tau,
+        )
     network = SegmentationNetwork(
         model.backbone,
         model.stem,
@@ -137,6 +176,8 @@ def build_network(
         width=model.width,
         representation_dim=model.dim if representation else None,
         probability=probability,
+        initial_variance=initial_variance,
+        query_head=query_head,
     )
     if model.weights is not None:
         load_weights(network, model.weights)

@@ -1,0 +1,266 @@
+"""Runs side by side: grouped over seeds, with the settings in which the groups differ."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prcl_fast.analysis.run_result import RunResult, read_result
+from prcl_fast.analysis.seed_statistics import MISSING, Summary, cell_texts, summarize
+from prcl_fast.config import Config, load_config
+from prcl_fast.config_files import PATH_KEYS
+from prcl_fast.engine.settings import settings
+from prcl_fast.errors import InputError
+
+_RESULTS = ("seeds", "mIoU", "best", "iterations", "minutes")
+_PATHS = {f"{section}.{key}" for section, key in PATH_KEYS}
+_SEED = "{seed}"
+# What an evaluation depends on besides the network.
+_EVALUATION = ("data.kind", "data.root", "data.val", "data.labels", "data.label_map", "data.ignore")
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run folder: what it was told and what came out."""
+
+    folder: Path
+    config: Config
+    result: RunResult
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed; `settings` are those that they share, key.path: value."""
+
+    runs: tuple[ComparedRun, ...]
+    settings: Mapping[str, Any]
+
+    def summary(self, score: str) -> Summary | None:
+        """Over the seeds: "miou" of the last evaluations, "best_miou", "seconds"."""
+        return summarize(getattr(run.result, score) for run in self.runs)
+
+    def iterations(self) -> str:
+        """How far its runs have come, "400 of 600" where they are not finished."""
+        totals = {run.config.train.iterations for run in self.runs}
+        least = min(run.result.iteration for run in self.runs)
+        return str(least) if totals == {least} else f"{least} of {max(totals)}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs.
+
+    Attributes:
+        columns: short name: the text of each group, for every setting in which groups differ.
+        warnings: sentences on what makes the numbers hard to compare.
+    """
+
+    groups: tuple[Group, ...]
+    columns: Mapping[str, Sequence[str]]
+    warnings: tuple[str, ...]
+
+    def header(self) -> list[str]:
+        """The settings, then the results."""
+        return [*self.columns, *_RESULTS]
+
+    def rows(self, *, bold: str = "**") -> list[list[str]]:
+        """A line of text for each group; the best means are bold."""
+        seconds = [group.summary("seconds") for group in self.groups]
+        results = zip(
+            [str(len(group.runs)) for group in self.groups],
+            cell_texts([group.summary("miou") for group in self.groups], bold=bold),
+            cell_texts([group.summary("best_miou") for group in self.groups], bold=bold),
+            [group.iterations() for group in self.groups],
+            [MISSING if time is None else f"{time.mean / 60:.1f}" for time in seconds],
+            strict=True,
+        )
+        return [
+            [*(self.columns[name][index] for name in self.columns), *texts]
+            for index, texts in enumerate(results)
+        ]
+
+    def label(self, index: int) -> str:
+        """A group in words, such as "prcl, tau 0.1"."""
+        parts = []
+        for name, texts in self.columns.items():
+            if texts[index] != MISSING:
+                parts.append(texts[index] if name == "method" else f"{name} {texts[index]}")
+        return ", ".join(parts)
+
+
+def find_runs(paths: Sequence[Path]) -> list[ComparedRun]:
+    """The runs in these folders, or anywhere below them, each once.
+
+    Raises:
+        InputError: no such folder, no run in it, or a run's configuration or metrics cannot be read.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"{path}: no such run folder")
+        found = [path] if _is_run(path) else sorted(file.parent for file in path.rglob("metrics.jsonl"))
+        found = [folder for folder in found if _is_run(folder)]
+        if not found:
+            raise InputError(f"{path}: no run in this folder: metrics.jsonl and config.yaml are missing")
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
+    return [
+        ComparedRun(folder, load_config(folder / "config.yaml"), read_result(folder))
+        for folder in folders.values()
+    ]
+
+
+def compare(runs: Sequence[ComparedRun]) -> Comparison:
+    """Groups runs over their seeds, in the order in which they come, and finds where the groups differ."""
+    flat = _comparable([run.config for run in runs])
+    groups: dict[Hashable, list[int]] = {}
+    for index, values in enumerate(flat):
+        groups.setdefault(_hashable(values), []).append(index)
+    merged = tuple(
+        Group(tuple(runs[index] for index in indices), flat[indices[0]]) for indices in groups.values()
+    )
+    return Comparison(merged, _columns([group.settings for group in merged]), _warnings(runs, merged))
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("metrics.jsonl", "config.yaml"))
+
+
+def _comparable(configs: Sequence[Config]) -> list[dict[str, Any]]:
+    """The settings of each run without its seed, which is taken out of paths that go with it, too."""
+    flat = []
+    for config in configs:
+        values = settings(config)
+        del values["seed"]
+        if config.data.kind != "synthetic":
+            values = {key: value for key, value in values.items() if not key.startswith("data.synthetic.")}
+        for key in _PATHS & values.keys():
+            if isinstance(values[key], str):
+                values[key] = os.path.normpath(values[key])
+        flat.append(values)
+    for key in _PATHS:
+        paths = [values.get(key) for values in flat]
+        patterns = [
+            _without_seed(path, config.seed) if isinstance(path, str) else None
+            for path, config in zip(paths, configs, strict=True)
+        ]
+        # That a number in a path is the seed is shown by a run with another seed, and that in its place.
+        seeds: dict[str | None, set[int]] = {}
+        for pattern, config in zip(patterns, configs, strict=True):
+            seeds.setdefault(pattern, set()).add(config.seed)
+        for values, pattern in zip(flat, patterns, strict=True):
+            if pattern is not None and len(seeds[pattern]) > 1:
+                values[key] = pattern
+    return flat
+
+
+def _without_seed(path: str, seed: int) -> str | None:
+    """The path with {seed} in place of the last such number; None where it holds none."""
+    found = list(re.finditer(rf"(?<!\d){seed}(?!\d)", path))
+    return f"{path[: found[-1].start()]}{_SEED}{path[found[-1].end() :]}" if found else None
+
+
+def _columns(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Name and texts of each setting in which groups that have it differ; the method always."""
+    keys = list(dict.fromkeys(key for values in groups for key in values))
+    differing = [
+        key
+        for key in keys
+        if key == "method.name" or len({_hashable(values[key]) for values in groups if key in values}) > 1
+    ]
+    ordered = sorted(differing, key=lambda key: key != "method.name")
+    columns: dict[str, list[str]] = {}
+    for key in ordered:
+        texts = _texts([values.get(key, MISSING) for values in groups], is_path=key in _PATHS)
+        # The lists of one split differ together.
+        if key in _PATHS and texts in columns.values():
+            continue
+        columns[_short(key, ordered)] = texts
+    return columns
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    if key == "method.name":
+        return "method"
+    last = key.rpartition(".")[2]
+    unique = sum(other.rpartition(".")[2] == last for other in keys) == 1
+    return last if unique and last != "method" and last not in _RESULTS else key
+
+
+def _texts(values: Sequence[Any], *, is_path: bool) -> list[str]:
+    if is_path and all(isinstance(value, str) for value in values):
+        return _distinct_parts([str(value).split("/") for value in values])
+    return [_text(value) for value in values]
+
+
+def _distinct_parts(paths: Sequence[list[str]]) -> list[str]:
+    """Paths without the folders at their beginning and their end that all share."""
+    shortest = min(map(len, paths))
+    start = 0
+    while start < shortest - 1 and len({path[start] for path in paths}) == 1:
+        start += 1
+    end = 0
+    while end < shortest - start - 1 and len({path[-1 - end] for path in paths}) == 1:
+        end += 1
+    return ["/".join(path[start : len(path) - end]) for path in paths]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _warnings(runs: Sequence[ComparedRun], groups: Iterable[Group]) -> tuple[str, ...]:
+    warnings = []
+    evaluations = [_evaluation(run.config) for run in runs]
+    keys = dict.fromkeys(key for evaluation in evaluations for key in evaluation)
+    differing = [
+        key for key in keys if len({_hashable(evaluation.get(key)) for evaluation in evaluations}) > 1
+    ]
+    if differing:
+        warnings.append(
+            f"the runs were not evaluated alike, their mIoU cannot be compared: {', '.join(differing)} differ"
+        )
+    unfinished = [run for run in runs if run.result.iteration < run.config.train.iterations]
+    if unfinished:
+        warnings.append(
+            f"{len(unfinished)} of {len(runs)} runs are not finished, the first is {unfinished[0].folder}"
+        )
+    twice = [group for group in groups if len({run.config.seed for run in group.runs}) < len(group.runs)]
+    if twice:
+        warnings.append(
+            f"runs of one seed stand in one row, the first is {twice[0].runs[0].folder}: their deviation is "
+            "smaller than over seeds"
+        )
+    return tuple(warnings)
+
+
+def _evaluation(config: Config) -> dict[str, Any]:
+    """The settings that decide on what and how a run was evaluated."""
+    values = settings(config)
+    chosen = {key: values[key] for key in _EVALUATION}
+    chosen |= {key: value for key, value in values.items() if key.startswith("eval.") and key != "eval.batch"}
+    if config.data.kind == "synthetic":
+        chosen |= {
+            f"data.synthetic.{key}": values[f"data.synthetic.{key}"] for key in ("size", "val", "seed")
+        }
+    for key in ("data.root", "data.val"):
+        if chosen[key] is not None:
+            chosen[key] = os.path.realpath(chosen[key])
+    for mode, key in (("center", "crop"), ("sliding", "window")):
+        used = config.eval.mode == mode
+        chosen[f"eval.{key}"] = (chosen[f"eval.{key}"] or config.data.crop) if used else None
+    return chosen
+
+
+def _hashable(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return tuple(sorted((key, _hashable(item)) for key, item in value.items()))
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

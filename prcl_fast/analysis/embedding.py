@@ -1,0 +1,168 @@
+"""Representations of drawn pixels: which pixels, and what a network makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prcl_fast.config import Config
+from prcl_fast.data.augment import normalize
+from prcl_fast.data.source import IGNORE, Source
+from prcl_fast.engine.inference import inference
+from prcl_fast.errors import InputError
+
+Progress = Callable[[int, int], None]
+MU, FEATURES = "mu", "features"
+# What `Embedding.kind` means, for whoever reads the numbers.
+MEANING = {
+    MU: "mu of the representation head",
+    FEATURES: "no representation head: the decoder's joined features, which the segmentation head reads",
+}
+_STRIDE = 4  # of the decoder's maps
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnPixels:
+    """P pixels of some images in the order of the images, on the decoder's grid, h = ceil(H/4)."""
+
+    image: np.ndarray  # int64 [P], position in the list of images
+    row: np.ndarray  # int64 [P], 0 .. h-1
+    column: np.ndarray  # int64 [P], 0 .. w-1
+    group: np.ndarray  # int64 [P], the class by which a pixel was drawn
+    truth: np.ndarray | None  # int64 [P], its true class; None where no label was read
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What a network makes of P drawn pixels, at the decoder's resolution."""
+
+    representation: np.ndarray  # float32 [P, D], not normalised
+    variance: np.ndarray | None  # float32 [P, D], sigma^2; None without a probability head
+    prediction: np.ndarray  # int64 [P]
+    kind: str  # MU or FEATURES
+
+
+def draw_pixels(maps: Iterable[tuple[np.ndarray, np.ndarray | None]], count: int, seed: int) -> DrawnPixels:
+    """At most `count` pixels of each class, uniformly from all images, without replacement.
+
+    Every pixel has a random number, a function of (seed, image, place), and a class takes its pixels of the
+    smallest numbers. Equal class maps therefore give equal pixels, whatever network is looked at.
+
+    Args:
+        maps: for each image the classes [h, w] to draw by and, where known, the true ones; IGNORE is never
+            drawn.
+    """
+    kept: dict[int, np.ndarray] = {}  # class -> float64 [n, 5]: number, image, row, column, truth
+    labeled = False
+    for index, (group, truth) in enumerate(maps):
+        labeled = truth is not None
+        numbers = np.random.Generator(np.random.Philox(key=[seed, index])).random(group.shape)
+        for name in np.unique(group):
+            if name == IGNORE:
+                continue
+            rows, columns = np.nonzero(group == name)
+            true = truth[rows, columns] if truth is not None else np.full(len(rows), IGNORE)
+            found = np.stack([numbers[rows, columns], np.full(len(rows), index), rows, columns, true], axis=1)
+            found = np.concatenate([kept.get(int(name), np.empty((0, 5))), found])
+            kept[int(name)] = found[np.argsort(found[:, 0])[:count]]
+    table = np.concatenate(
+        [np.insert(found, 5, name, axis=1) for name, found in kept.items()] or [np.empty((0, 6))]
+    )
+    table = table[np.lexsort((table[:, 3], table[:, 2], table[:, 1]))].astype(np.int64)
+    return DrawnPixels(table[:, 1], table[:, 2], table[:, 3], table[:, 5], table[:, 4] if labeled else None)
+
+
+def label_maps(source: Source, names: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The true classes of each image at the decoder's resolution, twice: to draw by, and to know."""
+    for name in names:
+        label = source.label(name)
+        label = at_resolution(label, tuple(-(-side // _STRIDE) for side in label.shape))
+        yield label, label
+
+
+def prediction_maps(
+    network: nn.Module,
+    source: Source,
+    names: Sequence[str],
+    config: Config,
+    device: torch.device,
+    *,
+    labeled: bool,
+    progress: Progress,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The predicted classes of each image; with `labeled`, only where a true one is known, and those too."""
+    with inference([network], device, config.train.amp):
+        for done, name in enumerate(names, start=1):
+            output = network(_pixels(source.image(name), config, device), representations=False)
+            predicted = output.logits[0].argmax(dim=0).cpu().numpy()
+            truth = at_resolution(source.label(name), predicted.shape) if labeled else None
+            yield (predicted if truth is None else np.where(truth == IGNORE, IGNORE, predicted)), truth
+            progress(done, len(names))
+
+
+def embed(
+    network: nn.Module,
+    source: Source,
+    names: Sequence[str],
+    drawn: DrawnPixels,
+    config: Config,
+    device: torch.device,
+    progress: Progress,
+) -> Embedding:
+    """Runs the network on every image that holds a drawn pixel: whole, at its own size, one at a time.
+
+    Args:
+        network: a `SegmentationNetwork` on `device`.
+        names: the images that `drawn.image` counts.
+        drawn: at least one pixel.
+
+    Raises:
+        InputError: an image that cannot be read, or a representation that is not finite.
+    """
+    representations: list[Tensor] = []
+    variances: list[Tensor] = []
+    predictions: list[Tensor] = []
+    kind = MU
+    images = np.unique(drawn.image)
+    with inference([network], device, config.train.amp):
+        for done, index in enumerate(images, start=1):
+            output = network(_pixels(source.image(names[index]), config, device))
+            here = drawn.image == index
+            rows, columns = (torch.from_numpy(x[here]).to(device) for x in (drawn.row, drawn.column))
+            if output.mu is None:
+                kind = FEATURES
+            maps = output.features if output.mu is None else output.mu
+            representations.append(maps[0, :, rows, columns].T.float().cpu())
+            if output.var is not None:
+                variances.append(output.var[0, :, rows, columns].T.float().cpu())
+            predictions.append(output.logits[0, :, rows, columns].argmax(dim=0).cpu())
+            progress(done, len(images))
+    representation = torch.cat(representations).numpy()
+    if not np.isfinite(representation).all():
+        raise InputError("the representations of this network are not finite")
+    return Embedding(
+        representation,
+        torch.cat(variances).numpy() if variances else None,
+        torch.cat(predictions).numpy(),
+        kind,
+    )
+
+
+def at_resolution(full: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """[H, W] -> [h, w]: the value at the pixel nearest to each aligned-corner position, as in training."""
+    rows, columns = (
+        torch.linspace(0, length - 1, count).round().long().numpy()
+        for length, count in zip(full.shape, size, strict=True)
+    )
+    return full[rows[:, None], columns]
+
+
+def _pixels(image: np.ndarray, config: Config, device: torch.device) -> Tensor:
+    """uint8 [H, W, 3] -> [1, 3, H, W], as the network expects it."""
+    pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float().div_(255)
+    pixels = normalize(pixels, config.data.mean, config.data.std)
+    return pixels.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,102 @@
+"""Where a run's class prototypes were over its training: at its checkpoints, and as its log says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prcl_fast.analysis.cluster_quality import normalized
+from prcl_fast.analysis.metrics import read_metrics
+from prcl_fast.analysis.prototypes import Prototypes, stored_prototypes
+from prcl_fast.config import config_fingerprint, parse_config
+from prcl_fast.engine.checkpoint import find_checkpoint, load_checkpoint
+from prcl_fast.engine.rotation import last_checkpoints
+from prcl_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """The prototypes of one checkpoint."""
+
+    file: Path
+    iteration: int
+    prototypes: Prototypes
+
+
+def prototype_path(
+    main: Path, others: Sequence[Path], of_pixels: Callable[[Path], Prototypes]
+) -> list[PathPoint]:
+    """The prototypes at each iteration of which there is a checkpoint, the earliest first.
+
+    Args:
+        main: a checkpoint file.
+        others: more checkpoint files of its run, or their folders.
+        of_pixels: what the prototypes of a checkpoint file are if the run keeps none.
+
+    Raises:
+        InputError: a checkpoint that cannot be read, or is of another configuration or other classes.
+    """
+    path: dict[int, PathPoint] = {}
+    run: tuple[str, list[str]] | None = None
+    for file in [main, *map(find_checkpoint, others)]:
+        state = load_checkpoint(file)
+        config = parse_config(state["config"], str(file))
+        its_run = config_fingerprint(config), state["classes"]
+        run = run or its_run
+        if its_run != run:
+            raise InputError(f"{file}: is not of the run of {main}: its configuration or classes differ")
+        iteration = state["iteration"]
+        if iteration not in path:
+            prototypes = stored_prototypes(config.method, state["method"]) or of_pixels(file)
+            path[iteration] = PathPoint(file, iteration, prototypes)
+    return [path[iteration] for iteration in sorted(path)]
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run folder; none beside a checkpoint file."""
+    if not run.is_dir():
+        return []
+    best = run / "best.pt"
+    return [*([best] if best.is_file() else []), *last_checkpoints(run)]
+
+
+def moves(path: Sequence[PathPoint], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Each checkpoint, and by class the distance of L2-normalised means from the checkpoint before it."""
+    result: list[dict[str, Any]] = []
+    before: np.ndarray = np.full((len(classes), 1), np.nan)
+    for point in path:
+        mean = normalized(point.prototypes.mean)
+        distances = np.linalg.norm(mean - before, axis=1)
+        moved = {
+            name: None if np.isnan(distance) else float(distance)
+            for name, distance in zip(classes, distances, strict=True)
+        }
+        result.append({"file": str(point.file), "iteration": point.iteration, "moved": moved})
+        before = mean
+    return result
+
+
+def logged_shift(run: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Iterations [n] and `prototype_shift` [n, C] of a run's log, nan for null; None where it has none.
+
+    Raises:
+        InputError: a log that cannot be read, or holds something else under that key.
+    """
+    log = run / "metrics.jsonl"
+    if not os.path.lexists(log):
+        return None
+    records = [record for record in read_metrics(log).train if "prototype_shift" in record]
+    if not records:
+        return None
+    try:
+        shift = np.array([record["prototype_shift"] for record in records], dtype=np.float64)
+        if shift.shape != (len(records), num_classes):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(f"{log}: prototype_shift: expected a number for each class") from None
+    return np.array([record["iteration"] for record in records]), shift

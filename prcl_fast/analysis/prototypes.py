@@ -1,0 +1,73 @@
+"""Class prototypes for drawing: those that a run has kept, or those of the pixels at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prcl_fast.analysis.embedding import DrawnPixels, Embedding
+from prcl_fast.config_methods import MethodConfig, PRCLConfig
+from prcl_fast.ops import PrototypeStatistics, Purpose, philox_normal, prototype_statistics
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """The prototypes of C classes and where they come from, a sentence."""
+
+    statistics: PrototypeStatistics
+    origin: str
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64 [C, D], nan for a class without prototype."""
+        mean = self.statistics.mean.double()
+        return torch.where(self.statistics.count[:, None] > 0, mean, torch.nan).numpy()
+
+
+def stored_prototypes(method: MethodConfig, state: Mapping[str, Tensor]) -> Prototypes | None:
+    """The prototypes that a run of PRCL keeps; None for another method, and with `prototype: local`.
+
+    Args:
+        state: the method's state in a checkpoint.
+    """
+    if not isinstance(method, PRCLConfig) or method.prototype == "local":
+        return None
+    count = state["contrast.count"]
+    if method.prototype == "global":
+        precision, weighted_mean = state["contrast.precision"], state["contrast.weighted_mean"]
+    else:
+        precision = state["contrast.variance"].reciprocal()
+        weighted_mean = precision * state["contrast.mean"]
+    origin = f"kept by the run, prototype {method.prototype}, of the student's pixels"
+    return Prototypes(PrototypeStatistics(precision, weighted_mean, count), origin)
+
+
+def pixel_prototypes(embedding: Embedding, drawn: DrawnPixels, num_classes: int) -> Prototypes:
+    """Eq. (4) over the drawn pixels of each class: weighted by precision where there is a variance."""
+
+    def as_map(rows: np.ndarray) -> Tensor:  # [P, D] -> [1, D, P, 1]
+        return torch.from_numpy(rows.T.copy())[None, :, :, None]
+
+    mu = as_map(embedding.representation)
+    var = torch.ones_like(mu) if embedding.variance is None else as_map(embedding.variance)
+    group = torch.from_numpy(drawn.group)[None, :, None]
+    valid = torch.ones_like(group, dtype=torch.bool)
+    weighted = "" if embedding.variance is None else "precision-weighted "
+    origin = f"{weighted}mean of the drawn pixels, for the run keeps none"
+    return Prototypes(prototype_statistics(mu, var, group, valid, num_classes), origin)
+
+
+def virtual_negatives(prototypes: Prototypes, method: MethodConfig, seed: int) -> np.ndarray | None:
+    """[C, V, D], eq. (10): mu_c + beta * eps * s_c, nan for a class without prototype; None without any."""
+    if not isinstance(method, PRCLConfig) or not method.virtual_negatives:
+        return None
+    statistics = prototypes.statistics
+    mean, variance = statistics.mean[:, None].double(), statistics.variance[:, None].double()
+    shape = (mean.shape[0], method.virtual_negatives, mean.shape[2])
+    noise = philox_normal(torch.tensor([seed, 0]), shape, Purpose.VIRTUAL_NEGATIVES)
+    known = (statistics.count > 0)[:, None, None]
+    return torch.where(known, mean + method.beta * noise * variance, torch.nan).numpy()

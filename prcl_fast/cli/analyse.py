@@ -1,0 +1,123 @@
+"""`prcl analyse RUN_OR_CHECKPOINT [CHECKPOINT ...] [key.path=value ...]`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prcl_fast.errors import InputError
+
+
+def analyse_command(
+    run: Annotated[Path, typer.Argument(help="Run folder (its best.pt, else last.pt) or checkpoint file.")],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CHECKPOINT | KEY.PATH=VALUE]...",
+            help="More checkpoints of the run, for the path of its prototypes (those in a run folder are "
+            "taken by themselves), and values of data.* that replace the run's.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write into; RUN/analysis where not given.")
+    ] = None,
+    subset: Annotated[str, typer.Option(help="val, labeled or unlabeled.")] = "val",
+    pixels: Annotated[int, typer.Option(help="Pixels of each class, at most.")] = 300,
+    by: Annotated[
+        str, typer.Option(help="Draw and group pixels by their true class (label) or by prediction.")
+    ] = "label",
+    network: Annotated[
+        str | None, typer.Option(help="teacher or student; the run's main network where not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawn pixels: one seed, the same pixels.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Measure and draw a run's representation space.
+
+    Silhouette, Davies-Bouldin, intra- and inter-class variance, and whether sigma^2 marks mistakes; t-SNE
+    with prototypes and virtual negatives; the prototypes over the run's checkpoints.
+
+    The last line on standard output is one JSON object; analysis.json holds everything.
+    """
+    from prcl_fast.analysis.embedding_report import LABEL, PREDICTION, SUBSETS, Question, write_analysis
+    from prcl_fast.cli.choices import check_known
+    from prcl_fast.cli.tables import counting
+    from prcl_fast.device import choose_device
+
+    check_known("subset", [subset], SUBSETS)
+    check_known("by", [by], (LABEL, PREDICTION))
+    further, overrides = _sorted_out(rest or [])
+    question = Question(subset, pixels, by, seed, network)
+    with counting("embed images") as progress:
+        result = write_analysis(run, further, overrides, question, out, choose_device(device), progress)
+    _print(result)
+    metrics = result["metrics"]
+    keys = ("silhouette", "davies_bouldin", "intra_variance", "inter_variance")
+    print(json.dumps({key: metrics[key] for key in keys} | {"output": result["output"]}))
+
+
+def _sorted_out(rest: list[str]) -> tuple[list[Path], list[str]]:
+    """Checkpoints and overrides. Raises InputError for an override of anything but data.*."""
+    checkpoints: list[Path] = []
+    overrides: list[str] = []
+    for text in rest:
+        if "=" not in text or Path(text).exists():
+            checkpoints.append(Path(text))
+        elif text.startswith("data."):
+            overrides.append(text)
+        else:
+            raise InputError(
+                f"override {text!r}: analyse takes data.* only; the rest belongs to the trained network"
+            )
+    return checkpoints, overrides
+
+
+def _print(result: dict[str, Any]) -> None:
+    from prcl_fast.cli.tables import print_table
+
+    data, metrics = result["data"], result["metrics"]
+    title = (
+        f"{result['checkpoint']}, iteration {result['iteration']}, {result['network']}: {data['pixels']} "
+        f"pixels of {data['subset']} ({data['images']} images, list {data['list']}) "
+        f"by {result['settings']['by']}"
+    )
+    rows = [
+        [
+            row["name"],
+            str(row["pixels"]),
+            _number(row["intra_variance"], 3),
+            _number(row["variance_mean"], 4),
+            _number(row["variance_rank"]),
+            _number(row["iou"], 2),
+            _number(row["iou_rank"]),
+        ]
+        for row in result["classes"]
+    ]
+    columns = ["class", "pixels", "intra variance", "sigma^2", "rank", "IoU %", "rank"]
+    print_table(title, columns, rows, right=range(1, 7))
+    typer.echo(f"representation: {result['representation']['meaning']}, {result['representation']['dim']} "
+               "numbers a pixel, L2-normalised")  # fmt: skip
+    typer.echo(f"prototypes: {result['prototypes']['origin']}")
+    typer.echo(
+        f"silhouette {metrics['silhouette']:.4f}, Davies-Bouldin {metrics['davies_bouldin']:.3f}, "
+        f"intra-class variance {metrics['intra_variance']:.4f}, inter-class {metrics['inter_variance']:.4f}"
+    )
+    if metrics["variance_auroc"] is not None:
+        typer.echo(
+            f"sigma^2 finds the {metrics['wrong_share']:.0%} wrongly predicted pixels with an AUROC of "
+            f"{metrics['variance_auroc']:.3f} (0.5: not at all)"
+        )
+    if metrics["variance_iou_correlation"] is not None:
+        typer.echo(
+            "rank correlation over classes of sigma^2 and IoU: "
+            f"{metrics['variance_iou_correlation']:.2f} (-1: the worse a class, the less certain)"
+        )
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if digits else f"{value:g}"

@@ -1,0 +1,88 @@
+"""The prototype-based predictor of PCR: K prototypes for each class, the nearest of them speaks for it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prcl_fast.distributed import summed
+from prcl_fast.ops import prototype_statistics
+
+
+class PrototypePredictor(nn.Module):
+    """K prototypes p_ck of every class, class scores from them, and their running average.
+
+    Source: Xu et al., "Semi-supervised Semantic Segmentation with Prototype-based Consistency Regularization"
+    (NeurIPS 2022); equation numbers are that paper's. The prototypes carry no gradient. With several
+    processes they are those of all pixels.
+
+    Args:
+        num_classes: C.
+        num_prototypes: K, per class.
+        dim: D, channels of the features.
+        temperature: T, eq. (2).
+        decay: alpha, eq. (11).
+    """
+
+    prototypes: Tensor  # [C, K, D] float32
+    known: Tensor  # [C] bool, classes that have prototypes
+
+    def __init__(
+        self, num_classes: int, num_prototypes: int, dim: int, *, temperature: float, decay: float
+    ) -> None:
+        super().__init__()
+        self.temperature, self.decay = temperature, decay
+        self.register_buffer("prototypes", torch.zeros(num_classes, num_prototypes, dim))
+        self.register_buffer("known", torch.zeros(num_classes, dtype=torch.bool))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Eq. (2): features [B, D, h, w] -> class scores [B, C, h, w], max over k of cos(f, p_ck) / T.
+
+        A class without prototypes has the lowest score that a class can have, -1 / T.
+        """
+        similarity = self._similarity(features).amax(dim=2)
+        return torch.where(self.known[:, None, None], similarity, -1.0) / self.temperature
+
+    def _similarity(self, features: Tensor) -> Tensor:
+        """[B, C, K, h, w]: cosines with every prototype."""
+        weight = F.normalize(self.prototypes, dim=-1).flatten(0, 1)[:, :, None, None]
+        similarity = F.conv2d(F.normalize(features, dim=1), weight.to(features.dtype))
+        return similarity.unflatten(1, self.prototypes.shape[:2]).float()
+
+    @torch.no_grad()
+    def initialize(self, prototypes: Tensor, known: Tensor) -> None:
+        """Sets the prototypes [C, K, D] and which classes [C] have some."""
+        self.prototypes.copy_(prototypes)
+        self.known.copy_(known)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, label: Tensor, valid: Tensor) -> None:
+        """Eq. (11): p_ck moves to alpha p_ck + (1 - alpha) times the mean of the features nearest to it.
+
+        Of a class's valid pixels each belongs to the nearest of the class's own prototypes. A prototype
+        without pixels stays; so does a class that had no prototypes at the start.
+
+        Args:
+            features: [B, D, h, w].
+            label: [B, h, w] integer; outside 0 .. C-1 means "none".
+            valid: [B, h, w] bool.
+        """
+        num_classes, per_class, dim = self.prototypes.shape
+        own = label.long().clamp(0, num_classes - 1)
+        known = self.known[own]
+        index = own[:, None, None].expand(-1, 1, per_class, -1, -1)
+        nearest = self._similarity(features).gather(1, index).squeeze(1).argmax(dim=1)
+        inside = (label < num_classes) & (label >= 0)
+        group = torch.where(inside, own * per_class + nearest, -1)
+        # With variances of one the precision is the number of pixels and the weighted mean their sum.
+        statistics = prototype_statistics(
+            features, torch.ones_like(features), group, valid & inside & known, num_classes * per_class
+        )
+        total = summed(torch.cat([statistics.weighted_mean, statistics.precision[:, :1]], dim=1))
+        count = total[:, dim:]
+        mean = total[:, :dim] / count.clamp(min=1)
+        moved = torch.lerp(mean, self.prototypes.flatten(0, 1), self.decay)
+        self.prototypes.copy_(
+            torch.where(count > 0, moved, self.prototypes.flatten(0, 1)).view_as(self.prototypes)
+        )

@@ -1,0 +1,134 @@
+"""CPS: two networks, each of which learns from the other's pseudo-labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prcl_fast.config import Config
+from prcl_fast.config_methods import CPSConfig, PPSConfig
+from prcl_fast.data.batches import Batch
+from prcl_fast.data.mix import mix
+from prcl_fast.data.source import IGNORE
+from prcl_fast.losses import start_counting, supervised_loss
+from prcl_fast.methods.base import Method, Step
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
+from prcl_fast.ops import pseudo_label
+from prcl_fast.parts import part
+
+
+class CPS(Method):
+    """L = L_s + lambda_cps L_cps, each summed over the two networks.
+
+    Source: Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision" (CVPR 2021).
+    With `mix: cutmix` the networks label the unlabeled images as they are, in training mode, and learn from
+    one another's labels on the mixed images; with `mix: none` they learn from what they say of the same
+    images, the labeled ones included. Every pseudo-label counts, however uncertain.
+    """
+
+    needs_unlabeled = True
+    unlabeled_terms: tuple[str, ...] = ("loss_cross",)
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        assert isinstance(config.method, (CPSConfig, PPSConfig))
+        super().__init__(config, num_classes)
+        self.mix = config.method.mix
+        self.second = self.new_network(config, num_classes)
+        self.lambda_cross = (
+            config.method.lambda_cps if isinstance(config.method, CPSConfig) else config.method.lambda_cross
+        )
+
+    def learners(self) -> list[SegmentationNetwork]:
+        """Both networks."""
+        return [self.student, self.second]
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The first one counts."""
+        return {"student": self.student, "second": self.second}
+
+    def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """L_s and the cross supervision of both networks."""
+        image, targets = self.mixed(batch)
+        outputs = self.student_passes(batch, image)
+        supervised = self.supervised(batch, outputs)
+        cross = self.cross_supervision(batch, outputs, targets)
+        return {
+            "loss": supervised + self.lambda_cross * cross,
+            "loss_supervised": supervised,
+            "loss_cross": cross,
+        }
+
+    def scores(self, output: NetworkOutput) -> Tensor:
+        """What pseudo-labels are read from and learned by: [B, categories, h, w]."""
+        return output.logits
+
+    def mixed(self, batch: Batch) -> tuple[Tensor, list[Tensor] | None]:
+        """The unlabeled images as the networks learn from them, and each network's labels of them.
+
+        With `mix: none` there are no labels yet: they come from the pass that learns.
+        """
+        assert batch.unlabeled_image is not None
+        assert batch.inside is not None
+        assert batch.strong is not None
+        weak = batch.unlabeled_image
+        if self.mix == "none":
+            return weak, None
+        targets = []
+        image = weak
+        with torch.no_grad():
+            for network in self.learners():
+                with part("teacher"):
+                    output = network(self.normalize(weak), representations=False)
+                    label, confidence = pseudo_label(self.scores(output), weak.shape[-2:])
+                    label = label.masked_fill(~batch.inside, IGNORE)
+                with part("strong augmentation"):
+                    # The boxes depend on the draws alone: both networks see the same image.
+                    image, label, _ = mix(weak, label, confidence, batch.strong, "cutmix")
+                targets.append(label)
+        return image, targets
+
+    def student_passes(self, batch: Batch, unlabeled_image: Tensor) -> list[NetworkOutput]:
+        """Both networks on labeled and unlabeled images together."""
+        image = self.normalize(torch.cat([batch.labeled_image, unlabeled_image]))
+        with part("student"):
+            return [network(image, representations=False) for network in self.learners()]
+
+    def supervised(self, batch: Batch, outputs: list[NetworkOutput]) -> Tensor:
+        """L_s, summed over the networks."""
+        counts = start_counting(batch.label)
+        labeled = len(batch.label)
+        with part("losses"):
+            terms = [
+                supervised_loss(output.logits[:labeled], batch.label, counts=counts()) for output in outputs
+            ]
+            return torch.stack(terms).sum()
+
+    def cross_supervision(
+        self, batch: Batch, outputs: list[NetworkOutput], targets: list[Tensor] | None
+    ) -> Tensor:
+        """L_cps: each network's cross-entropy with the other's labels, summed over both."""
+        labeled = len(batch.label)
+        scores = [self.scores(output) for output in outputs]
+        with part("losses"):
+            if targets is not None:
+                return self._crossed([score[labeled:] for score in scores], targets)
+            assert batch.inside is not None
+            # A labeled image's border is ignored, too.
+            inside = torch.cat([batch.label != IGNORE, batch.inside])
+            with torch.no_grad():
+                said = [
+                    pseudo_label(score, inside.shape[-2:])[0].masked_fill(~inside, IGNORE) for score in scores
+                ]
+            rows = (slice(None, labeled), slice(labeled, None))
+            parts = [
+                self._crossed([score[row] for score in scores], [label[row] for label in said])
+                for row in rows
+            ]
+            return parts[0] + parts[1]
+
+    def _crossed(self, scores: list[Tensor], targets: list[Tensor]) -> Tensor:
+        # Both networks' labels are ignored at the same pixels.
+        counts = start_counting(targets[0])
+        return supervised_loss(scores[0], targets[1], counts=counts()) + supervised_loss(
+            scores[1], targets[0], counts=counts()
+        )
