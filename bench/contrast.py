@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,10 @@ def _case(
     virtual: int, sizes: Sizes, options: Options, batch: Batch, inputs: list[tuple[Tensor, ...]]
 ) -> Case:
     amounts = sizes.classes, sizes.anchors, sizes.negatives, virtual
-    own, shared = _module(sizes, virtual, 1, options), _module(sizes, virtual, SHARE, options)
+    # Local prototypes: no state, hence the same in every call.
+    settings: dict[str, Any] = {"prototype": "local", "virtual_negatives": virtual}
+    own = contrast_module(sizes, options.device, **settings)
+    shared = contrast_module(sizes, options.device, share=SHARE, **settings)
 
     def loop(mu: Tensor, var: Tensor, *others: Tensor) -> Tensor:
         label, valid, confidence, _ = others
@@ -113,8 +117,8 @@ def _case(
     )
 
 
-def _module(sizes: Sizes, virtual: int, share: int, options: Options) -> ProbabilisticContrast:
-    """Local prototypes: no state, hence the same in every call."""
+def contrast_module(sizes: Sizes, device: str, **arguments: Any) -> ProbabilisticContrast:
+    """With the benchmarks' settings; `arguments` add to them."""
     settings = baselines.SETTINGS
     return ProbabilisticContrast(
         sizes.classes,
@@ -122,14 +126,12 @@ def _module(sizes: Sizes, virtual: int, share: int, options: Options) -> Probabi
         tau=settings.tau,
         num_anchors=sizes.anchors,
         num_negatives=sizes.negatives,
-        share=share,
         delta_s=DELTA_S,
         reduction=settings.reduction,
         normalize=settings.normalize,
-        prototype="local",
-        virtual_negatives=virtual,
         beta=settings.beta,
-    ).to(options.device)
+        **arguments,
+    ).to(device)
 
 
 def _work(sizes: Sizes, dtype: torch.dtype, batch: Batch, share: int) -> dict[str, Work]:

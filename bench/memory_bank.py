@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import baselines, machine
+from bench import machine
 from bench.case import CONTRAST_SIZES, Options, Sizes
+from bench.contrast import contrast_module
 from bench.harness import milliseconds, percentile
-from bench.inputs import DELTA_S, Batch, batches
+from bench.inputs import Batch, batches
 from bench.memory import Meter, tensor_bytes
 from bench.run import write_result
 from prcl_fast.cli.tables import print_table
@@ -61,7 +62,10 @@ def measure(sizes: Sizes, size: str, device: str, rounds: int) -> dict[str, Any]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     (batch, *_) = batches(sizes, Options(size, device, dtype, "coherent"))
     mu, var = batch.mu.requires_grad_(), batch.var.requires_grad_()
-    modules = {name: _module(sizes, device, **arguments) for name, arguments in CANDIDATES.items()}
+    modules = {
+        name: contrast_module(sizes, device, prototype="global", **arguments)
+        for name, arguments in CANDIDATES.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in modules}
     peaks = {name: _peak(module, mu, var, batch, device) for name, module in modules.items()}
     for _ in range(rounds):
@@ -83,23 +87,6 @@ def measure(sizes: Sizes, size: str, device: str, rounds: int) -> dict[str, Any]
             for name, module in modules.items()
         },
     }
-
-
-def _module(sizes: Sizes, device: str, **arguments: int) -> ProbabilisticContrast:
-    settings = baselines.SETTINGS
-    return ProbabilisticContrast(
-        sizes.classes,
-        sizes.dim,
-        tau=settings.tau,
-        num_anchors=sizes.anchors,
-        num_negatives=sizes.negatives,
-        delta_s=DELTA_S,
-        reduction=settings.reduction,
-        normalize=settings.normalize,
-        prototype="global",
-        beta=settings.beta,
-        **arguments,
-    ).to(device)
 
 
 def _call(module: ProbabilisticContrast, mu: Tensor, var: Tensor, batch: Batch) -> tuple[Tensor, ...]:

@@ -122,6 +122,12 @@ class ModelConfig(Section):
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet101"
     stem: Literal["plain", "deep"] = "plain"
     output_stride: Literal[8, 16] = 16
+    base_width: int = Field(
+        64,
+        ge=8,
+        description="Channels of the backbone's first stage: 64 in the published networks, less for small "
+        "images and machines (without their weights).",
+    )
     width: int = Field(256, ge=16, description="Channels of the decoder.")
     dim: int = Field(256, ge=2, description="D, channels of the representation.")
     weights: PathString | None = Field(

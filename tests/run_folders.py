@@ -1,4 +1,4 @@
-"""Run folders without training: checkpoints, made-up metrics, and a disk that is full."""
+"""Run folders: their final states compared; and some without training: checkpoints, metrics, a full disk."""
 
 from __future__ import annotations
 
@@ -95,3 +95,19 @@ def write_metrics(folder: Path, method: str, steps: int = 40) -> None:
             records.append(record | {"iou": {"disc": 50 * t, "square": None}})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def final_state(output: Path) -> dict:
+    state = load_checkpoint(output / "last.pt")
+    return {key: state[key] for key in ("method", "optimizer", "iteration")}
+
+
+def same_state(a: object, b: object) -> bool:
+    """Bitwise equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

@@ -27,7 +27,7 @@ class SmallBackbone(nn.Sequential):
 
     low_channels, out_channels = 16, 32
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         channels = (3, 16, self.low_channels, 32, self.out_channels)
         super().__init__(
             *(

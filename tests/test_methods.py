@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import tiny_tree
 from rich.console import Console
+from run_folders import final_state, same_state
 from stub_networks import small_backbones
 
 from prcl_fast.config import Config, parse_config
 from prcl_fast.data.batches import Batch
-from prcl_fast.engine.checkpoint import load_checkpoint
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 
@@ -85,22 +85,6 @@ def test_every_method_learns_in_thirty_steps(tmp_path: Path, method: dict[str, A
     results = evaluate(networks, trainer.source, config.data, config.eval, CPU)
     assert results.keys() == networks.keys() >= {"student"}
     assert all(result.confusion.sum() > 0 and 0 < result.miou < 100 for result in results.values())
-
-
-def same_state(a: object, b: object) -> bool:
-    """Bitwise equality of nested states."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def final_state(output: Path) -> dict[str, Any]:
-    state = load_checkpoint(output / "last.pt")
-    return {key: state[key] for key in ("method", "optimizer", "iteration")}
 
 
 @pytest.mark.parametrize(

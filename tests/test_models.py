@@ -198,6 +198,19 @@ def test_network_output_has_a_quarter_of_any_size(backbone, output_stride, size)
     assert output.mu.shape == output.var.shape == (2, 24, h, w)
 
 
+@pytest.mark.parametrize(("depth", "stem"), [(18, "plain"), (50, "deep")])
+def test_a_narrow_backbone_has_every_width_in_proportion(depth: int, stem: str) -> None:
+    whole, narrow = ResNet(depth, stem).state_dict(), ResNet(depth, stem, base_width=16).state_dict()
+    assert whole.keys() == narrow.keys()
+    for name, tensor in whole.items():
+        shape = [
+            size if size in (1, 3, 7) and place else size // 4 for place, size in enumerate(tensor.shape)
+        ]
+        assert list(narrow[name].shape) == shape, name
+    low, high = ResNet(depth, stem, base_width=16)(torch.randn(2, 3, 64, 48))
+    assert (low.shape[1], high.shape[1]) == ((16, 128) if depth == 18 else (64, 512))
+
+
 def test_training_on_a_single_image_works():
     output = small_network()(torch.randn(1, 3, 45, 33))
     assert all(part.isfinite().all() for part in (output.logits, output.mu, output.var))

@@ -19,6 +19,7 @@ import torch
 import yaml
 from conftest import tiny_tree
 from rich.console import Console
+from run_folders import final_state, same_state
 
 from prcl_fast.config import Config, dump_config, override_config, parse_config
 from prcl_fast.data.batches import Batch
@@ -35,22 +36,6 @@ QUIET = Console(quiet=True)
 
 def run(config: Config) -> dict:
     return Trainer(config, QUIET).run()
-
-
-def same_state(a: object, b: object) -> bool:
-    """Bitwise equality of nested states."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def final_state(output: Path) -> dict:
-    state = load_checkpoint(output / "last.pt")
-    return {key: state[key] for key in ("method", "optimizer", "iteration")}
 
 
 def records(output: Path, kind: str) -> list[dict]:

@@ -49,6 +49,7 @@ class SegmentationNetwork(nn.Module):
         backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
         stem: "plain" or "deep".
         output_stride: 8 or 16.
+        base_width: channels of the backbone's first stage.
         num_classes: channels of the logits.
         width: channels of the decoder and of the heads' hidden layer.
         representation_dim: D, the dimension of the latent space; None builds no representation head.
@@ -68,6 +69,7 @@ class SegmentationNetwork(nn.Module):
         stem: str = "plain",
         output_stride: int = 16,
         *,
+        base_width: int = 64,
         num_classes: int,
         width: int = 256,
         representation_dim: int | None = None,
@@ -81,7 +83,7 @@ class SegmentationNetwork(nn.Module):
         if probability and representation_dim is None:
             raise InputError("probability: a probability head needs a representation_dim")
         self.num_classes = num_classes
-        self.backbone = ResNet(DEPTHS[backbone], stem, output_stride)
+        self.backbone = ResNet(DEPTHS[backbone], stem, output_stride, base_width=base_width)
         self.decoder = DeepLabDecoder(
             self.backbone.low_channels, self.backbone.out_channels, output_stride, width
         )
@@ -172,6 +174,7 @@ def build_network(
         model.backbone,
         model.stem,
         model.output_stride,
+        base_width=model.base_width,
         num_classes=num_classes,
         width=model.width,
         representation_dim=model.dim if representation else None,

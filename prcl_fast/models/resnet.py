@@ -93,6 +93,7 @@ class ResNet(nn.Module):
         depth: 18, 34, 50 or 101.
         stem: "plain" (7x7 convolution) or "deep" (three 3x3 convolutions, 128 channels).
         output_stride: 8 or 16.
+        base_width: channels of the first stage, 64 in the published networks; everything is in proportion.
 
     Attributes:
         low_channels, out_channels: channels of the two maps that `forward` returns.
@@ -101,7 +102,9 @@ class ResNet(nn.Module):
         InputError: an argument is none of the values above.
     """
 
-    def __init__(self, depth: int, stem: str = "plain", output_stride: int = 16) -> None:
+    def __init__(
+        self, depth: int, stem: str = "plain", output_stride: int = 16, *, base_width: int = 64
+    ) -> None:
         super().__init__()
         if depth not in BLOCKS:
             raise InputError(f"depth: {depth} is not one of {sorted(BLOCKS)}")
@@ -111,17 +114,16 @@ class ResNet(nn.Module):
             raise InputError(f"output_stride: {output_stride} is neither 8 nor 16")
         block, repeats = BLOCKS[depth]
 
-        stem_channels = 64 if stem == "plain" else 128
-        self.conv1 = self._stem(stem)
+        stem_channels = base_width if stem == "plain" else 2 * base_width
+        self.conv1 = self._stem(stem, base_width)
         self.bn1 = nn.BatchNorm2d(stem_channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
         stages: list[nn.Sequential] = []
         in_channels, previous_dilation = stem_channels, 1
-        settings = zip(
-            (64, 128, 256, 512), repeats, STRIDES[output_stride], DILATIONS[output_stride], strict=True
-        )
+        widths = [base_width << stage for stage in range(4)]
+        settings = zip(widths, repeats, STRIDES[output_stride], DILATIONS[output_stride], strict=True)
         for channels, repeat, stride, dilation in settings:
             blocks: list[nn.Module] = [block(in_channels, channels, stride, previous_dilation, dilation)]
             in_channels, previous_dilation = channels * block.expansion, dilation
@@ -129,22 +131,22 @@ class ResNet(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
 
-        self.low_channels = 64 * block.expansion
-        self.out_channels = 512 * block.expansion
+        self.low_channels = widths[0] * block.expansion
+        self.out_channels = widths[-1] * block.expansion
         self._initialise()
 
     @staticmethod
-    def _stem(stem: str) -> nn.Module:
+    def _stem(stem: str, width: int) -> nn.Module:
         if stem == "plain":
-            return nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+            return nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         return nn.Sequential(
-            Conv3x3(3, 64, stride=2),
-            nn.BatchNorm2d(64),
+            Conv3x3(3, width, stride=2),
+            nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
-            Conv3x3(64, 64),
-            nn.BatchNorm2d(64),
+            Conv3x3(width, width),
+            nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
-            Conv3x3(64, 128),
+            Conv3x3(width, 2 * width),
         )
 
     def _initialise(self) -> None:
