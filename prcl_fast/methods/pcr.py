@@ -81,7 +81,7 @@ class PCR(MeanTeacher):
             )
             size = scores.shape[-2:]
             label = at_resolution(torch.cat([batch.label, unlabeled.label]), size)
-            certain = torch.ones_like(batch.label, dtype=torch.float32)
+            certain = torch.full_like(batch.label, 2.0, dtype=torch.float32)  # above every threshold
             confidence = at_resolution(torch.cat([certain, unlabeled.confidence]), size)
             valid = (label != IGNORE) & (confidence > self.pcr.delta_u)
             self.predictor.update(features.detach(), label, valid)
