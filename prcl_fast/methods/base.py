@@ -96,6 +96,10 @@ class Method(nn.Module):
     def supervised_losses(self, batch: Batch) -> dict[str, Tensor]:
         """L_s alone, eq. (13), and zeros for the other terms."""
         _, loss = self.supervised_pass(batch)
+        return self.supervised_terms(loss)
+
+    def supervised_terms(self, loss: Tensor) -> dict[str, Tensor]:
+        """The terms of a step of the warm-up whose L_s is `loss`."""
         zero = torch.zeros_like(loss.detach())
         return {"loss": loss, "loss_supervised": loss} | dict.fromkeys(self.unlabeled_terms, zero)
 

@@ -96,8 +96,7 @@ class PCR(MeanTeacher):
         (output,), loss = self.supervised_pass(batch)
         label = at_resolution(batch.label, output.logits.shape[-2:])
         self.samples.add(output.features.detach(), label, label != IGNORE, batch.seed)
-        zero = torch.zeros_like(loss.detach())
-        return {"loss": loss, "loss_supervised": loss} | dict.fromkeys(self.unlabeled_terms, zero)
+        return self.supervised_terms(loss)
 
     @torch.no_grad()
     def _make_prototypes(self) -> None:
