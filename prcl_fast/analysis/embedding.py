@@ -14,6 +14,7 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.engine.inference import inference
 from prcl_fast.errors import InputError
+from prcl_fast.methods import resolution
 
 Progress = Callable[[int, int], None]
 MU, FEATURES = "mu", "features"
@@ -154,11 +155,7 @@ def embed(
 
 def at_resolution(full: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """[H, W] -> [h, w]: the value at the pixel nearest to each aligned-corner position, as in training."""
-    rows, columns = (
-        torch.linspace(0, length - 1, count).round().long().numpy()
-        for length, count in zip(full.shape, size, strict=True)
-    )
-    return full[rows[:, None], columns]
+    return resolution.at_resolution(torch.from_numpy(full)[None], torch.Size(size))[0].numpy()
 
 
 def _pixels(image: np.ndarray, config: Config, device: torch.device) -> Tensor:
