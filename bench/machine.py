@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from prcl_fast import __version__
+from prcl_fast.analysis.provenance import commit, cpu_name
 from prcl_fast.data.atomic import write_text
 from prcl_fast.memory import available_memory
 from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
 
 _SHARE_OF_MEMORY = 0.7
-_SOURCES = Path(__file__).resolve().parent.parent
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -41,28 +41,16 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": package_version("triton"),
         "prcl_fast": __version__,
-        "commit": commit(),
+        # PRCL_COMMIT says it for a copy without git.
+        "commit": commit() or os.environ.get("PRCL_COMMIT", "unknown"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
-def commit() -> str:
-    """Of the sources, with -dirty where they were changed; PRCL_COMMIT says it for a copy without git."""
-    text = output("git", "-C", str(_SOURCES), "describe", "--always", "--dirty", "--exclude=*").strip()
-    return text or os.environ.get("PRCL_COMMIT", "unknown")
-
-
 def driver() -> str:
     lines = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
     return lines[0] if lines else "unknown"
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def package_version(name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 from sklearn.metrics import davies_bouldin_score, roc_auc_score, silhouette_score
 
 DEFINITIONS = {
@@ -89,17 +90,13 @@ def variance_auroc(variance: np.ndarray, wrong: np.ndarray) -> float | None:
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 for the smallest value; equal values share their mean rank, nan stays nan: [n] -> [n]."""
-    result = np.full(len(values), np.nan)
-    known = ~np.isnan(values)
-    _, place, counts = np.unique(values[known], return_inverse=True, return_counts=True)
-    result[known] = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return result
+    return np.asarray(stats.rankdata(values, nan_policy="omit"))
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
     """Spearman's rho over the entries that both have; None for fewer than three, or if one is constant."""
     known = ~np.isnan(first) & ~np.isnan(second)
-    a, b = ranks(first[known]), ranks(second[known])
+    a, b = first[known], second[known]
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(np.corrcoef(a, b)[0, 1])
+    return float(stats.spearmanr(a, b).statistic)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prcl_fast.analysis.embedding import DrawnPixels, Embedding
 from prcl_fast.config_methods import MethodConfig, PRCLConfig
-from prcl_fast.ops import PrototypeStatistics, Purpose, philox_normal, prototype_statistics
+from prcl_fast.losses import contrast
+from prcl_fast.ops import PrototypeStatistics, prototype_statistics
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,11 @@ def pixel_prototypes(embedding: Embedding, drawn: DrawnPixels, num_classes: int)
 
 
 def virtual_negatives(prototypes: Prototypes, method: MethodConfig, seed: int) -> np.ndarray | None:
-    """[C, V, D], eq. (10): mu_c + beta * eps * s_c, nan for a class without prototype; None without any."""
+    """[C, V, D]: as the run draws them; nan for a class without prototype, None without V."""
     if not isinstance(method, PRCLConfig) or not method.virtual_negatives:
         return None
     statistics = prototypes.statistics
-    mean, variance = statistics.mean[:, None].double(), statistics.variance[:, None].double()
-    shape = (mean.shape[0], method.virtual_negatives, mean.shape[2])
-    noise = philox_normal(torch.tensor([seed, 0]), shape, Purpose.VIRTUAL_NEGATIVES)
-    known = (statistics.count > 0)[:, None, None]
-    return torch.where(known, mean + method.beta * noise * variance, torch.nan).numpy()
+    drawn = contrast.virtual_negatives(
+        statistics, method.virtual_negatives, method.beta, torch.tensor([seed, 0])
+    )
+    return torch.where((statistics.count > 0)[:, None, None], drawn.double(), torch.nan).numpy()

@@ -24,22 +24,25 @@ def provenance() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "gpus": [torch.cuda.get_device_name(index) for index in range(gpus)],
         },
-        "commit": _commit(Path(__file__)),
+        "commit": commit(),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model as the system names it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit(file: Path) -> str | None:
+def commit() -> str | None:
+    """Of the sources, with -dirty where they were changed; None where the package is in no git checkout."""
+    file = Path(__file__)
     # An environment inside another project's checkout would give that project's commit.
     if not _git(file.parent, "ls-files", file.name):
         return None

@@ -208,7 +208,9 @@ class ProbabilisticContrast(nn.Module):
                     self.num_negatives,
                     seed,
                 )
-                virtual_mu = self._virtual_negatives(positive, seed)
+                virtual_mu = None
+                if self.virtual_negatives:
+                    virtual_mu = virtual_negatives(positive, self.virtual_negatives, self.beta, seed)
                 if self.bank is not None:
                     self.bank.add(mu, label, valid, seed)
                     virtual_mu = self.bank.draw(self.bank_negatives, seed)
@@ -273,15 +275,6 @@ class ProbabilisticContrast(nn.Module):
         probability = torch.softmax((score / self.tau).masked_fill(~allowed, -torch.inf), dim=1)
         return torch.where(allowed, probability, 0.0)
 
-    def _virtual_negatives(self, positive: PrototypeStatistics, seed: Tensor) -> Tensor | None:
-        """[C, V, D], eq. (10): mu_c + beta * eps * s_c, eps ~ N(0, I); s_c is the variance, as there."""
-        if not self.virtual_negatives:
-            return None
-        mean = positive.mean[:, None]
-        variance = torch.where(positive.count[:, None] > 0, positive.variance, 0.0)[:, None]
-        shape = (self.num_classes, self.virtual_negatives, mean.shape[-1])
-        return mean + self.beta * philox_normal(seed, shape, Purpose.VIRTUAL_NEGATIVES) * variance
-
     @torch.no_grad()
     def _record(self, loss: Tensor, batch: _Total, negatives: Tensor, before: Tensor | None) -> None:
         """Fills `diagnostics` with tensors on the device; nothing waits for them.
@@ -309,6 +302,25 @@ class ProbabilisticContrast(nn.Module):
         if before is not None and after is not None:
             shift = F.normalize(after, dim=1) - F.normalize(before, dim=1)
             self.diagnostics["prototype_shift"] = shift.norm(dim=1)
+
+
+def virtual_negatives(prototypes: PrototypeStatistics, number: int, beta: float, seed: Tensor) -> Tensor:
+    """Draws from the prototypes' distributions, IJCV eq. (10): mu_c + beta * eps * s_c, eps ~ N(0, I).
+
+    s_c is the variance, as there. A class without pixels has a variance of 0.
+
+    Args:
+        prototypes: of C classes, D dimensions.
+        number: V, per class.
+        beta: spread.
+        seed: int64 [2] = (seed, step), on the prototypes' device.
+    Returns:
+        [C, V, D], dtype of the prototypes' means.
+    """
+    mean = prototypes.mean[:, None]
+    variance = torch.where(prototypes.count[:, None] > 0, prototypes.variance, 0.0)[:, None]
+    noise = philox_normal(seed, (mean.shape[0], number, mean.shape[2]), Purpose.VIRTUAL_NEGATIVES)
+    return mean + beta * noise * variance
 
 
 @dataclass(frozen=True)
