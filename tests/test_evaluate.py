@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,13 @@ from torch import nn
 from prcl_fast.config import DataConfig, EvalConfig
 from prcl_fast.data.source import Split
 from prcl_fast.engine.evaluate import Evaluation, evaluate, format_table
-from prcl_fast.engine.inference import inference_settings, logits_of, variance_of, window_starts
+from prcl_fast.engine.inference import (
+    inference_settings,
+    logits_of,
+    segmentation_of,
+    variance_of,
+    window_starts,
+)
 from prcl_fast.errors import InputError
 
 CPU = torch.device("cpu")
@@ -312,6 +319,34 @@ def test_logits_are_upsampled_with_aligned_corners_in_float32():
     assert result.dtype == torch.float32
     grid = torch.arange(5) / 4
     torch.testing.assert_close(result[0, 0], 2 * grid[:, None] + grid[None])
+
+
+@pytest.mark.parametrize("average", ["logits", "softmax"])
+@pytest.mark.parametrize(
+    "views",
+    [
+        {},
+        {"scales": [0.5]},
+        {"flip": True},
+        {"scales": [0.5, 1.5]},
+        {"mode": "sliding", "window": [4, 4], "batch": 3},
+    ],
+)
+def test_segmentation_is_the_highest_of_the_scores(average: str, views: dict[str, Any]) -> None:
+    class Random(nn.Module):
+        def forward(self, x: torch.Tensor, representations: bool = True) -> types.SimpleNamespace:
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(5, 3, 2, 2, generator=generator)
+            return types.SimpleNamespace(logits=torch.nn.functional.conv2d(x, weight, stride=2))
+
+    x = torch.rand(2, 3, 10, 12, generator=torch.Generator().manual_seed(1))
+    settings = EvalConfig(average=average, **views)
+    scores = logits_of(Random(), x, settings)
+    found = segmentation_of(Random(), x, settings)
+    assert (found.num_classes, found.label.dtype) == (5, torch.uint8)
+    torch.testing.assert_close(found.label.long(), scores.argmax(1))
+    probability = scores if average == "softmax" else scores.softmax(1)
+    torch.testing.assert_close(found.confidence, probability.amax(1))
 
 
 def test_variance_is_none_without_a_probability_head_and_averages_windows_with_one():

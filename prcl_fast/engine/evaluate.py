@@ -17,7 +17,7 @@ from prcl_fast.config import DataConfig, EvalConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.distributed import rank, summed, world_size
-from prcl_fast.engine.inference import inference, inference_settings, logits_of
+from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.errors import InputError
 
 # Images of equal size share a batch if they lie in one run of this many batches. Processes take such runs in
@@ -101,12 +101,12 @@ def evaluate(
             pixels = normalize(pixels, data.mean, data.std)
             truth = torch.from_numpy(labels).to(device)
             for name, network in networks.items():
-                scores = logits_of(network, pixels, settings)
-                if scores.shape[1] != classes:
+                found = segmentation_of(network, pixels, settings)
+                if found.num_classes != classes:
                     raise InputError(
-                        f"network {name}: it has {scores.shape[1]} classes, the data have {classes}"
+                        f"network {name}: it has {found.num_classes} classes, the data have {classes}"
                     )
-                counts[name] += _confusion(truth, scores.argmax(dim=1), classes)
+                counts[name] += _confusion(truth, found.label, classes)
             done += len(images)
             if progress is not None:
                 progress(done, sum(map(len, runs)))

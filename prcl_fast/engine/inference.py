@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from prcl_fast.config import DataConfig, EvalConfig
 from prcl_fast.device import autocast
+from prcl_fast.ops import pseudo_label
 
 
 def inference_settings(settings: EvalConfig, data: DataConfig) -> EvalConfig:
@@ -54,6 +56,37 @@ def inference(networks: Iterable[nn.Module], device: torch.device, amp: str) -> 
             module.training = training
 
 
+class Segmentation(NamedTuple):
+    """The class of every pixel."""
+
+    label: Tensor  # uint8 [B, H, W]
+    confidence: Tensor  # float32 [B, H, W], the largest class probability
+    num_classes: int
+
+
+def segmentation_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Segmentation:
+    """The class with the highest score of `logits_of`, pixel by pixel.
+
+    One view of the whole image, the common case, never has scores at the image's size.
+
+    Args:
+        network, image, settings: as in `logits_of`.
+    """
+    size = (image.shape[2], image.shape[3])
+    views = _views(settings)
+    if settings.mode != "sliding" and len(views) == 1:
+        view = _scaled(image, views[0][0]).contiguous(memory_format=torch.channels_last)
+        logits = network(view, representations=False).logits
+        label, confidence = pseudo_label(logits, size)
+        return Segmentation(label, confidence, logits.shape[1])
+    scores = logits_of(network, image, settings)
+    if settings.average == "softmax":
+        confidence, label = scores.max(dim=1)
+        return Segmentation(label.to(torch.uint8), confidence, scores.shape[1])
+    label, confidence = pseudo_label(scores, size)
+    return Segmentation(label, confidence, scores.shape[1])
+
+
 def logits_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor:
     """Class scores of every pixel, averaged over windows, scales and the mirror image.
 
@@ -73,14 +106,10 @@ def logits_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor
         return logits.softmax(dim=1) if settings.average == "softmax" else logits
 
     size = (image.shape[2], image.shape[3])
-    views = [
-        (scale, flip) for scale in settings.scales for flip in ((False, True) if settings.flip else (False,))
-    ]
+    views = _views(settings)
     total: Tensor | None = None
     for scale, flip in views:
-        view = image
-        if scale != 1.0:
-            view = _upsample(view, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
+        view = _scaled(image, scale)
         if flip:
             view = view.flip(3)
         result = _dense(scores, view, size, settings)
@@ -122,6 +151,19 @@ def window_starts(size: int, window: int, stride: float) -> list[int]:
         return [0]
     step = max(1, math.ceil(window * stride))
     return [min(step * i, size - window) for i in range(math.ceil((size - window) / step) + 1)]
+
+
+def _views(settings: EvalConfig) -> list[tuple[float, bool]]:
+    """(scale, whether mirrored) of each view of an image."""
+    flips = [False, True] if settings.flip else [False]
+    return [(scale, flip) for scale in settings.scales for flip in flips]
+
+
+def _scaled(image: Tensor, scale: float) -> Tensor:
+    if scale != 1.0:
+        height, width = image.shape[2:]
+        image = _upsample(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+    return image
 
 
 def _dense(

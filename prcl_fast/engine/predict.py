@@ -21,7 +21,7 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.images import IMAGE_SUFFIXES, read_image, save_index_png
 from prcl_fast.distributed import rank, world_size
 from prcl_fast.engine.checkpoint import LoadedRun
-from prcl_fast.engine.inference import inference, inference_settings, logits_of, variance_of
+from prcl_fast.engine.inference import inference, inference_settings, segmentation_of, variance_of
 from prcl_fast.errors import InputError
 
 VARIANCE_COLOURS = "viridis"
@@ -56,13 +56,11 @@ def predict_image(network: nn.Module, image: np.ndarray, config: Config, device:
     with inference([network], device, config.train.amp):
         pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float().div_(255)
         pixels = normalize(pixels, config.data.mean, config.data.std)
-        scores = logits_of(network, pixels, settings)
-        probability = scores if settings.average == "softmax" else scores.softmax(dim=1)
-        confidence, label = probability[0].max(dim=0)
+        found = segmentation_of(network, pixels, settings)
         variance = variance_of(network, pixels, settings)
     return Prediction(
-        label.to(torch.uint8).cpu().numpy(),
-        confidence.cpu().numpy(),
+        found.label[0].cpu().numpy(),
+        found.confidence[0].cpu().numpy(),
         None if variance is None else variance[0].cpu().numpy(),
     )
 
