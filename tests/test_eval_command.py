@@ -42,6 +42,21 @@ def test_last_line_is_json_with_the_exact_digits_of_evaluate(run, capsys):
     assert all(name in printed.err for name in (*source.classes, "mean", "teacher", "student"))
 
 
+def test_subset_chooses_the_images(run, capsys):
+    loaded = load_run(run, CPU)
+    source = build_source(loaded.config.data)
+    expected = evaluate(
+        loaded.networks, source, loaded.config.data, loaded.config.eval, CPU, subset="unlabeled"
+    )
+    evaluate_command(run, subset="unlabeled", device="cpu")
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert summary["miou"] == expected["teacher"].miou
+    assert (summary["subset"], summary["images"]) == ("unlabeled", len(source.splits["unlabeled"].names))
+    with pytest.raises(InputError, match=r"subset: 'unlabelled' is not one of .*did you mean unlabeled"):
+        evaluate_command(run, subset="unlabelled")
+
+
 def test_overrides_reach_the_evaluation_and_nothing_else_changes(run, capsys, monkeypatch):
     seen = []
 

@@ -48,7 +48,6 @@ from prcl_fast.data.source import Source, build_source
 from prcl_fast.engine.checkpoint import LoadedRun, find_checkpoint, load_run
 from prcl_fast.errors import InputError
 
-SUBSETS = ("val", "labeled", "unlabeled")
 LABEL, PREDICTION = "label", "prediction"
 
 

@@ -42,9 +42,10 @@ def analyse_command(
 
     The last line on standard output is one JSON object; analysis.json holds everything.
     """
-    from prcl_fast.analysis.embedding_report import LABEL, PREDICTION, SUBSETS, Question, write_analysis
+    from prcl_fast.analysis.embedding_report import LABEL, PREDICTION, Question, write_analysis
     from prcl_fast.cli.choices import check_known
     from prcl_fast.cli.tables import counting
+    from prcl_fast.data.source import SUBSETS
     from prcl_fast.device import choose_device
 
     check_known("subset", [subset], SUBSETS)

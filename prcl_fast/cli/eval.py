@@ -25,6 +25,9 @@ def evaluate_command(
             help="Values of data.*, eval.*, train.amp or train.threads that replace the run's.",
         ),
     ] = None,
+    subset: Annotated[
+        str, typer.Option(help="val, labeled, or unlabeled: the quality of pseudo-labels, where masks exist.")
+    ] = "val",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Evaluate a run's networks on its validation images, as during training unless overridden.
@@ -33,12 +36,14 @@ def evaluate_command(
     """
     import torch
 
+    from prcl_fast.cli.choices import check_known
     from prcl_fast.cli.session import session
     from prcl_fast.config import override_config
-    from prcl_fast.data.source import build_source
+    from prcl_fast.data.source import SUBSETS, build_source
     from prcl_fast.engine.checkpoint import load_run
     from prcl_fast.engine.evaluate import evaluate, format_table
 
+    check_known("subset", [subset], SUBSETS)
     with session(lambda: _check_overrides(overrides or ()), lambda _: device) as here:
         console = here.console
         loaded = load_run(run, here.device)
@@ -57,17 +62,18 @@ def evaluate_command(
                 config.data,
                 config.eval,
                 here.device,
+                subset=subset,
                 amp=config.train.amp,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         seconds = time.monotonic() - started
         main = next(iter(results.values()))
         if not main.confusion.any():
-            raise InputError("data.val: no pixel of these images has a label")
-        split = source.splits["val"]
+            raise InputError(f"data.{subset}: no pixel of these images has a label")
+        split = source.splits[subset]
         console.print(
-            f"{loaded.path}, iteration {loaded.iteration}: val, {len(split.names)} images, {split.family}, "
-            f"list {split.fingerprint}, mode {config.eval.mode}",
+            f"{loaded.path}, iteration {loaded.iteration}: {subset}, {len(split.names)} images, "
+            f"{split.family}, list {split.fingerprint}, mode {config.eval.mode}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -79,6 +85,7 @@ def evaluate_command(
             "iterations": loaded.iteration,
             "seconds": round(seconds, 1),
             "output": str(loaded.path),
+            "subset": subset,
             "mode": config.eval.mode,
             "images": len(split.names),
             "iou": main.iou_by_class(source.classes),

@@ -13,13 +13,19 @@ import numpy as np
 from prcl_fast.config import DataConfig
 from prcl_fast.data.images import check_pair, image_size, read_image
 from prcl_fast.data.labels import LabelDecoder
-from prcl_fast.data.splits import Entry, Split, SplitFile, check_disjoint, make_split, read_split
+from prcl_fast.data.splits import (
+    SUBSETS,
+    Entry,
+    Split,
+    SplitFile,
+    check_disjoint,
+    make_split,
+    read_split,
+)
 from prcl_fast.errors import InputError
 from prcl_fast.regular_file import read_text
 
 _MAX_BYTES = 2**20
-
-SUBSETS = ("labeled", "unlabeled", "val")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from prcl_fast.config import DataConfig
 from prcl_fast.data.cityscapes import build_cityscapes
 from prcl_fast.data.folder import build_folder
 from prcl_fast.data.labels import IGNORE
-from prcl_fast.data.splits import Split
+from prcl_fast.data.splits import SUBSETS, Split
 from prcl_fast.data.voc import build_voc
 
-__all__ = ["IGNORE", "Source", "Split", "build_source"]
+__all__ = ["IGNORE", "SUBSETS", "Source", "Split", "build_source"]
 
 
 class Source(Protocol):

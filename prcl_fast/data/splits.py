@@ -28,6 +28,8 @@ from prcl_fast.regular_file import read_text
 
 Form = Literal["ids", "stems", "paths", "pairs", "tabs"]
 
+SUBSETS = ("labeled", "unlabeled", "val")
+
 VOC_ID = re.compile(r"\d{4}_\d{6}")
 CITYSCAPES_ID = re.compile(r"[a-z-]+_\d{6}_\d{6}")
 CITYSCAPES_SUFFIX = "_leftImg8bit"

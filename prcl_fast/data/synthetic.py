@@ -20,11 +20,10 @@ from prcl_fast.config import DataConfig, SyntheticConfig
 from prcl_fast.data.atomic import write_text
 from prcl_fast.data.images import save_index_png
 from prcl_fast.data.scene import CLASSES, render
-from prcl_fast.data.splits import Split, make_split
+from prcl_fast.data.splits import SUBSETS, Split, make_split
 from prcl_fast.data.voc import voc_palette
 from prcl_fast.errors import InputError
 
-SUBSETS = ("labeled", "unlabeled", "val")
 SIDES = (64, 128)  # smallest and largest height and width
 
 
