@@ -138,7 +138,7 @@ def write_cityscapes(root: Path) -> None:
 def small(path: Path, data: list[str], output: Path) -> Config:
     config = load_config(path)
     overrides = [*SMALL, f"output={output}", *data]
-    if config.method.name == "pcr":  # its prototypes come after a supervised step
+    if getattr(config.method, "warmup", 0):  # one supervised step, one of the method
         overrides += ["train.iterations=2", "method.warmup=1"]
     return override_config(config, overrides)
 
