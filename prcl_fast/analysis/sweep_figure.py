@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from prcl_fast.analysis.seed_statistics import Summary
 from prcl_fast.analysis.style import BLUE, GREEN, GREY, ORANGE, RED, new_figure, styled
@@ -15,6 +16,8 @@ from prcl_fast.analysis.style import BLUE, GREEN, GREY, ORANGE, RED, new_figure,
 # So many groups have a look of their own; with more, colours come again on other marks.
 COLOURS = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", GREY, "#000000")
 MARKERS = "os^DvPX"
+# Lines stand beside each other, so that their bars do: points between neighbours, and between the outermost.
+_BESIDE, _ALL_BESIDE = 5.0, 24.0
 _LARGE_RANGE = 6.0  # from here on, the largest to the smallest number: a logarithmic axis
 
 
@@ -40,10 +43,12 @@ def _lines(axes: Sequence[str], numeric: int, means: Mapping[tuple[str, ...], Su
     with styled():
         figure = new_figure(6.2, 3.6 + 0.1 * max(0, len(lines) - 8))
         plot = figure.subplots()
+        step = min(_BESIDE, _ALL_BESIDE / len(lines))
         for index, (label, points) in enumerate(lines.items()):
+            aside = (index - (len(lines) - 1) / 2) * step / 72
             numbers = sorted(points)
             summaries = [points[number] for number in numbers]
-            plot.errorbar(
+            bars = plot.errorbar(
                 numbers,
                 [summary.mean for summary in summaries],
                 yerr=[summary.std or 0.0 for summary in summaries],
@@ -54,6 +59,9 @@ def _lines(axes: Sequence[str], numeric: int, means: Mapping[tuple[str, ...], Su
                 capsize=2.5,
                 label=label,
             )
+            for artist in bars.get_children():
+                shift = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+                artist.set_transform(artist.get_transform() + shift)
         _number_axis(plot, {cell[numeric] for cell in means})
         plot.set_xlabel(axes[numeric])
         plot.set_ylabel("mIoU, %")
