@@ -86,9 +86,10 @@ def test_an_axis_of_numbers_makes_lines_and_others_dots_in_order():
     assert lines["b"].get_xydata()[:, 0].tolist() == [92, 183, 1464]
     assert lines["b"].get_xydata()[0, 1] == pytest.approx(24.2)
     low, high = axes.get_ylim()
-    assert low < 18.2 and high > 162.4  # the bars' ends
-    places = [line.get_transform().transform((183, 30))[0] for line in lines["a"][:1] + lines["b"][:1]]
-    assert places[0] < places[1]  # side by side
+    assert low < 18.2  # the lowest bar's end
+    assert high > 162.4
+    first, second = (lines[name].get_transform().transform((183, 30))[0] for name in "ab")
+    assert first < second  # side by side
     (axes,) = draw_sweep(["K"], {("0",): Summary(1.0, None, 1), ("8",): Summary(2.0, None, 1)}).axes
     assert axes.get_xscale() == "linear"
     cells = {(row, "x"): Summary(mean, 1.0, 2) for row, mean in (("a", 2.0), ("b", 3.0), ("c", 1.0))}
