@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from prcl_fast.config_errors import first_message
-from prcl_fast.config_files import PATH_KEYS, apply_override, read_tree
+from prcl_fast.config_files import PATH_KEYS, apply_override, plain_path, read_tree
 from prcl_fast.config_methods import MethodConfig, PPSConfig, UnlabeledConfig
 from prcl_fast.config_types import Count, Fraction, NonNegative, PathString, Positive, Rgb, Section, Size
 from prcl_fast.errors import InputError
@@ -281,12 +281,12 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """A plain tree of YAML types, paths absolute, that `parse_config` reads back."""
+    """A plain tree of YAML types, paths absolute and without `..`, that `parse_config` reads back."""
     tree = config.model_dump()
     for section, key in (("", "output"), *PATH_KEYS):
         holder = tree[section] if section else tree
         if isinstance(holder[key], Path):
-            holder[key] = str(holder[key].absolute())
+            holder[key] = str(plain_path(holder[key]))
     return tree
 
 

@@ -145,6 +145,22 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
             holder[key] = str(folder / holder[key])
 
 
+def plain_path(path: Path) -> Path:
+    """The same place, absolute and without `..`: one spelling for the files that lie in different folders.
+
+    Symbolic links stay as they are written, except where a `..` follows one: that leads to the parent of its
+    target.
+    """
+    root, *parts = path.absolute().parts
+    plain = Path(root)
+    for part in parts:
+        if part == os.pardir:
+            plain = (plain.resolve() if plain.is_symlink() else plain).parent
+        else:
+            plain /= part
+    return plain
+
+
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prcl_fast.config import config_fingerprint, dump_config, parse_config
+from prcl_fast.config import dump_config, parse_config
 from prcl_fast.data.source import build_source
 from prcl_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from prcl_fast.methods import build_method
@@ -28,7 +28,6 @@ def write_run(folder: Path, tree: dict[str, Any], classes: tuple[str, ...] | Non
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         "config": dump_config(config),
-        "fingerprint": config_fingerprint(config),
         "classes": list(names),
         "palette": np.resize(source.palette, (len(names), 3)).tolist(),
         "iteration": 40,
@@ -44,7 +43,6 @@ def small_state(iteration: int, size: int = 8) -> dict[str, Any]:
     """What a checkpoint must hold, with one tensor of `size` numbers for a method."""
     return {
         "config": {},
-        "fingerprint": "",
         "classes": ["a", "b"],
         "palette": [[0, 0, 0], [1, 1, 1]],
         "iteration": iteration,

@@ -328,6 +328,7 @@ def user(data: DataConfig, shared: Path, subsets: int = 2):
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(shared), settings, str(subsets)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     ) as process:
         lines = []
@@ -347,6 +348,13 @@ def test_a_cache_in_memory_goes_with_its_last_user(data, tmp_path):
         assert other.path.exists()
     assert (builder.process.returncode, other.process.returncode) == (0, 0)
     assert list(other.path.parent.iterdir()) == []
+
+
+def test_the_end_is_quiet_where_the_folder_of_the_cache_is_gone(data, tmp_path):
+    with user(data, tmp_path) as process:
+        shutil.rmtree(process.path.parent)
+        output, _ = process.process.communicate("\n", timeout=60)
+    assert (process.process.returncode, output) == (0, "")
 
 
 def test_what_a_killed_run_left_in_memory_is_used_or_removed(data, tmp_path):

@@ -16,6 +16,7 @@ from prcl_fast.config import (
     override_config,
     parse_config,
 )
+from prcl_fast.config_files import plain_path
 from prcl_fast.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -71,6 +72,31 @@ def test_a_dumped_configuration_reads_back_equal(file: Path) -> None:
     again = parse_config(tree, "again")
     assert config_fingerprint(again) == config_fingerprint(config)
     assert again.data == config.data
+
+
+def test_one_place_has_one_spelling_from_wherever_it_is_named(tmp_path: Path, file: Path) -> None:
+    """The same run from a file of its own and from one in another folder is one configuration."""
+    (tmp_path / "sweeps").mkdir()
+    across = tmp_path / "sweeps" / "run.yaml"
+    across.write_text("base: ../run.yaml\ndata: {root: ../images}\n")
+    beside = tmp_path / "beside.yaml"
+    beside.write_text("base: run.yaml\ndata: {root: images}\n")
+    across_config, beside_config = load_config(across), load_config(beside)
+    assert dump_config(across_config)["data"]["root"] == str(tmp_path / "images")
+    assert config_fingerprint(across_config) == config_fingerprint(beside_config)
+
+
+def test_a_step_up_from_a_symbolic_link_leads_to_the_parent_of_its_target(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "images").mkdir(parents=True)
+    (tmp_path / "disk" / "mask.png").touch()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "images").symlink_to(tmp_path / "disk" / "images")
+    named = tmp_path / "home" / "images" / ".." / "mask.png"
+    assert plain_path(named) == tmp_path / "disk" / "mask.png"
+    assert plain_path(named).samefile(named)
+    kept = tmp_path / "home" / "images" / "a.png"
+    assert plain_path(kept) == kept  # a link may be turned to another disk
+    assert plain_path(Path("/../etc")) == Path("/etc")
 
 
 def test_the_fingerprint_sees_what_shapes_the_result_and_nothing_else(file: Path) -> None:

@@ -6,7 +6,7 @@ import atexit
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Of each file in use: the descriptor that holds a shared lock on it, and the process that opened it.
@@ -95,8 +95,8 @@ def _acquired(path: Path, mode: int) -> int | None:
 def _end_use() -> None:
     for path, (descriptor, process) in list(_in_use.items()):
         if process == os.getpid():
-            fcntl.flock(
-                descriptor, fcntl.LOCK_UN
-            )  # closing would leave it to worker processes that have it too
+            # Closing alone would leave the lock to worker processes that have it too.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
-            remove_unused(path, wait=True)
+            with suppress(FileNotFoundError):  # somebody has removed the whole folder
+                remove_unused(path, wait=True)

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from prcl_fast.config import DataConfig
+from prcl_fast.config_files import plain_path
 from prcl_fast.data.images import check_pair, image_size, read_image
 from prcl_fast.data.labels import LabelDecoder
 from prcl_fast.data.splits import (
@@ -182,11 +183,11 @@ def class_palette(
 
 
 def data_root(data: DataConfig) -> Path:
-    """The folder `data.root`. Raises InputError if it does not exist."""
+    """The folder `data.root`, in the one spelling that caches know it by. Raises InputError without one."""
     assert data.root is not None  # the configuration requires it of every kind that has files
     if not os.path.isdir(data.root):
         raise InputError(f"{data.root}: no such folder (data.root)")
-    return data.root
+    return plain_path(data.root)
 
 
 def files_below(folder: Path) -> set[str]:

@@ -14,7 +14,6 @@ from prcl_fast.models.weights import tensors_of
 
 KINDS: dict[str, type] = {
     "config": dict,
-    "fingerprint": str,
     "classes": list,
     "palette": list,
     "iteration": int,

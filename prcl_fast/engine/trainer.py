@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from prcl_fast.config import Config, config_fingerprint, dump_config
+from prcl_fast.config import Config, dump_config
 from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
 from prcl_fast.data.scan import scan_labels
 from prcl_fast.data.source import build_source
@@ -248,7 +248,6 @@ class Trainer:
         log.flush()
         state = {
             "config": dump_config(self.config),
-            "fingerprint": config_fingerprint(self.config),
             "classes": list(self.source.classes),
             "palette": self.source.palette.tolist(),
             "iteration": self.iteration,
