@@ -81,6 +81,12 @@ def on_backend(backend: str) -> Iterator[None]:
         _native.ops = native
 
 
+def skip_on_one_thread(device: str, backend: str) -> None:
+    """Skips a test that compares numbers of threads where the kernels know only one."""
+    if device == "cpu" and backend in ("triton", "emulated"):
+        pytest.skip(f"{backend} kernels run on one thread on the CPU")
+
+
 def rerun(files: Sequence[str], place: str, **environment: str) -> None:
     """Test files' tests at one place, in a process with another environment; at least one must have run."""
     options = ["-k", "not compile and not opcheck", "-p", "no:cacheprovider"]

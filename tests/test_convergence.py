@@ -23,8 +23,8 @@ from prcl_fast.methods import Step
 from prcl_fast.ops import _backend, use_backend
 
 FUSED = "native"
-STEPS = 100
-COMMON_STEPS = 25
+STEPS = 80
+COMMON_STEPS = 20
 LR = 0.02
 # The third term, L_u, is a few uncertain pixels in so short a run.
 SMOOTH_LOSSES = ("loss_supervised", "loss_contrast")

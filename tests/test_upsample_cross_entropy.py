@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import run_everywhere
+from backends import run_everywhere, skip_on_one_thread
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -124,7 +124,8 @@ def test_any_sizes_and_classes_agree_with_float64(
         assert (grad.double() - expected_grad).norm() <= tolerance * expected_grad.norm() + 1e-12
 
 
-def test_the_same_call_gives_the_same_bits_for_any_number_of_threads() -> None:
+def test_the_same_call_gives_the_same_bits_for_any_number_of_threads(place: tuple[str, str]) -> None:
+    skip_on_one_thread(*place)
     logits, target = (torch.cat([part] * 4) for part in scene(torch.float32))
     threads = torch.get_num_threads()
     results = []
