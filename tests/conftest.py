@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Pair, pair
 
 from prcl_fast.config import Config, parse_config
 
@@ -44,7 +46,21 @@ def tiny_tree(output: Path, **method: Any) -> dict[str, Any]:
     }
 
 
+def shared_tree(output: Path, **train: Any) -> dict[str, Any]:
+    """The small run's configuration with batches that two processes can share."""
+    tree = tiny_tree(output)
+    tree["train"] |= {"batch_labeled": 4, "batch_unlabeled": 4} | train
+    return tree
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Config:
     """A six-step PRCL run into tmp_path/run."""
     return parse_config(tiny_tree(tmp_path / "run"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes in one group, for the tests of a module."""
+    with pair(tmp_path_factory.mktemp("pair")) as processes:
+        yield processes
