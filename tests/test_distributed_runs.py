@@ -18,6 +18,7 @@ import yaml
 from conftest import shared_tree
 from processes import Pair, launch
 from rich.console import Console
+from stub_networks import small_backbones
 from torch import Tensor
 
 from bench import same_processes
@@ -33,7 +34,8 @@ QUIET = Console(quiet=True)
 
 
 def _run(rank: int, config: dict[str, Any], stop_on: int | None) -> dict[str, Any]:
-    trainer = Trainer(parse_config(config, "tiny"), QUIET)
+    with small_backbones():
+        trainer = Trainer(parse_config(config, "tiny"), QUIET)
     start = trainer.iteration
     trainer.stop.asked = rank == stop_on
     try:
@@ -83,7 +85,8 @@ def test_a_stop_on_one_process_stops_all_and_any_number_of_processes_goes_on(
 
 
 def _evaluate(rank: int, run: str) -> Tensor:
-    loaded = load_run(Path(run) / "last.pt", CPU)
+    with small_backbones():
+        loaded = load_run(Path(run) / "last.pt", CPU)
     source = build_source(loaded.config.data)
     results = evaluate(loaded.networks, source, loaded.config.data, loaded.config.eval, CPU)
     return torch.stack([torch.from_numpy(result.confusion) for result in results.values()])

@@ -20,6 +20,7 @@ import yaml
 from conftest import tiny_tree
 from rich.console import Console
 from run_folders import final_state, same_state
+from stub_networks import small_backbones
 
 from prcl_fast.config import Config, dump_config, override_config, parse_config
 from prcl_fast.data.batches import Batch
@@ -32,6 +33,13 @@ from prcl_fast.losses import explain_variance
 from prcl_fast.methods import Step
 
 QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _small_networks() -> Iterator[None]:
+    """The loop is tested here; `prcl train` in a process of its own has the whole backbone."""
+    with small_backbones():
+        yield
 
 
 def run(config: Config) -> dict:
@@ -246,7 +254,9 @@ def spoil(trainer: Trainer, iterations: Collection[int], how: str) -> None:
                 values["loss_contrast"] = values["loss_contrast"] * float("nan")
                 values["loss"] = values["loss"] + values["loss_contrast"]
                 # As a network that has overflown would leave them.
-                trainer.method.student.backbone.get_buffer("bn1.running_mean").data.fill_(torch.nan)
+                for name, buffer in trainer.method.student.backbone.named_buffers():
+                    if name.endswith("running_mean"):
+                        buffer.data.fill_(torch.nan)
             else:
                 values["loss"] = values["loss"] + _finite_with_infinite_slope(values["loss"])
         return values
