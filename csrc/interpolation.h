@@ -30,7 +30,13 @@ struct Axis {
   }
 
   PRCL_HOST_DEVICE Tap<T> tap(int64_t i) const {
+#ifdef __CUDA_ARCH__
+    // One rounding wherever this is inlined: a search for an output and that output's own position have to
+    // agree.
+    T position = align_corners ? scale * T(i) : fma(scale, T(i) + T(0.5), T(-0.5));
+#else
     T position = align_corners ? scale * T(i) : scale * (T(i) + T(0.5)) - T(0.5);
+#endif
     if (position < T(0)) position = T(0);
     int64_t low = int64_t(position);
     if (low > input - 1) low = input - 1;

@@ -156,7 +156,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 def test_each_local_process_takes_a_device_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda(monkeypatch, 4)
     assert device_of(launch(local_rank=3), name) == torch.device("cuda", 3)
-    assert device_of(None, name).type == "cuda"
+    assert device_of(None, name) == torch.device("cuda", 0)  # PyTorch takes no device without its index
 
 
 def test_a_task_with_a_gpu_bound_by_slurm_takes_the_one_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,20 +190,26 @@ SCRIPT = """
 import os, sys
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 import torch
+from prcl_fast.engine import rendezvous
 from prcl_fast.engine.launch import Launch
-from prcl_fast.engine.rendezvous import join
-from prcl_fast.errors import RunError
+from prcl_fast.errors import InputError, RunError
 
 
-def work(address, port, world, rank, wait_s):
-    with join(Launch(rank, world, rank, world, address, port, "torchrun"), cpu, 20.0, wait_s=wait_s) as group:
+def work(name, address, port, world, rank, wait_s):
+    here = Launch(rank, world, rank, world, address, port, "torchrun")
+    device = torch.device("cpu")
+    if name == "mistaken" and rank > 0:
+        device = InputError(f"data.root: the mistake of rank {rank}")
+    if name in GPUS:
+        rendezvous._device_name = lambda device: GPUS[name][rank]
+    with rendezvous.join(here, device, 20.0, wait_s=wait_s) as group:
         ones = torch.ones(1)
         torch.distributed.all_reduce(ones)
         assert ones.item() == world
         group.store.set("written", "1")
 
 
-cpu = torch.device("cpu")
+GPUS = {"mixed": ["cpu", "GPU a of there"], "shared": ["GPU a of here", "GPU a of here"]}
 folder, *runs = sys.argv[1:]
 children = {}
 for run in runs:
@@ -214,10 +220,11 @@ for run in runs:
             os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
             status = 0
             try:
-                work(address, int(port), int(world), int(rank), 30.0 if name == "all" else 2.0)
-            except RunError as error:
+                fails = name in ("missing", "headless", "taken", "unknown")
+                work(name, address, int(port), int(world), int(rank), 2.0 if fails else 30.0)
+            except (InputError, RunError) as error:
                 print(error, file=sys.stderr, flush=True)
-                status = 3
+                status = 2 if isinstance(error, InputError) else 3
             except SystemExit as error:
                 status = error.code
             os._exit(status)
@@ -250,6 +257,9 @@ def meetings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Meeting]:
         "headless": ("127.0.0.1", "2=1"),
         "taken": ("127.0.0.1", "2=0"),
         "unknown": ("no such host", "2=0"),
+        "mistaken": ("127.0.0.1", "3=0=1=2"),
+        "mixed": ("127.0.0.1", "2=0=1"),
+        "shared": ("127.0.0.1", "2=0=1"),
     }
     with socket.create_server(("", 0)) as taken:
         ports = {name: free_port() for name in runs} | {"taken": taken.getsockname()[1]}
@@ -279,6 +289,24 @@ def test_a_rank_that_never_comes_is_named_by_one_of_the_others(meetings: dict[st
     place = f"rendezvous at 127.0.0.1:{meeting.port}"
     assert meeting.said == f"{place}: 2 of 3 processes came within 2 s; missing: rank 1\n"
     assert sorted(meeting.statuses) == [1, 3]
+
+
+def test_a_mistake_on_some_ranks_is_said_by_one_and_ends_all(meetings: dict[str, Meeting]) -> None:
+    meeting = meetings["mistaken"]
+    assert meeting.said == "data.root: the mistake of rank 1\n"
+    assert sorted(meeting.statuses) == [1, 1, 2]
+
+
+def test_ranks_on_different_kinds_of_device_or_on_the_same_gpu_are_refused(
+    meetings: dict[str, Meeting],
+) -> None:
+    for name, line in (
+        ("mixed", "rank 0 computes on the CPU, but rank 1 on GPU a of there"),
+        ("shared", "ranks 0 and 1 share GPU a of here; give each its own"),
+    ):
+        meeting = meetings[name]
+        assert meeting.said == f"rendezvous at 127.0.0.1:{meeting.port}: {line}\n"
+        assert sorted(meeting.statuses) == [1, 3]
 
 
 def test_a_run_without_rank_0_says_where_it_was_looked_for(meetings: dict[str, Meeting]) -> None:

@@ -197,6 +197,17 @@ def test_small_and_large_variances_keep_their_logarithm(device: str, backend: st
 
 
 @everywhere
+def test_a_variance_that_is_nan_makes_its_scores_and_gradients_nan(device: str, backend: str) -> None:
+    operands = draw((), 5, 4, 6, dtype=torch.float32, device=device)
+    operands[1][2, 3] = torch.nan
+    score, grads = run(operands, torch.ones(5, 4, device=device), backend)
+    assert score[2].isnan().all()
+    assert not score[[0, 1, 3, 4]].isnan().any()
+    assert grads[0][2, 3].isnan()
+    assert grads[1][2, 3].isnan()
+
+
+@everywhere
 def test_empty_sets_are_allowed(device: str, backend: str) -> None:
     operands = draw((), 0, 4, 8, dtype=torch.float32, device=device)
     score, grads = run(operands, torch.empty(0, 4, device=device), backend)

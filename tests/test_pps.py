@@ -99,6 +99,19 @@ def test_activation_regularization_is_the_divergence_from_even_use() -> None:
     assert want.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_change_the_losses_on_prototypes(dtype: torch.dtype) -> None:
+    # One prototype takes all of more pixels than float16 can count.
+    scores = torch.zeros(1, 1, N, 300, 300)
+    scores[:, :, 0] = 20
+    label = torch.zeros(1, 300, 300, dtype=torch.uint8)
+    own, other = draw(2, C, N, D, dtype=torch.float32), draw(2, C, N, D, seed=1, dtype=torch.float32)
+    expected = activation_regularization(scores, label), prototypical_contrast(own, other, 0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        got = activation_regularization(scores, label), prototypical_contrast(own, other, 0.1)
+    assert got == expected
+
+
 def test_activation_regularization_is_0_for_even_use_and_log_n_where_one_does_everything() -> None:
     label = torch.zeros(1, 2, 4, dtype=torch.uint8)
     scores = torch.zeros(1, C, 4, 2, 4)

@@ -324,6 +324,17 @@ def test_path_that_cannot_look_at_values_agrees(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's own maximum
+@pytest.mark.parametrize("index", ["anchor_index", "negative_index"])
+def test_a_variance_that_is_nan_makes_the_loss_nan(index: str) -> None:
+    """Whoever watches for what is not finite has to see it: no lower bound may stand in for it."""
+    case = scene(torch.float32)
+    image, place = divmod(int(case[index].max()), case["var"][0, 0].numel())
+    with torch.no_grad():
+        case["var"].flatten(2)[image, :, place] = torch.nan
+    assert probabilistic_info_nce(**case, tau=1.0).isnan()
+
+
 def test_repeated_anchors_add_up_the_same_way_every_time() -> None:
     case = scene(torch.float32)
     case["anchor_index"][0] = case["anchor_index"][0, 0]

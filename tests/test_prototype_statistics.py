@@ -126,6 +126,22 @@ def test_any_number_of_dimensions(dim: int, memory_format: torch.memory_format) 
         torch.testing.assert_close(got.weighted_mean[c].double(), (m / s).sum(0), rtol=5e-7, atol=0)
 
 
+@pytest.mark.parametrize("classes", [1, 30, 48, 150])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_any_number_of_classes(classes: int, memory_format: torch.memory_format) -> None:
+    """On CUDA the table of sums grows with them, past the shared memory that a launch has without asking."""
+    generator = torch.Generator().manual_seed(classes)
+    mu, var = (torch.rand(2, 8, 16, 16, generator=generator) + 0.1 for _ in range(2))
+    label = torch.randint(0, classes, (2, 16, 16), generator=generator)
+    mu, var = mu.contiguous(memory_format=memory_format), var.contiguous(memory_format=memory_format)
+    got = prototype_statistics(mu, var, label, label >= 0, classes)
+    member = torch.nn.functional.one_hot(label.flatten(), classes).double().T
+    weight = 1 / var.double().movedim(1, -1).flatten(0, 2)
+    mean = weight * mu.double().movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(got.precision.double(), member @ weight, rtol=5e-7, atol=1e-12)
+    torch.testing.assert_close(got.weighted_mean.double(), member @ mean, rtol=5e-7, atol=1e-12)
+
+
 def test_uint8_labels_count_as_int64_ones() -> None:
     mu, var, label, valid = scene()
     label = label % 256

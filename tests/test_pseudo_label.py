@@ -68,6 +68,11 @@ def test_256_classes_fit_into_uint8_and_257_are_refused() -> None:
         pseudo_label(torch.zeros(1, 257, 2, 2), (3, 3))
 
 
+def test_more_pixels_than_an_index_can_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"size must hold between 1 and 2\^31 - 1 pixels"):
+        pseudo_label(torch.zeros(1, 2, 4, 4, device="meta"), (46341, 46341))
+
+
 def test_huge_logits_stay_finite_and_carry_no_gradient() -> None:
     _, confidence = pseudo_label((1e4 * logits(2, 5, 4, 4)).requires_grad_(), (9, 9))
     assert torch.isfinite(confidence).all()

@@ -320,6 +320,16 @@ def test_a_run_of_which_every_step_is_left_out_is_stopped(tmp_path: Path) -> Non
     assert trainer.iteration == 15
 
 
+def test_a_gradient_that_is_infinite_at_any_loss_scale_ends_the_run(tmp_path: Path) -> None:
+    """The scaler would leave such steps out for ever, until the scale itself is 0."""
+    tree = tiny_tree(tmp_path / "run", name="supervised")
+    tree["train"] |= {"amp": "fp16", "iterations": 40, "eval_every": 40, "log_every": 1}
+    trainer = Trainer(parse_config(tree, "tiny"), QUIET)
+    spoil(trainer, range(4, 40), "gradient")
+    with pytest.raises(NonFiniteLossError, match="the gradient was not finite at iteration 21 "):
+        trainer.run()  # 65536 has been halved 17 times
+
+
 def test_the_guard_names_the_first_term_and_iteration_and_counts() -> None:
     guard = FiniteGuard(("loss", "loss_a", "loss_b"), torch.device("cpu"))
     good, bad = 1.0, float("inf")

@@ -22,6 +22,7 @@ import pytest
 ARCHITECTURE = 90
 # What each kernel is launched with for 21 classes and 256 dimensions. `types` has the pointers' element
 # types, where "x" stands for the features'; other arguments are 32-bit integers, or float32 if in `floats`.
+# `others` are compile-time constants of other launches.
 KERNELS: dict[str, dict[str, Any]] = {
     "class_lists._count_kernel": {
         "types": {"label": "i64", "keep": "u8", "table": "i32"},
@@ -35,12 +36,14 @@ KERNELS: dict[str, dict[str, Any]] = {
         "types": dict.fromkeys(("mu_a", "var_a", "mu_b", "var_b", "out"), "x"),
         "dtypes": ("fp32", "fp64"),
         "meta": {"MEAN": False, "TILE": 64},
+        "others": ({"MEAN": True},),
         "num_warps": 8,
     },
     "mutual_likelihood_score._backward_kernel": {
         "types": dict.fromkeys(("grad", "mu_x", "var_x", "mu_y", "var_y", "grad_mu", "grad_var"), "x"),
         "dtypes": ("fp32", "fp64"),
         "meta": {"MEAN": False, "ROWS": 16, "DIMS": 64},
+        "others": ({"MEAN": True},),
     },
     "probabilistic_info_nce._weight_kernel": {
         "types": {
@@ -50,6 +53,7 @@ KERNELS: dict[str, dict[str, Any]] = {
             "weights": "fp32",
         },
         "meta": {"HAS_FACTOR": True, "BLOCK": 128},
+        "others": ({"HAS_FACTOR": False},),
     },
     "philox_normal._normal_kernel": {
         "types": {"seed": "i64", "out": "fp32"},
@@ -72,6 +76,7 @@ KERNELS: dict[str, dict[str, Any]] = {
         },
         "floats": ("scale",),
         "meta": {"NORMALIZE": True, "NEEDS_GRAD": True, "ROWS": 4, "DIMS": 256},
+        "others": ({"NORMALIZE": False}, {"NEEDS_GRAD": False}, {"DIMS": 16}, {"DIMS": 512}),
         "num_warps": 1,
     },
     "probabilistic_info_nce._scatter_kernel": {
@@ -95,6 +100,7 @@ KERNELS: dict[str, dict[str, Any]] = {
         "types": {"logits": "x", "label": "u8", "confidence": "fp32"},
         "floats": ("scale_y", "scale_x"),
         "meta": {"ALIGN": True, "BLOCK": 512},
+        "others": ({"ALIGN": False},),
     },
     "sample_anchors._draw_kernel": {
         "types": {"seed": "i64", "order": "i32", "start": "i64", "end": "i64", "out": "i64"},
@@ -110,6 +116,7 @@ KERNELS: dict[str, dict[str, Any]] = {
             "out": "i64",
         },
         "meta": {"CLASSES": 32, "BLOCK": 128},
+        "others": ({"CLASSES": 1}, {"CLASSES": 256}),
     },
     "upsample_cross_entropy._loss_kernel": {
         "types": {
@@ -122,11 +129,13 @@ KERNELS: dict[str, dict[str, Any]] = {
         },
         "floats": ("scale_y", "scale_x"),
         "meta": {"NEEDS_GRAD": True, "ALIGN": True, "BLOCK": 512},
+        "others": ({"NEEDS_GRAD": False}, {"ALIGN": False}),
     },
     "upsample_cross_entropy._axis_kernel": {
         "types": {"starts": "i32", "lows": "i32", "fractions": "fp32"},
         "floats": ("scale",),
         "meta": {"ALIGN": False, "BLOCK": 64},
+        "others": ({"ALIGN": True},),
     },
     "upsample_cross_entropy._gradient_kernel": {
         "types": {
@@ -151,6 +160,7 @@ FUNCTIONS = {
     "interpolation.bilinear",
     "interpolation.corners",
     "interpolation.taps",
+    "launch.at_least",
     "philox.bounded",
     "philox.philox_words",
     "probabilistic_info_nce._add",
@@ -159,16 +169,22 @@ FUNCTIONS = {
 }
 
 
-def cases() -> list[tuple[str, str, bool]]:
-    """(kernel, dtype of the features, whether all sizes are 1, which Triton makes compile-time constants)."""
-    return [
-        (name, dtype, ones)
-        for name, kernel in KERNELS.items()
-        for dtype in (
-            kernel.get("dtypes", ("fp32", "bf16")) if "x" in kernel["types"].values() else ("fp32",)
-        )
-        for ones in ((False, True) if dtype == "fp32" else (False,))
-    ]
+ONES = "ones"  # all sizes are 1, which Triton makes compile-time constants
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """(kernel, dtype of the features, which launch: "", ONES, or the constants in which it differs)."""
+    found = []
+    for name, kernel in KERNELS.items():
+        of_features = "x" in kernel["types"].values()
+        dtypes = kernel.get("dtypes", ("fp32", "bf16", "fp16")) if of_features else ("fp32",)
+        found += [(name, dtype, "") for dtype in dtypes]
+        found += [(name, "fp32", other) for other in (ONES, *map(written, kernel.get("others", ())))]
+    return found
+
+
+def written(constants: dict[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in constants.items())
 
 
 def jitted() -> set[str]:
@@ -197,12 +213,13 @@ def compile_all() -> list[dict[str, Any]]:
 
     ptxas = knobs.nvidia.ptxas.path if Path(knobs.nvidia.ptxas.path).is_file() else None
     results = []
-    for name, dtype, ones in cases():
-        case = KERNELS[name]
+    for name, dtype, launch in cases():
+        case, ones = KERNELS[name], launch == ONES
         module, _, attribute = name.partition(".")
         kernel = getattr(importlib.import_module(f"prcl_fast.kernels.{module}"), attribute)
         signature: dict[str, str] = {}
         constants = dict(case["meta"])
+        constants |= next((other for other in case.get("others", ()) if written(other) == launch), {})
         for argument in kernel.arg_names:
             if argument in case["types"]:
                 element = case["types"][argument]
@@ -219,7 +236,7 @@ def compile_all() -> list[dict[str, Any]]:
             for i, kind in enumerate(signature.values())
             if kind.startswith("*")
         }
-        result: dict[str, Any] = {"case": [name, dtype, ones], "error": None, "report": None}
+        result: dict[str, Any] = {"case": [name, dtype, launch], "error": None, "report": None}
         try:
             compiled = triton_compile(
                 ASTSource(kernel, signature, constants, aligned),
@@ -227,7 +244,7 @@ def compile_all() -> list[dict[str, Any]]:
                 options={"num_warps": case.get("num_warps", 4)},
             )
             assert compiled.asm["cubin"]
-            if ptxas and not ones:
+            if ptxas and not launch:
                 result["report"] = assemble(ptxas, compiled.asm["ptx"])
         except Exception as error:
             result["error"] = f"{type(error).__name__}: {error}"
@@ -244,7 +261,7 @@ def assemble(ptxas: str, ptx: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str, bool], dict[str, Any]]:
+def compiled() -> dict[tuple[str, str, str], dict[str, Any]]:
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(
@@ -254,20 +271,20 @@ def compiled() -> dict[tuple[str, str, bool], dict[str, Any]]:
     return {tuple(result["case"]): result for result in json.loads(process.stdout)}
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case[0]}-{case[1]}{'-ones' * case[2]}")
+@pytest.mark.parametrize("case", cases(), ids=lambda case: "-".join(filter(None, case)))
 def test_a_kernel_compiles(
-    compiled: dict[tuple[str, str, bool], dict[str, Any]], case: tuple[str, str, bool]
+    compiled: dict[tuple[str, str, str], dict[str, Any]], case: tuple[str, str, str]
 ) -> None:
     assert compiled[case]["error"] is None
 
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in cases() if case[1] != "fp64" and not case[2]],
+    [case for case in cases() if case[1] not in ("fp64", "fp16") and not case[2]],
     ids=lambda case: f"{case[0]}-{case[1]}",
 )
 def test_a_kernel_keeps_its_values_in_registers(
-    compiled: dict[tuple[str, str, bool], dict[str, Any]], case: tuple[str, str, bool]
+    compiled: dict[tuple[str, str, str], dict[str, Any]], case: tuple[str, str, str]
 ) -> None:
     report = compiled[case]["report"]
     if report is None:

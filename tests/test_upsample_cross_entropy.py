@@ -102,6 +102,7 @@ def test_lower_precisions_accumulate_in_float32(dtype: torch.dtype) -> None:
         (19, (33, 5), (131, 19)),
         (3, (3, 700), (4, 3)),  # most input columns touch no output
         (2, (1, 1), (5, 700)),
+        (3, (4, 5), (4, 1)),
     ],
 )
 def test_any_sizes_and_classes_agree_with_float64(

@@ -14,18 +14,25 @@
 
 namespace prcl::cuda {
 
+// Throws where a call of the CUDA runtime failed. The runtime is our own, linked statically: its last error
+// has to be taken here, or the next launch would report it once more.
+inline void check(cudaError_t status) {
+  if (status != cudaSuccess) (void)cudaGetLastError();
+  STD_CUDA_CHECK(status);
+}
+
 // Makes `tensor`'s device current for its own lifetime.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
   int multiprocessors() const {
     int count = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
     return count;
   }
 
@@ -35,16 +42,28 @@ class OnDeviceOf {
   cudaStream_t stream_ = nullptr;
 };
 
+// A launch may use 48 KiB of shared memory, static and dynamic together, unless its kernel was allowed more.
+// It is allowed all that the device has, whatever this launch needs: other threads may be launching it as
+// well.
+template <class... Parameters>
+void allow_shared_memory(void (*kernel)(Parameters...), size_t dynamic_bytes) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  if (attributes.sharedSizeBytes + dynamic_bytes <= kWithoutAsking) return;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - int(attributes.sharedSizeBytes)));
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             cudaStream_t stream, Arguments... arguments) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (dynamic_shared_bytes > kWithoutAsking) {
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_shared_bytes)));
-  }
+  if (dynamic_shared_bytes > 0) allow_shared_memory(kernel, dynamic_shared_bytes);
   kernel<<<grid, block, dynamic_shared_bytes, stream>>>(arguments...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check(cudaGetLastError());
 }
 
 // The block's dynamic shared memory.

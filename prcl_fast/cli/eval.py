@@ -34,12 +34,11 @@ def evaluate_command(
 
     The table goes to standard error; the last line on standard output is one JSON object.
     """
-    import torch
-
     from prcl_fast.cli.choices import check_known
     from prcl_fast.cli.session import session
     from prcl_fast.config import override_config
     from prcl_fast.data.source import SUBSETS, build_source
+    from prcl_fast.device import prepare_device
     from prcl_fast.engine.checkpoint import load_run
     from prcl_fast.engine.evaluate import evaluate, format_table
 
@@ -48,8 +47,8 @@ def evaluate_command(
         console = here.console
         loaded = load_run(run, here.device)
         config = override_config(loaded.config, overrides or ())
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
+        train = config.train
+        prepare_device(here.device, threads=train.threads, tf32=train.tf32, fixed_shapes=False)
         source = build_source(config.data)
         if source.classes != loaded.classes:
             raise InputError(_other_classes(loaded.path, loaded.classes, source.classes))
@@ -63,7 +62,7 @@ def evaluate_command(
                 config.eval,
                 here.device,
                 subset=subset,
-                amp=config.train.amp,
+                amp=train.amp,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         seconds = time.monotonic() - started

@@ -27,11 +27,14 @@ def predict_command(
     Writes NAME.png (class ids), NAME_overlay.png and, with a probability head, NAME_variance.png.
     """
     from prcl_fast.cli.session import session
+    from prcl_fast.device import prepare_device
     from prcl_fast.engine.checkpoint import load_run
     from prcl_fast.engine.predict import predict_files
 
     with session(lambda: None, lambda _: device) as here:
         loaded = load_run(run, here.device)
+        train = loaded.config.train
+        prepare_device(here.device, threads=train.threads, tf32=train.tf32, fixed_shapes=False)
         for written in predict_files(loaded, network, images, out, here.device, raw=raw):
             line = f"{written.image} -> {', '.join(file.name for file in written.files)}"
             if written.variance_range is not None:

@@ -58,15 +58,13 @@ def session(
         RunError: the processes did not come together.
     """
     launch = read_launch(os.environ)
-    mistake: InputError | None = None
-    stall: float | None = None
     try:
         loaded = load()
         here, stall = device_of(launch, device(loaded)), stall_timeout(loaded)
-    except InputError as error:
-        if launch is None:
-            raise
-        mistake, here = error, torch.device("cpu")
+    except InputError as mistake:
+        if launch is not None:
+            join(launch, mistake, _MARGIN)  # raises it once all have come
+        raise
     own, world = (0, 1) if launch is None else (launch.rank, launch.world)
     with contextlib.ExitStack() as stack:
         store = None
@@ -75,8 +73,6 @@ def session(
                 torch.cuda.set_device(here)
             store = stack.enter_context(join(launch, here, (stall or _A_DAY) + _MARGIN)).store
         watchdog = stack.enter_context(Watchdog(own, world, store, stall, _say))
-        if mistake is not None:
-            raise mistake
         yield Session(loaded, here, watchdog, Console(stderr=True, quiet=own > 0))
 
 

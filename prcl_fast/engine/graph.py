@@ -73,7 +73,8 @@ class CapturedStep:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self._step(self._inputs)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
+            # Ending a capture that has failed is an error of its own, which hides the first.
+            reason = " ".join(str(error.__context__ or error).split())[:300]
             raise GraphCaptureError(
                 f"train.graph: this configuration's step cannot be captured: {reason}; set train.graph=false"
             ) from error

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from prcl_fast.engine.launch import Launch
-from prcl_fast.errors import RunError
+from prcl_fast.errors import InputError, RunError
+
+_CPU, _MISTAKEN = "cpu", "mistaken"  # what a rank comes with; else the name of its GPU
 
 
 class Group:
@@ -38,15 +40,23 @@ class Group:
             self.leave()
 
 
-def join(launch: Launch, device: torch.device, timeout_s: float, *, wait_s: float = 300.0) -> Group:
+def join(
+    launch: Launch,
+    device: torch.device | InputError,
+    timeout_s: float,
+    *,
+    wait_s: float = 300.0,
+) -> Group:
     """Waits for all processes of the run and makes them PyTorch's process group.
 
     Args:
-        device: of this process; CUDA tensors go through NCCL, tensors on the CPU through gloo.
+        device: of this process; CUDA tensors go through NCCL, tensors on the CPU through gloo. Or the mistake
+            for which this process, and so the run, cannot begin.
         timeout_s: a collective for which a process is missing raises after this time.
         wait_s: how long to wait for the processes to come.
 
     Raises:
+        InputError: the mistake; one process raises it, the others SystemExit(1).
         RunError: they did not come together. Where they can agree on it, one process raises this, the
             others SystemExit(1).
     """
@@ -54,7 +64,7 @@ def join(launch: Launch, device: torch.device, timeout_s: float, *, wait_s: floa
     timeout = timedelta(seconds=timeout_s)
     try:
         store = meeting.open_store()
-        meeting.await_all(store, device)
+        device = meeting.await_all(store, device)
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.PrefixStore("group", store),
@@ -63,7 +73,7 @@ def join(launch: Launch, device: torch.device, timeout_s: float, *, wait_s: floa
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-    except RunError:
+    except (InputError, RunError):
         raise
     except (RuntimeError, ValueError) as error:
         raise RunError(f"{meeting.place}: rank {launch.rank}: {first_line(error)}") from None
@@ -103,11 +113,11 @@ class _Meeting:
         # The store of torchrun stays when it starts the processes anew.
         return dist.PrefixStore(f"prcl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
 
-    def await_all(self, store: dist.Store, device: torch.device) -> None:
-        """Returns once every rank has come, each with a device of its own."""
-        world = self.launch.world
+    def await_all(self, store: dist.Store, device: torch.device | InputError) -> torch.device:
+        """The device, once every rank has come with one of the same kind, and no two with the same GPU."""
+        world, own = self.launch.world, self.launch.rank
         came = [f"came/{rank}" for rank in range(world)]
-        store.set(came[self.launch.rank], _device_name(device))
+        store.set(came[own], _device_name(device))
         count, pause = store.add("count", 1), 0.01
         while count < world:
             if time.monotonic() > self._deadline or store.check(["over"]):
@@ -120,21 +130,28 @@ class _Meeting:
             time.sleep(pause)
             pause = min(0.5, 1.5 * pause)
             count = store.add("count", 0)
-        if device.type == "cuda":
-            owners: dict[bytes, int] = {}
-            for rank, name in enumerate(store.multi_get(came)):
-                owner = owners.setdefault(name, rank)
-                if owner != rank:
-                    self._give_up(store, f"ranks {owner} and {rank} share {name.decode()}; give each its own")
+        names = [store.get(name).decode() for name in came]
+        if isinstance(device, InputError) or _MISTAKEN in names:
+            self._end(device if isinstance(device, InputError) and names.index(_MISTAKEN) == own else None)
+        if _CPU in names and len(set(names)) > 1:
+            cpu, gpu = names.index(_CPU), next(rank for rank in range(world) if names[rank] != _CPU)
+            self._give_up(store, f"rank {cpu} computes on the CPU, but rank {gpu} on {names[gpu]}")
+        for rank, name in enumerate(names):
+            owner = names.index(name)
+            if name != _CPU and owner != rank:
+                self._give_up(store, f"ranks {owner} and {rank} share {name}; give each its own")
+        return device
 
     def _give_up(self, store: dist.Store, message: str) -> NoReturn:
         me = str(self.launch.rank)
         speaks = store.compare_set("over", "", me).decode() == me
+        self._end(RunError(f"{self.place}: {message}") if speaks else None)
+
+    def _end(self, error: Exception | None) -> NoReturn:
+        """Raises the error, or ends this process without a word where another one speaks."""
         if self._hosting:
-            time.sleep(2.0)  # for the others to read that somebody speaks, before the store ends with rank 0
-        if speaks:
-            raise RunError(f"{self.place}: {message}")
-        raise SystemExit(1)
+            time.sleep(2.0)  # for the others to read what they need, before the store ends with rank 0
+        raise SystemExit(1) if error is None else error
 
     def _listen(self) -> socket.socket:
         try:
@@ -170,7 +187,9 @@ class _Meeting:
             time.sleep(0.2)
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device | InputError) -> str:
+    if isinstance(device, InputError):
+        return _MISTAKEN
     if device.type == "cpu":
-        return "cpu"
+        return _CPU
     return f"GPU {torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"

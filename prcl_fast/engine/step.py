@@ -122,21 +122,25 @@ class TrainStep:
 
     def _watch(self, means: dict[str, Tensor]) -> None:
         """Adds the step to the sums and tells the optimiser to leave out what is not finite."""
-        # Gradients in fp16 overflow now and then: the scaler finds that, and leaves the step out.
         fp16 = self.scaler.is_enabled()
         values = torch.stack(list(means.values()))
         if self._guard is None or self._sums is None:
             self._sums = LossSums(tuple(means), self.device)
-            self._guard = FiniteGuard((*means, *(() if fp16 else (GRADIENT,))), self.device)
+            self._guard = FiniteGuard((*means, GRADIENT), self.device)
         self._sums.add(values)
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
         self._gradient_norm.copy_(
             get_total_norm([gradient for gradient in gradients if gradient is not None])
         )
+        gradient = self._gradient_norm
         if fp16:
-            self._guard.watch(values, self.iteration)
-        else:
-            self._guard.watch(torch.cat([values, self._gradient_norm[None]]), self.iteration)
+            # Scaled gradients overflow now and then: the scaler finds that, and leaves the step out. One that
+            # overflows though it was made smaller is no fault of the scale's.
+            scale = self.scaler._scale
+            assert scale is not None
+            gradient = torch.where(scale < 1, gradient, 0.0)
+        self._guard.watch(torch.cat([values, gradient[None]]), self.iteration)
+        if not fp16:
             self.optimizer.found_inf = self._guard.bad  # type: ignore[attr-defined]
 
     def failure(self) -> Failure | None:

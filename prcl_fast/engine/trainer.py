@@ -325,6 +325,13 @@ def _check_graph(config: Config, device: torch.device) -> None:
     for key in ("graph", "sync_check"):
         if getattr(config.train, key) and device.type != "cuda":
             raise InputError(f"train.{key}: needs a CUDA device; this run is on {device}")
+    # PyTorch's SyncBatchNorm reads from the device, and so does its DistributedDataParallel in a warm-up.
+    waits = config.train.sync_bn or getattr(config.method, "warmup", 0) > 0
+    if config.train.sync_check and world_size() > 1 and waits:
+        raise InputError(
+            f"train.sync_check: the step of {world_size()} processes waits for the device in synchronised "
+            "batch norm and in a warm-up; set train.sync_bn=false and method.warmup=0"
+        )
     if config.train.graph and world_size() > 1:
         raise InputError(
             f"train.graph: captures the step of one process; this run has {world_size()}, set it to false"

@@ -5,12 +5,29 @@ from __future__ import annotations
 import os
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # The interpreter takes its time by the operation, whatever a block's size.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+_MOST_X, _MOST_YZ = 2**31 - 1, 2**16 - 1  # programs that CUDA counts along the axes of a grid
+
 
 def device_of(tensor: Tensor) -> torch.cuda.device_of:
     """Triton launches on the current device; a no-op for CPU tensors, which the interpreter takes."""
     return torch.cuda.device_of(tensor)
+
+
+def grid_of(x: int, y: int = 1, z: int = 1) -> tuple[int, int, int]:
+    """The grid of a launch. Raises ValueError where CUDA has none so large."""
+    if x > _MOST_X or max(y, z) > _MOST_YZ:
+        raise ValueError(f"the operands are too large for one Triton launch: {x} x {y} x {z} programs")
+    return x, y, z
+
+
+@triton.jit
+def at_least(x, smallest):
+    """The larger of the two, nan where x is: without that, a GPU's maximum takes the number."""
+    return tl.maximum(x, smallest, propagate_nan=tl.PropagateNan.ALL)

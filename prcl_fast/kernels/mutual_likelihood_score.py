@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prcl_fast.kernels.launch import device_of
+from prcl_fast.kernels.launch import at_least, device_of, grid_of
 from prcl_fast.reference.mutual_likelihood_score import MIN_VARIANCE
 
 _MIN_VARIANCE = tl.constexpr(MIN_VARIANCE)
@@ -48,8 +48,8 @@ def _forward_kernel(mu_a, var_a, mu_b, var_b, out, m, n, dims, MEAN: tl.constexp
         mu_b1 = tl.load(mu_b + at_b + n, mask=(column < n) & real, other=0.0)
         var_b0 = tl.load(var_b + at_b, mask=column < n, other=0.5)
         var_b1 = tl.load(var_b + at_b + n, mask=(column < n) & real, other=0.5)
-        s0 = tl.maximum(var_a0[:, None] + var_b0[None, :], smallest)
-        s1 = tl.maximum(var_a1[:, None] + var_b1[None, :], smallest)
+        s0 = at_least(var_a0[:, None] + var_b0[None, :], smallest)
+        s1 = at_least(var_a1[:, None] + var_b1[None, :], smallest)
         d0 = mu_a0[:, None] - mu_b0[None, :]
         d1 = mu_a1[:, None] - mu_b1[None, :]
         total += d0 * d0 / s0 + d1 * d1 / s1 + tl.log(s0 * s1)
@@ -86,7 +86,7 @@ def _backward_kernel(
         var_j = tl.load(var_y + at_y, mask=dim < dims, other=1.0)
         g = tl.load(grad + at_grad, mask=row < m, other=0.0)
         s = var + var_j[None, :]
-        r = 1.0 / tl.maximum(s, smallest)
+        r = 1.0 / at_least(s, smallest)
         t = (mu - mu_j[None, :]) * r
         sum_mu -= g[:, None] * t
         sum_var += tl.where(s < smallest, 0.0, g[:, None] * (t * t - r))
@@ -107,7 +107,7 @@ def mutual_likelihood_score(mu_a: Tensor, var_a: Tensor, mu_b: Tensor, var_b: Te
     if out.numel() == 0:
         return out
     operands = [value.transpose(1, 2).contiguous() for value in (mu_a, var_a, mu_b, var_b)]
-    grid = (triton.cdiv(n, _TILE), triton.cdiv(m, _TILE), batches)
+    grid = grid_of(triton.cdiv(n, _TILE), triton.cdiv(m, _TILE), batches)
     with device_of(mu_a):
         _forward_kernel[grid](*operands, out, m, n, dims, MEAN=mean, TILE=_TILE, num_warps=8)
     return out
@@ -147,7 +147,7 @@ def _one_side(
     grad_mu, grad_var = torch.empty_like(x[0]), torch.empty_like(x[1])
     if grad_mu.numel() == 0:
         return grad_mu, grad_var
-    grid = (triton.cdiv(m, _ROWS), triton.cdiv(dims, _DIMS), batches)
+    grid = grid_of(triton.cdiv(m, _ROWS), triton.cdiv(dims, _DIMS), batches)
     with device_of(grad):
         shape = (m, n, dims, *strides)
         _backward_kernel[grid](grad, *x, *y, grad_mu, grad_var, *shape, MEAN=mean, ROWS=_ROWS, DIMS=_DIMS)

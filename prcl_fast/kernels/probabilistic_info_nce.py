@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prcl_fast.kernels.launch import INTERPRETED, device_of
+from prcl_fast.kernels.launch import INTERPRETED, at_least, device_of, grid_of
 
 _MIN_SUM = tl.constexpr(1e-12)  # s_i + s_j is clamped here; its gradient is zero where it was
 _MIN_NORM = tl.constexpr(1e-12)
@@ -127,7 +127,7 @@ def _pairs(mu_i, s_i, mu_j, s_j, scale, NORMALIZE: tl.constexpr, ROWS: tl.conste
         norm = tl.sqrt(tl.sum(mu_j * mu_j, 1))
         mu_j *= (1.0 / tl.maximum(norm, _MIN_NORM))[:, None]
     s = s_i[None, :] + s_j
-    clamped = tl.maximum(s, _MIN_SUM)
+    clamped = at_least(s, _MIN_SUM)
     d = mu_j - mu_i[None, :]
     r = 1.0 / clamped
     t = d * r
@@ -252,7 +252,7 @@ def probabilistic_info_nce_backward(
     ends = torch.searchsorted(pixels, pixels, right=True)
     dims_block = min(_SCATTER_DIMS, triton.next_power_of_2(dims))
     strides = (dims, 1) if channels_last else (1, area)
-    grid = (len(pixels), triton.cdiv(dims, dims_block))
+    grid = grid_of(len(pixels), triton.cdiv(dims, dims_block))
     with device_of(grad_mu_rows):
         _scatter_kernel[grid](
             grad_loss, grad_mu_rows, grad_var_rows, pixels, order, ends, grad_mu, grad_var,

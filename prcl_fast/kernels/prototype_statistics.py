@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prcl_fast.kernels.launch import device_of
+from prcl_fast.kernels.launch import device_of, grid_of
 
 _SPAN = 1024
 _PIXELS = 32
@@ -76,7 +76,7 @@ def prototype_statistics(
     counts = torch.empty(batch * spans, num_classes, dtype=torch.int32, device=mu.device)
     strides = (1, area) if mu.is_contiguous() and var.is_contiguous() else (dims, 1)
     dims_block = min(64, max(16, triton.next_power_of_2(dims)))
-    grid = (batch * spans, triton.cdiv(dims, dims_block), triton.cdiv(num_classes, _CLASSES))
+    grid = grid_of(batch * spans, triton.cdiv(dims, dims_block), triton.cdiv(num_classes, _CLASSES))
     with device_of(mu):
         _sum_kernel[grid](
             mu, var, label, valid.view(torch.uint8), sums, counts, area, dims, num_classes, spans, *strides,

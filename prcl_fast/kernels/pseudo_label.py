@@ -13,12 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.interpolation import axis_scale, bilinear, corners
-from prcl_fast.kernels.launch import device_of
+from prcl_fast.kernels.launch import device_of, grid_of
 
 _BLOCK = 512
 
 
-@triton.jit
+# Evaluation brings images of every size: none of these is worth a kernel of its own.
+@triton.jit(
+    do_not_specialize=["height", "width", "area_out", "width_out"],
+    do_not_specialize_on_alignment=["stride_b", "stride_c", "stride_y", "stride_x"],
+)
 def _label_kernel(
     logits, label, confidence, num_classes, height, width, area_out, width_out, scale_y, scale_x,
     stride_b, stride_c, stride_y, stride_x, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
@@ -51,7 +55,7 @@ def pseudo_label(logits: Tensor, height: int, width: int, align_corners: bool) -
     batch, num_classes, height_in, width_in = logits.shape
     label = torch.empty(batch, height, width, dtype=torch.uint8, device=logits.device)
     confidence = torch.empty(batch, height, width, dtype=torch.float32, device=logits.device)
-    grid = (triton.cdiv(height * width, _BLOCK), batch)
+    grid = grid_of(triton.cdiv(height * width, _BLOCK), batch)
     with device_of(logits):
         _label_kernel[grid](
             logits, label, confidence, num_classes, height_in, width_in, height * width, width,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.class_lists import class_lists
-from prcl_fast.kernels.launch import device_of
+from prcl_fast.kernels.launch import device_of, grid_of
 from prcl_fast.kernels.philox import bounded, philox_words
 from prcl_fast.reference.philox import Purpose
 
@@ -35,7 +35,7 @@ def sample_anchors(
     """[C, A] int64 flat indices into [B, h, w], -1 where the class has no valid and hard pixel."""
     order, start, end = class_lists(label, valid & hard, num_classes)
     out = torch.empty(num_classes, num_anchors, dtype=torch.int64, device=label.device)
-    grid = (num_classes, triton.cdiv(num_anchors, _BLOCK))
+    grid = grid_of(num_classes, triton.cdiv(num_anchors, _BLOCK))
     with device_of(label):
         _draw_kernel[grid](seed, order, start, end, out, num_anchors, BLOCK=_BLOCK)
     return out

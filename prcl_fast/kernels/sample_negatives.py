@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.class_lists import class_lists
-from prcl_fast.kernels.launch import device_of
+from prcl_fast.kernels.launch import device_of, grid_of
 from prcl_fast.kernels.philox import bounded, philox_words
 from prcl_fast.reference.philox import Purpose
 
@@ -65,7 +65,7 @@ def sample_negatives(
     draws = num_anchors * num_negatives
     padded = triton.next_power_of_2(num_classes)
     block = max(16, min(256, _COMPARISONS // padded))
-    grid = (triton.cdiv(draws, block), num_classes)
+    grid = grid_of(triton.cdiv(draws, block), num_classes)
     with device_of(label):
         _draw_kernel[grid](
             seed, class_probability, order, start, end, out, num_classes, draws, CLASSES=padded, BLOCK=block

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.interpolation import axis_scale, bilinear, corners, taps
-from prcl_fast.kernels.launch import INTERPRETED, device_of
+from prcl_fast.kernels.launch import INTERPRETED, device_of, grid_of
 
 _BLOCK = 512
 _CLASSES, _COLUMNS = (32, 32) if INTERPRETED else (4, 8)
@@ -180,7 +180,7 @@ def upsample_cross_entropy(
     log_sums = torch.empty(target.shape if needs_grad else (0,), dtype=torch.float32, device=device)
     grad = torch.empty(logits.shape if needs_grad else (0,), dtype=torch.float32, device=device)
     with device_of(logits):
-        _loss_kernel[(blocks, batch)](
+        _loss_kernel[grid_of(blocks, batch)](
             logits, target, weight, losses, counts, log_sums, ignore_index, num_classes, height, width,
             area_out, width_out, scale_y, scale_x, *logits.stride(), *weight_strides,
             NEEDS_GRAD=needs_grad, ALIGN=align_corners, BLOCK=_BLOCK,
@@ -191,7 +191,7 @@ def upsample_cross_entropy(
             starts_y, _, fractions_y = _axis(height, height_out, scale_y, align_corners, device)
             axis_x = _axis(width, width_out, scale_x, align_corners, device)
             groups = triton.cdiv(num_classes, _CLASSES)
-            grid = (batch * groups, triton.cdiv(height, _ROWS), triton.cdiv(width, _COLUMNS))
+            grid = grid_of(batch * groups, triton.cdiv(height, _ROWS), triton.cdiv(width, _COLUMNS))
             _gradient_kernel[grid](
                 logits, target, weight, log_sums, scale, starts_y, fractions_y, *axis_x, grad,
                 ignore_index, num_classes, groups, height, width, height_out, width_out,
@@ -216,4 +216,4 @@ def _axis(
 
 def _most_columns(size_in: int, size_out: int, scale: float) -> int:
     """At least as many as the outputs between an input's two neighbours, or beyond the edge."""
-    return size_out if size_in <= 2 else min(size_out, int(2.5 / scale) + 2)
+    return size_out if size_in <= 2 or scale == 0 else min(size_out, int(2.5 / scale) + 2)

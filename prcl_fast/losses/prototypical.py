@@ -30,7 +30,8 @@ def prototypical_contrast(prototypes: Tensor, other: Tensor, tau: float) -> Tens
     """
     own = F.normalize(prototypes.flatten(1, 2).float(), dim=-1)
     constant = F.normalize(other.detach().flatten(1, 2).float(), dim=-1)
-    scores = own @ constant.mT / tau  # [B, C n, C n]
+    with torch.autocast(own.device.type, enabled=False):
+        scores = own @ constant.mT / tau  # [B, C n, C n]
     positive = torch.arange(scores.shape[-1], device=scores.device).expand(len(scores), -1)
     return F.cross_entropy(scores.flatten(0, 1), positive.flatten())
 
@@ -57,7 +58,8 @@ def activation_regularization(scores: Tensor, label: Tensor) -> Tensor:
     # Not one_hot, which reads values on a CPU.
     is_class = own[..., None] == torch.arange(classes, device=own.device)
     member = (is_class & inside[..., None]).to(share.dtype)  # [B, h, w, C]
-    sums = torch.einsum("bhwc,bnhw->cn", member, share)
+    with torch.autocast(share.device.type, enabled=False):  # float16 ends at 65504 pixels
+        sums = torch.einsum("bhwc,bnhw->cn", member, share)
     total = summed(torch.cat([sums.detach(), member.sum((0, 1, 2))[:, None]], dim=1))
     count = total[:, per_class:]
     # The sum over j of a_cj is constant: the gradient of a log(n a) is that of a times a constant log(n a).

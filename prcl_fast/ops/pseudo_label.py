@@ -38,6 +38,7 @@ def pseudo_label(logits: Tensor, size: Sequence[int], *, align_corners: bool = T
     height, width = size
     check_count("size", height)
     check_count("size", width)
+    check_pixels("size", height * width)
     return _op(logits.detach(), height, width, align_corners)
 
 
