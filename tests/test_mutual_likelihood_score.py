@@ -207,6 +207,15 @@ def test_a_variance_that_is_nan_makes_its_scores_and_gradients_nan(device: str, 
     assert grads[1][2, 3].isnan()
 
 
+def test_more_programs_than_a_grid_holds_are_refused() -> None:
+    pytest.importorskip("triton")
+    from prcl_fast.kernels.launch import grid_of
+
+    assert grid_of(1 << 20, 65535, 1) == (1 << 20, 65535, 1)
+    with pytest.raises(ValueError, match="too large for one Triton launch: 1 x 65536 x 1 programs"):
+        grid_of(1, 65536)
+
+
 @everywhere
 def test_empty_sets_are_allowed(device: str, backend: str) -> None:
     operands = draw((), 0, 4, 8, dtype=torch.float32, device=device)

@@ -324,6 +324,22 @@ def test_path_that_cannot_look_at_values_agrees(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(got, want)
 
 
+def test_the_tiles_of_a_gpu_give_the_same(place: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has larger tiles, because it takes its time by the operation."""
+    if place != ("cpu", "triton"):
+        pytest.skip("only interpreted kernels have tiles of their own")
+    from prcl_fast.kernels import probabilistic_info_nce as kernels
+
+    results = []
+    for rows in (kernels._ROWS, 4):
+        monkeypatch.setattr(kernels, "_ROWS", rows)
+        case = scene(torch.float32)
+        loss = probabilistic_info_nce(**case, tau=1.0)
+        results.append((loss, *torch.autograd.grad(loss, (case["mu"], case["var"]))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's own maximum
 @pytest.mark.parametrize("index", ["anchor_index", "negative_index"])
 def test_a_variance_that_is_nan_makes_the_loss_nan(index: str) -> None:
