@@ -28,16 +28,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def prepare_device(
-    device: torch.device, *, threads: int | None, tf32: bool, fixed_shapes: bool = True
-) -> None:
+def prepare_device(device: torch.device, *, threads: int | None, tf32: bool) -> None:
     """Settings of PyTorch, for the whole process, with which a network runs.
 
     Args:
         device: CUDA devices with their index.
         threads: of the CPU; None leaves PyTorch's choice.
         tf32: CUDA: float32 products and convolutions may round their factors to TF32's 10 bits.
-        fixed_shapes: CUDA: the shapes are few, as in training, and trying cuDNN's algorithms on each pays.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -45,7 +42,7 @@ def prepare_device(
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = fixed_shapes
+        torch.backends.cudnn.benchmark = True  # a training's shapes are fixed; `inference` turns it off
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

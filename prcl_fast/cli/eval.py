@@ -48,7 +48,7 @@ def evaluate_command(
         loaded = load_run(run, here.device)
         config = override_config(loaded.config, overrides or ())
         train = config.train
-        prepare_device(here.device, threads=train.threads, tf32=train.tf32, fixed_shapes=False)
+        prepare_device(here.device, threads=train.threads, tf32=train.tf32)
         source = build_source(config.data)
         if source.classes != loaded.classes:
             raise InputError(_other_classes(loaded.path, loaded.classes, source.classes))

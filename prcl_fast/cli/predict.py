@@ -34,7 +34,7 @@ def predict_command(
     with session(lambda: None, lambda _: device) as here:
         loaded = load_run(run, here.device)
         train = loaded.config.train
-        prepare_device(here.device, threads=train.threads, tf32=train.tf32, fixed_shapes=False)
+        prepare_device(here.device, threads=train.threads, tf32=train.tf32)
         for written in predict_files(loaded, network, images, out, here.device, raw=raw):
             line = f"{written.image} -> {', '.join(file.name for file in written.files)}"
             if written.variance_range is not None:
