@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import tiny_tree
 from rich.console import Console
-from stub_networks import small_backbones
 from torch import Tensor
 
 from prcl_fast.config import Config, parse_config
@@ -24,8 +23,8 @@ from prcl_fast.methods import Step
 from prcl_fast.ops import _backend, use_backend
 
 FUSED = "native"
-STEPS = 100
-COMMON_STEPS = 25
+STEPS = 80
+COMMON_STEPS = 20
 LR = 0.02
 # The third term, L_u, is a few uncertain pixels in so short a run.
 SMOOTH_LOSSES = ("loss_supervised", "loss_contrast")
@@ -46,8 +45,7 @@ def configuration(output: Path) -> Config:
 
 
 def trainer_in(folder: Path) -> Trainer:
-    with small_backbones():  # the backbone has no kernel of this package
-        return Trainer(configuration(folder), Console(quiet=True))
+    return Trainer(configuration(folder), Console(quiet=True))
 
 
 def losses_and_gradient(
