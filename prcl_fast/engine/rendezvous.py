@@ -130,7 +130,7 @@ class _Meeting:
             time.sleep(pause)
             pause = min(0.5, 1.5 * pause)
             count = store.add("count", 0)
-        names = [store.get(name).decode() for name in came]
+        names = [name.decode() for name in store.multi_get(came)]
         if isinstance(device, InputError) or _MISTAKEN in names:
             self._end(device if isinstance(device, InputError) and names.index(_MISTAKEN) == own else None)
         if _CPU in names and len(set(names)) > 1:
