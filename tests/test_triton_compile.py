@@ -124,7 +124,6 @@ KERNELS: dict[str, dict[str, Any]] = {
             "target": "u8",
             "weight": "fp32",
             "losses": "fp32",
-            "counts": "i32",
             "log_sums": "fp32",
         },
         "floats": ("scale_y", "scale_x"),
@@ -137,7 +136,11 @@ KERNELS: dict[str, dict[str, Any]] = {
         "meta": {"ALIGN": False, "BLOCK": 64},
         "others": ({"ALIGN": True},),
     },
-    "upsample_cross_entropy._gradient_kernel": {
+    "upsample_cross_entropy._count_kernel": {
+        "types": {"target": "u8", "counts": "i32"},
+        "meta": {"BLOCK": 4096},
+    },
+    "upsample_cross_entropy._tile_kernel": {
         "types": {
             "logits": "x",
             "target": "u8",
@@ -149,9 +152,20 @@ KERNELS: dict[str, dict[str, Any]] = {
             "starts_x": "i32",
             "lows_x": "i32",
             "fractions_x": "fp32",
+            "losses": "fp32",
             "grad": "fp32",
         },
-        "meta": {"CLASSES": 4, "ROWS": 16, "COLUMNS": 8, "SPAN": 16},
+        "meta": {
+            "CLASSES": 21,
+            "PADDED": 32,
+            "ALL": True,
+            "NEEDS_GRAD": True,
+            "ROWS": 16,
+            "COLUMNS": 16,
+            "SPAN": 64,
+        },
+        "others": ({"NEEDS_GRAD": False}, {"ALL": False, "CLASSES": 16, "PADDED": 16}),
+        "num_warps": 2,
     },
 }
 # What kernels call; compiled with them.
@@ -166,6 +180,9 @@ FUNCTIONS = {
     "probabilistic_info_nce._add",
     "probabilistic_info_nce._log1p",
     "probabilistic_info_nce._pairs",
+    "upsample_cross_entropy._across",
+    "upsample_cross_entropy._load",
+    "upsample_cross_entropy._split",
 }
 
 
