@@ -22,7 +22,7 @@ import pytest
 ARCHITECTURE = 90
 # What each kernel is launched with for 21 classes and 256 dimensions. `types` has the pointers' element
 # types, where "x" stands for the features', or for the means' beside "s" for the variances'; other arguments
-# are 32-bit integers, or float32 if in `floats`.
+# are 32-bit integers, multiples of 16 if in `aligned`, or float32 if in `floats`.
 # `others` are compile-time constants of other launches.
 KERNELS: dict[str, dict[str, Any]] = {
     "class_lists._count_kernel": {
@@ -78,6 +78,7 @@ KERNELS: dict[str, dict[str, Any]] = {
         "floats": ("scale",),
         "meta": {"NORMALIZE": True, "NEEDS_GRAD": True, "ROWS": 4, "DIMS": 256},
         "others": ({"NORMALIZE": False}, {"NEEDS_GRAD": False}, {"DIMS": 16}, {"DIMS": 512}),
+        "aligned": ("dims",),
         "num_warps": 1,
     },
     "probabilistic_info_nce._scatter_kernel": {
@@ -94,8 +95,22 @@ KERNELS: dict[str, dict[str, Any]] = {
         "meta": {"DIMS": 256},
     },
     "prototype_statistics._sum_kernel": {
-        "types": {"mu": "x", "var": "s", "label": "i64", "valid": "u8", "sums": "fp32", "counts": "i32"},
-        "meta": {"SPAN": 1024, "PIXELS": 32, "DIMS": 64, "CLASSES": 32},
+        "types": {"mu": "x", "var": "s", "order": "i32", "start": "i64", "end": "i64", "sums": "fp32"},
+        "meta": {"PIXELS": 512, "ROWS": 16, "DIMS": 256, "CLASSES": 32},
+        "aligned": ("dims",),
+        "others": ({"ROWS": 128, "DIMS": 32}, {"CLASSES": 256}),
+    },
+    "prototype_statistics._merge_kernel": {
+        "types": {
+            "sums": "fp32",
+            "start": "i64",
+            "end": "i64",
+            "precision": "fp32",
+            "weighted_mean": "fp32",
+            "count": "i64",
+        },
+        "meta": {"PIXELS": 512, "ROWS": 32, "DIMS": 32, "CLASSES": 32},
+        "aligned": ("dims",),
     },
     "pseudo_label._label_kernel": {
         "types": {"logits": "x", "label": "u8", "confidence": "fp32"},
@@ -176,11 +191,13 @@ FUNCTIONS = {
     "interpolation.corners",
     "interpolation.taps",
     "launch.at_least",
+    "launch.reciprocal",
     "philox.bounded",
     "philox.philox_words",
     "probabilistic_info_nce._add",
     "probabilistic_info_nce._log1p",
     "probabilistic_info_nce._pairs",
+    "prototype_statistics._programs",
     "upsample_cross_entropy._across",
     "upsample_cross_entropy._load",
     "upsample_cross_entropy._split",
@@ -259,8 +276,8 @@ def compile_all() -> list[dict[str, Any]]:
                 constants |= {argument: 1} if ones else {}
         aligned = {
             (i,): [["tt.divisibility", 16]]
-            for i, kind in enumerate(signature.values())
-            if kind.startswith("*")
+            for i, (argument, kind) in enumerate(signature.items())
+            if kind.startswith("*") or (argument in case.get("aligned", ()) and not ones)
         }
         result: dict[str, Any] = {"case": [name, dtype, launch], "error": None, "report": None}
         try:
