@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.interpolation import axis_scale, bilinear, corners, taps
-from prcl_fast.kernels.launch import INTERPRETED, device_of, grid_of
+from prcl_fast.kernels.launch import INTERPRETED, device_of, grid_of, log2, reciprocal
 
 _LOG2_E, _LOG_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Classes whose logits and gradients a thread keeps in registers: all, if they are no more than the first.
@@ -73,7 +73,7 @@ def _loss_kernel(
         largest = tl.where(higher, logit, largest)
         picked = tl.where(wanted == c, logit, picked)
     factor = tl.load(weight + image * weight_stride_b + pixel * weight_stride_pixel, mask=kept, other=0.0)
-    log_sum = largest + tl.log2(total)
+    log_sum = largest + log2(total)
     slot = image * tl.num_programs(0) + tl.program_id(0)
     tl.store(losses + slot, tl.sum(tl.where(kept, (log_sum - picked) * factor, 0.0), 0) * _LOG_2)
     if NEEDS_GRAD:
@@ -162,9 +162,9 @@ def _tile_kernel(
                     probability = tl.where(real, tl.exp2(logit - peak[None, :]), 0.0)
                     total = tl.sum(probability, 0)
                     picked = tl.sum(tl.where(hit, logit, 0.0), 0)
-                    value = (peak - picked + tl.log2(total)) * factor
+                    value = (peak - picked + log2(total)) * factor
                     loss += tl.where(kept & owned & (row >= first_row), value, 0.0)
-                    share = factor / total
+                    share = factor * reciprocal(total)
                 else:
                     log_sum = tl.load(log_sums + pixel, mask=kept, other=float("inf"))
                     probability = tl.exp2(logit - log_sum[None, :])
