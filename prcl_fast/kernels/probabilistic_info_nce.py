@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.launch import INTERPRETED, at_least, device_of, grid_of, log2, reciprocal
+from prcl_fast.reference.norm import MIN_NORM
 
 _MIN_SUM = tl.constexpr(1e-12)  # s_i + s_j is clamped here; its gradient is zero where it was
-_MIN_NORM = tl.constexpr(1e-12)
+_MIN_NORM = tl.constexpr(MIN_NORM)
 _LOG_2 = tl.constexpr(0.6931471805599453)
 _ROWS = 16 if INTERPRETED else 4
 _DIMS_OF_A_WARP = 256
@@ -57,8 +58,9 @@ def _weight_kernel(
 @triton.jit
 def _anchor_kernel(
     mu, var, anchor_index, negative_index, positive_mean, positive_variance, positive_count, virtual_mu,
-    weights, loss, grad_mu, grad_var, num_classes, num_anchors, anchors_per_group, num_negatives, num_virtual,
-    dims, scale, NORMALIZE: tl.constexpr, NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+    norms, weights, loss, grad_mu, grad_var, num_classes, num_anchors, anchors_per_group, num_negatives,
+    num_virtual, dims, scale, NORMALIZE: tl.constexpr, HAS_NORMS: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = row // num_anchors
@@ -71,21 +73,23 @@ def _anchor_kernel(
     mu_i = tl.load(mu + pixel * dims + dim, mask=inside & counts, other=0.0).to(tl.float32)
     s_i = tl.load(var + pixel * dims + dim, mask=inside & counts, other=1.0).to(tl.float32)
     if NORMALIZE:
-        norm = tl.sqrt(tl.sum(mu_i * mu_i, 0))
-        inverse_norm = 1.0 / tl.maximum(norm, _MIN_NORM)
+        if HAS_NORMS:
+            inverse_norm = tl.load(norms + pixel, mask=counts, other=0.0)
+        else:
+            inverse_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(mu_i * mu_i, 0)), _MIN_NORM)
         mu_i *= inverse_norm
     # All variances are positive: if the anchor's are above the clamp, no sum is at it.
     if tl.min(s_i, 0) > _MIN_SUM:
         positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
-            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, mu_i, s_i,
-            row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
-            False, NORMALIZE, NEEDS_GRAD, ROWS, DIMS,
+            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i,
+            s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
+            False, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
         )  # fmt: skip
     else:
         positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
-            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, mu_i, s_i,
-            row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
-            True, NORMALIZE, NEEDS_GRAD, ROWS, DIMS,
+            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i,
+            s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
+            True, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
         )  # fmt: skip
     at_positive = tl.exp2(positive - peak)
     value = ((peak - positive) * _LOG_2 + _log1p(total + (at_positive - 1.0))) * weight
@@ -95,7 +99,7 @@ def _anchor_kernel(
         to_mu = factor * (sum_mu - total * tl.reshape(t_p, (DIMS,)))
         to_var = 0.5 * factor * (sum_var - total * tl.reshape(slope_p, (DIMS,)))
         if NORMALIZE:  # d(mu / |mu|): the part across mu, over |mu|; below the clamp the norm is a constant
-            along = tl.where(norm > _MIN_NORM, tl.sum(mu_i * to_mu, 0), 0.0)
+            along = tl.where(inverse_norm < 1.0 / _MIN_NORM, tl.sum(mu_i * to_mu, 0), 0.0)
             to_mu = (to_mu - along * mu_i) * inverse_norm
         at = row * dims + dim
         tl.store(grad_mu + at, tl.where(counts, to_mu, 0.0), mask=inside)
@@ -104,10 +108,10 @@ def _anchor_kernel(
 
 @triton.jit
 def _candidates(
-    mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, mu_i, s_i,
+    mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i, s_i,
     row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
-    MAY_CLAMP: tl.constexpr, NORMALIZE: tl.constexpr, NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr,
-    DIMS: tl.constexpr,
+    MAY_CLAMP: tl.constexpr, NORMALIZE: tl.constexpr, HAS_NORMS: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The positive's score, t and t^2 - r; the largest score of all; the sums over all others."""
     dim = tl.arange(0, DIMS)
@@ -131,7 +135,11 @@ def _candidates(
         place = (other * dims)[:, None] + dim[None, :]
         mu_j = tl.load(mu + place, mask=read, other=0.0).to(tl.float32)
         s_j = tl.load(var + place, mask=read, other=0.0).to(tl.float32)
-        score, t, slope = _pairs(mu_i, s_i, mu_j, s_j, scale, MAY_CLAMP, NORMALIZE, ROWS, DIMS)
+        if HAS_NORMS:
+            mu_j *= tl.load(norms + other, mask=kept, other=0.0)[:, None]
+        score, t, slope = _pairs(
+            mu_i, s_i, mu_j, s_j, scale, MAY_CLAMP, NORMALIZE and not HAS_NORMS, ROWS, DIMS
+        )
         peak, total, sum_mu, sum_var = _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD)
     for first in range(0, tl.where(counts, num_classes * num_virtual, 0), ROWS):
         j = first + tl.arange(0, ROWS)
@@ -200,6 +208,7 @@ def probabilistic_info_nce(
     positive_count: Tensor,
     virtual_mu: Tensor | None,
     class_factor: Tensor | None,
+    inverse_norm: Tensor | None,
     tau: float,
     mean: bool,
     normalize: bool,
@@ -207,7 +216,7 @@ def probabilistic_info_nce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (scalar) and its gradients to the anchors' rows of mu and var, [C, A, D] each, in float32.
 
-    The gradients are empty unless `needs_grad`. mu and var are rows [P, D].
+    The gradients are empty unless `needs_grad`. mu and var are rows [P, D], inverse_norm [B, h, w] theirs.
     """
     num_classes, num_anchors = anchor_index.shape
     num_groups, num_negatives = negative_index.shape[1:]
@@ -225,10 +234,12 @@ def probabilistic_info_nce(
         )  # fmt: skip
         _anchor_kernel[(rows,)](
             mu, var, anchor_index, negative_index, positive_mean, positive_variance, positive_count,
-            positive_mean if virtual_mu is None else virtual_mu, weights, losses, grad_mu, grad_var,
+            positive_mean if virtual_mu is None else virtual_mu,
+            positive_mean if inverse_norm is None else inverse_norm, weights, losses, grad_mu, grad_var,
             num_classes, num_anchors, num_anchors // num_groups, num_negatives,
             0 if virtual_mu is None else virtual_mu.shape[1], dims, 1.0 / (tau * dims if mean else tau),
-            NORMALIZE=normalize, NEEDS_GRAD=needs_grad, ROWS=_ROWS, DIMS=dims_block,
+            NORMALIZE=normalize, HAS_NORMS=inverse_norm is not None, NEEDS_GRAD=needs_grad, ROWS=_ROWS,
+            DIMS=dims_block,
             num_warps=min(16, max(1, dims_block // _DIMS_OF_A_WARP)),
         )  # fmt: skip
     return losses.sum(), grad_mu, grad_var

@@ -6,7 +6,8 @@ rows of the features once, 4096 values at a time, and adds 1 / s and mu / s to s
 row of that tile. Pixels that do not count are never read. Features that are not channels_last are copied.
 
 Each program writes its sums into a row of a table [programs, 2, D]. A second kernel adds each class's rows in
-float64. All sums have a fixed order, without atomics. A reciprocal is right to 1 unit in the last place.
+float64. All sums have a fixed order, without atomics. A reciprocal is right to 1 unit in the last place. Where
+the norms of the means are asked for, each program also writes the sums of squares of its part of each row.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from prcl_fast.kernels.class_lists import class_lists
 from prcl_fast.kernels.launch import device_of, grid_of, reciprocal
+from prcl_fast.reference.norm import MIN_NORM
 
 _PIXELS = 512
 _TILE = 4096
@@ -27,9 +29,10 @@ _MERGED_ROWS, _MERGED_DIMS = 32, 32
 
 @triton.jit
 def _sum_kernel(
-    mu, var, order, start, end, sums, dims, num_classes,
-    PIXELS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, CLASSES: tl.constexpr,
+    mu, var, order, start, end, sums, squares, pixels, dims, num_classes,
+    NORMS: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
+    squares += tl.program_id(1).to(tl.int64) * pixels
     program = tl.program_id(0)
     begin, after, first = _programs(start, end, num_classes, PIXELS, CLASSES)
     mine = (first <= program) & (program < first + tl.cdiv(after - begin, PIXELS))
@@ -46,7 +49,10 @@ def _sum_kernel(
         read = kept[:, None] & (dim < dims)
         r = reciprocal(tl.load(var + place, mask=read, other=float("inf")).to(tl.float32))
         precision += r
-        weighted_mean += tl.load(mu + place, mask=read, other=0.0).to(tl.float32) * r
+        mean = tl.load(mu + place, mask=read, other=0.0).to(tl.float32)
+        weighted_mean += mean * r
+        if NORMS:
+            tl.store(squares + pixel, tl.sum(mean * mean, 1), mask=kept)
     at = sums + program.to(tl.int64) * 2 * dims + dim
     tl.store(at, tl.sum(precision, 0)[None, :], mask=dim < dims)
     tl.store(at + dims, tl.sum(weighted_mean, 0)[None, :], mask=dim < dims)
@@ -89,29 +95,36 @@ def _programs(start, end, num_classes, PIXELS: tl.constexpr, CLASSES: tl.constex
 
 
 def prototype_statistics(
-    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Precision [C, D] float32, weighted mean [C, D] float32 and count [C] int64.
+    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int, with_norms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Precision and weighted mean [C, D] float32, count [C] int64, inverse norm [B, h, w] float32 or [0].
 
     mu and var are [B, D, h, w].
     """
     mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
     batch, dims, height, width = mu.shape
+    pixels = batch * height * width
     order, start, end = class_lists(label, valid, num_classes)
-    programs = triton.cdiv(batch * height * width, _PIXELS) + num_classes  # as many as may be needed
+    programs = triton.cdiv(pixels, _PIXELS) + num_classes  # as many as may be needed
     sums = torch.empty(programs, 2, dims, dtype=torch.float32, device=mu.device)
     precision = sums.new_empty(num_classes, dims)
     weighted_mean = torch.empty_like(precision)
     count = torch.empty(num_classes, dtype=torch.int64, device=mu.device)
     classes = triton.next_power_of_2(num_classes)
     dims_block = min(_MOST_DIMS, max(32, triton.next_power_of_2(dims)))
+    grid = grid_of(programs, triton.cdiv(dims, dims_block))
+    # A negative sum is a pixel that does not count.
+    squares = sums.new_full((grid[1], batch, height, width) if with_norms else (0,), -1.0)
     with device_of(mu):
-        _sum_kernel[grid_of(programs, triton.cdiv(dims, dims_block))](
-            mu, var, order, start, end, sums, dims, num_classes,
+        _sum_kernel[grid](
+            mu, var, order, start, end, sums, squares, pixels, dims, num_classes, NORMS=with_norms,
             PIXELS=_PIXELS, ROWS=_TILE // dims_block, DIMS=dims_block, CLASSES=classes,
         )  # fmt: skip
         _merge_kernel[grid_of(num_classes, triton.cdiv(dims, _MERGED_DIMS))](
             sums, start, end, precision, weighted_mean, count, dims, num_classes,
             PIXELS=_PIXELS, ROWS=_MERGED_ROWS, DIMS=_MERGED_DIMS, CLASSES=classes,
         )  # fmt: skip
-    return precision, weighted_mean, count
+    if with_norms:
+        square = squares.sum(0)
+        squares = torch.where(square < 0, 0.0, square.sqrt().clamp(min=MIN_NORM).reciprocal())
+    return precision, weighted_mean, count, squares
