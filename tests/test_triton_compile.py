@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for a GPU that need not be there, and keeps its values in registers.
 
+The hot loops also keep to budgets of instructions, counted in the SASS: a slow tile shows without a GPU.
 Triton decides when a kernel is decorated whether it is interpreted, so the kernels are compiled by this file,
 run as a script in a process without TRITON_INTERPRET.
 """
@@ -14,10 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Also run as a script, which has only this folder on its path.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import sass
 
 ARCHITECTURE = 90
 # What each kernel is launched with for 21 classes and 256 dimensions. `types` has the pointers' element
@@ -222,6 +229,31 @@ FUNCTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Warp-instructions that a kernel's hot loop may issue for one unit of its work, with each feature dtype.
+
+    The loop is the first one `depth` loops down; it makes `units` in a trip, with `trips` of the loop inside.
+    """
+
+    unit: str
+    depth: int
+    trips: tuple[int, ...]
+    units: float
+    most: dict[str, int]
+
+
+# For 21 classes, 256 dimensions and images four times the size of the features.
+BUDGETS = {
+    "probabilistic_info_nce._anchor_kernel": Budget(
+        "candidate row", 0, (), 4, {"fp32": 150, "bf16": 168, "bf16/fp32": 158}
+    ),
+    "prototype_statistics._sum_kernel": Budget("row", 0, (), 16, {"fp32": 130, "bf16": 100, "bf16/fp32": 95}),
+    # A trip is a class: 20 of them after the first.
+    "pseudo_label._label_kernel": Budget("32 pixels", 0, (), 512 / 32 / 20, {"fp32": 740, "bf16": 890}),
+    # A trip is 64 columns of the four output rows of a strip.
+    "upsample_cross_entropy._tile_kernel": Budget("32 pixels", 1, (4,), 8, {"fp32": 535, "bf16": 545}),
+}
 ONES = "ones"  # all sizes are 1, which Triton makes compile-time constants
 
 
@@ -245,6 +277,15 @@ def written(constants: dict[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in constants.items())
 
 
+def issued(cubin: bytes, name: str, cuobjdump: str) -> float:
+    """Warp-instructions that the kernel `name` issues for one unit of its work."""
+    budget = BUDGETS[name]
+    loop = sass.loops(sass.disassemble(cubin, name.partition(".")[2], cuobjdump))[0]
+    for _ in range(budget.depth):
+        loop = loop.inner[0]
+    return loop.issued(*budget.trips) * KERNELS[name].get("num_warps", 4) / budget.units
+
+
 def jitted() -> set[str]:
     """Everything in the package that Triton compiles, as module.name."""
     from triton.runtime.jit import KernelInterface
@@ -263,13 +304,17 @@ def jitted() -> set[str]:
 
 
 def compile_all() -> list[dict[str, Any]]:
-    """Per case: the error, or the report of the assembler (None where Triton brings no ptxas)."""
+    """Per case: the error, or the report of the assembler and the instructions of a unit of work.
+
+    The last two are None where Triton brings no ptxas or there is no cuobjdump.
+    """
     from triton import compile as triton_compile
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     ptxas = knobs.nvidia.ptxas.path if Path(knobs.nvidia.ptxas.path).is_file() else None
+    cuobjdump = sass.disassembler()
     results = []
     for name, dtype, launch in cases():
         case, ones = KERNELS[name], launch == ONES
@@ -297,7 +342,12 @@ def compile_all() -> list[dict[str, Any]]:
             for i, (argument, kind) in enumerate(signature.items())
             if kind.startswith("*") or (argument in case.get("aligned", ()) and not ones)
         }
-        result: dict[str, Any] = {"case": [name, dtype, launch], "error": None, "report": None}
+        result: dict[str, Any] = {
+            "case": [name, dtype, launch],
+            "error": None,
+            "report": None,
+            "issued": None,
+        }
         try:
             compiled = triton_compile(
                 ASTSource(kernel, signature, constants, aligned),
@@ -307,6 +357,8 @@ def compile_all() -> list[dict[str, Any]]:
             assert compiled.asm["cubin"]
             if ptxas and not launch:
                 result["report"] = assemble(ptxas, compiled.asm["ptx"])
+            if cuobjdump and not launch and dtype in (BUDGETS[name].most if name in BUDGETS else ()):
+                result["issued"] = issued(compiled.asm["cubin"], name, cuobjdump)
         except Exception as error:
             result["error"] = f"{type(error).__name__}: {error}"
         results.append(result)
@@ -356,10 +408,34 @@ def test_a_kernel_keeps_its_values_in_registers(
     assert set(spills) == {"0"}, report
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name, budget in BUDGETS.items() for dtype in budget.most]
+)
+def test_a_hot_loop_keeps_to_its_budget_of_instructions(
+    compiled: dict[tuple[str, str, str], dict[str, Any]], name: str, dtype: str
+) -> None:
+    count = compiled[name, dtype, ""]["issued"]
+    if count is None:
+        pytest.skip("there is no cuobjdump, neither with Triton nor on PATH")
+    assert count <= BUDGETS[name].most[dtype]
+
+
 def test_every_kernel_of_the_package_is_compiled_here() -> None:
     pytest.importorskip("triton")
     assert jitted() == set(KERNELS) | FUNCTIONS
 
 
+def show(results: list[dict[str, Any]]) -> None:
+    """A line per hot loop and dtype: warp-instructions of a unit of its work, and its budget."""
+    for result in results:
+        name, dtype, _ = result["case"]
+        if result["issued"] is not None:
+            budget = BUDGETS[name]
+            print(f"{name:42} {dtype:10} {result['issued']:7.1f} of {budget.most[dtype]} a {budget.unit}")
+
+
 if __name__ == "__main__":
-    json.dump(compile_all(), sys.stdout)
+    if sys.argv[1:] == ["--instructions"]:
+        show(compile_all())
+    else:
+        json.dump(compile_all(), sys.stdout)
