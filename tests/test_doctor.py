@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from typer.testing import CliRunner
 from prcl_fast import __version__
 from prcl_fast.cli.doctor import doctor
 from prcl_fast.ops import _backend, _native
+from prcl_fast.ops._preference import _PREFERENCE, preference
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def output(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("COLUMNS", "200")
+def output(monkeypatch: pytest.MonkeyPatch, columns: int = 250) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
     app = typer.Typer()
     app.command()(doctor)
     result = CliRunner().invoke(app)
@@ -37,6 +41,30 @@ def test_the_automatic_choice_is_shown_for_each_dtype(monkeypatch: pytest.Monkey
     for row in rows:
         dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         assert row[5:12:2] == [_backend.automatic(row[1], "cpu", dtype) for dtype in dtypes]
+
+
+def test_the_reason_of_a_preference_stands_beside_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [line for line in output(monkeypatch, columns=400).splitlines() if "│ cpu " in line]
+    for name, row in zip(_backend.op_names(), rows, strict=True):
+        assert f"native before torch, {preference(name, 'cpu').reason}" in row
+
+
+def test_every_op_has_a_preference_and_every_preference_an_op() -> None:
+    assert set(_PREFERENCE) == set(_backend.op_names())
+    for devices in _PREFERENCE.values():
+        assert set(devices) == {"cpu", "cuda"}
+        for choice in devices.values():
+            assert set(choice.order) < set(_backend.BACKENDS)
+            assert choice.reason.startswith(("measured: ", "estimated ", "by design: "))
+
+
+def test_a_measured_preference_names_a_stored_result() -> None:
+    reasons = {choice.reason for devices in _PREFERENCE.values() for choice in devices.values()}
+    files = {
+        re.search(r"bench/results/[\w.]+", reason) for reason in reasons if reason.startswith("measured")
+    }
+    assert files
+    assert all(found and (ROOT / found[0]).is_file() for found in files)
 
 
 def test_a_missing_library_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from prcl_fast import __version__
 from prcl_fast.ops import _backend, _native
+from prcl_fast.ops._preference import preference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OPTIONAL = ("native", "triton")  # torch runs everywhere
@@ -60,12 +61,13 @@ def _libraries() -> Table:
 
 
 def _ops(devices: list[str]) -> tuple[Table, list[str]]:
-    """One row per op and device: what `auto` takes for each dtype, and what else could run float32 there.
+    """One row per op and device: what `auto` takes for each dtype, what else could run float32 there.
 
-    A backend that cannot run shows the number of its reason.
+    A backend that cannot run shows the number of its reason. The last column is the order in which `auto`
+    tries the backends, and why.
     """
     dtypes = [str(dtype).removeprefix("torch.") for dtype in _DTYPES]
-    table = Table("op", "device", *dtypes, *_OPTIONAL, title="ops", title_justify="left")
+    table = Table("op", "device", *dtypes, *_OPTIONAL, "why", title="ops", title_justify="left")
     reasons: list[str] = []
     for name in _backend.op_names():
         for device in devices:
@@ -78,7 +80,9 @@ def _ops(devices: list[str]) -> tuple[Table, list[str]]:
                 if reason not in reasons:
                     reasons.append(reason)
                 cells.append(f"no ({reasons.index(reason) + 1})")
-            table.add_row(*map(Text, (name, device, *cells)))
+            why = preference(name, device)
+            order = " before ".join((*why.order, "torch"))
+            table.add_row(*map(Text, (name, device, *cells, f"{order}, {why.reason}")))
     return table, reasons
 
 

@@ -97,7 +97,7 @@ def select(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> C
 
 def automatic(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that `auto` chooses: the first of the op's preference that can run, `torch` at last."""
-    order = preference(name, device_type)
+    order = preference(name, device_type).order
     return next(
         (backend for backend in order if unavailable(name, backend, device_type, dtype) is None), "torch"
     )
