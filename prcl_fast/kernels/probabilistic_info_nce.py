@@ -96,7 +96,8 @@ def _anchor_kernel(
         mu_j = tl.load(mu + place, mask=read, other=0.0).to(tl.float32)
         s_j = tl.load(var + place, mask=read, other=0.0).to(tl.float32)
         if HAS_NORMS:
-            mu_j *= tl.load(norms + other, mask=kept, other=0.0)[:, None]
+            # As wide as the rows: one column, to be spread over them, would spill registers.
+            mu_j *= tl.load(norms + other[:, None] + 0 * dim[None, :], mask=read, other=0.0)
         score, t, slope = _pairs(mu_i, s_i, mu_j, s_j, scale, NORMALIZE and not HAS_NORMS, ROWS, DIMS)
         peak, total, sum_mu, sum_var = _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD)
     for first in range(0, tl.where(counts, num_classes * num_virtual, 0), ROWS):
