@@ -42,6 +42,12 @@ _PREFERENCE: Mapping[str, Mapping[str, Preference]] = {
     "mutual_likelihood_score": {"cpu": _measured_on_the_cpu(), "cuda": _NATIVE_BY_DESIGN},
     "mutual_likelihood_score_backward": {"cpu": _measured_on_the_cpu(), "cuda": _NATIVE_BY_DESIGN},
     "prototype_statistics": {"cpu": _measured_on_the_cpu(), "cuda": _estimated(59, 96, "row")},
+    "class_lists": {
+        "cpu": Preference(
+            ("native",), "by design: a counting sort in two passes; part of sample_anchors' time"
+        ),
+        "cuda": _NATIVE_BY_DESIGN,
+    },
     "sample_anchors": {"cpu": _measured_on_the_cpu(), "cuda": _NATIVE_BY_DESIGN},
     "sample_negatives": {"cpu": _measured_on_the_cpu(), "cuda": _NATIVE_BY_DESIGN},
     "philox_normal": {
