@@ -33,10 +33,6 @@ class Loop:
             raise ValueError("a loop holds loops: say how often they run")
         return len(self.instructions) + sum(trips[0] * loop.issued(*trips[1:]) for loop in self.inner)
 
-    def count(self, opcode: str) -> int:
-        """How many of its own instructions begin so, their predicates left out."""
-        return sum(re.sub(r"^@!?U?P\w+ ", "", text).startswith(opcode) for text in self.instructions)
-
 
 def disassembler() -> str | None:
     """The path of cuobjdump: Triton's own, else the first on PATH, else None."""
@@ -66,13 +62,15 @@ def loops(sass: str) -> tuple[Loop, ...]:
     address = {int(at, 16): index for index, (at, _) in enumerate(found)}
     text = [instruction for _, instruction in found]
     after = [_successors(index, text, address) for index in range(len(text))]
-    bodies: dict[int, set[int]] = {}
-    above = _dominators(after)
+    before: list[list[int]] = [[] for _ in text]
     for index, targets in enumerate(after):
-        for head in targets:
-            # The trap behind a kernel's end branches to itself and is reached by nothing.
-            if index in above and head in above[index]:
-                bodies.setdefault(head, {head}).update(_reaching(index, head, after))
+        for target in targets:
+            before[target].append(index)
+    bodies: dict[int, set[int]] = {}
+    above = _dominators(after, before)
+    for index, dominators in above.items():
+        for head in set(after[index]) & dominators:
+            bodies.setdefault(head, {head}).update(_reaching(index, head, before))
     return _nested(bodies, set(range(len(text))), text)
 
 
@@ -85,12 +83,11 @@ def _successors(index: int, text: list[str], address: dict[int, int]) -> tuple[i
     return () if _LEAVES.match(text[index]) else following
 
 
-def _dominators(after: list[tuple[int, ...]]) -> dict[int, set[int]]:
-    """For each reached instruction that a branch leads to or from: those that every way to it passes."""
-    before: dict[int, list[int]] = {}
-    for index, targets in enumerate(after):
-        for target in targets:
-            before.setdefault(target, []).append(index)
+def _dominators(after: list[tuple[int, ...]], before: list[list[int]]) -> dict[int, set[int]]:
+    """For each instruction that can be reached: itself and those that every way to it passes.
+
+    The trap behind a kernel's end, a branch to itself, cannot be reached.
+    """
     reached, waiting = {0}, [0]
     while waiting:
         new = set(after[waiting.pop()]) - reached
@@ -109,15 +106,11 @@ def _dominators(after: list[tuple[int, ...]]) -> dict[int, set[int]]:
     return above
 
 
-def _reaching(index: int, head: int, after: list[tuple[int, ...]]) -> set[int]:
+def _reaching(index: int, head: int, before: list[list[int]]) -> set[int]:
     """What leads to `index` without passing `head`, with both ends."""
-    before: dict[int, list[int]] = {}
-    for source, targets in enumerate(after):
-        for target in targets:
-            before.setdefault(target, []).append(source)
     body, waiting = {head, index}, [index] if index != head else []
     while waiting:
-        new = set(before.get(waiting.pop(), ())) - body
+        new = set(before[waiting.pop()]) - body
         body |= new
         waiting += new
     return body

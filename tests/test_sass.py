@@ -34,13 +34,6 @@ def test_a_nest_counts_each_instruction_at_its_depth() -> None:
     assert inner.issued() == 6
 
 
-def test_opcodes_are_counted_with_and_without_predicates() -> None:
-    (inner,) = sass.loops(NESTED)[0].inner
-    assert inner.count("FMUL") == 1
-    assert inner.count("LDG") == 1
-    assert inner.count("BRA") == 3
-
-
 def test_trips_of_inner_loops_must_be_said() -> None:
     with pytest.raises(ValueError, match="how often"):
         sass.loops(NESTED)[0].issued()
