@@ -39,7 +39,8 @@ class ImagePooling(nn.Module):
         self.bn = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x.mean(dim=(2, 3), keepdim=True))
+        # A mean over the dimensions would give back its gradient in another memory format than x has.
+        x = self.conv(F.avg_pool2d(x, x.shape[2:]))
         if x.shape[0] == 1 and not isinstance(self.bn, nn.SyncBatchNorm):
             bn = self.bn
             x = F.batch_norm(

@@ -13,6 +13,7 @@ from prcl_fast.ops._arguments import (
     check_count,
     check_pixels,
     check_tensor,
+    memory_format_of,
     reduction_is_mean,
 )
 from prcl_fast.ops._backend import Implementation, define_op
@@ -80,12 +81,14 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+    logits = inputs[0]
+    ctx.dtype, ctx.memory_format = logits.dtype, memory_format_of(logits)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (grad_logits,) = ctx.saved_tensors
-    return (grad_logits * grad_loss).to(ctx.dtype), None, None, None, None, None, None
+    grad = (grad_logits * grad_loss).to(ctx.dtype, memory_format=ctx.memory_format)
+    return grad, None, None, None, None, None, None
 
 
 def _prepared(
