@@ -30,8 +30,8 @@ void define_schemas(Library& m) {
       "Tensor)");
   m.def(
       "probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows, Tensor grad_var_rows, "
-      "Tensor anchor_index, int batch, int height, int width, ScalarType dtype, bool channels_last) "
-      "-> (Tensor, Tensor)");
+      "Tensor anchor_index, int batch, int height, int width, ScalarType mu_dtype, ScalarType var_dtype, "
+      "bool mu_channels_last, bool var_channels_last) -> (Tensor, Tensor)");
   m.def("pseudo_label(Tensor logits, int height, int width, bool align_corners) -> (Tensor, Tensor)");
   m.def(
       "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "

@@ -63,4 +63,17 @@ void dispatch_floating(const Tensor& tensor, const F& f) {
   }
 }
 
+// Calls f(Mu{}, Var{}) with the types of means and variances: one type for both, or 16-bit means beside
+// float32 variances, which is what heads under autocast make.
+template <class F>
+void dispatch_features(const Tensor& mu, const Tensor& var, const F& f) {
+  dispatch_floating(mu, [&](auto zero) {
+    if (var.scalar_type() == mu.scalar_type()) return f(zero, zero);
+    if constexpr (sizeof(zero) == 2) {
+      if (var.scalar_type() == ScalarType::Float) return f(zero, float{});
+    }
+    STD_TORCH_CHECK(false, "expected variances of the means' type, or float32 ones beside 16-bit means");
+  });
+}
+
 }  // namespace prcl

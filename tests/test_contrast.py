@@ -248,6 +248,27 @@ def test_autocast_and_bfloat16_features_keep_float32_inside() -> None:
     torch.testing.assert_close(make()(**low), make()(**rounded), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"deterministic": True, "virtual_negatives": 0}, {"memory_bank": 40, "virtual_negatives": 0}],
+)
+def test_means_may_be_narrower_than_variances(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Both as under autocast: the loss is that of the same values in float32, gradients have the dtypes."""
+    batch = scene()
+    losses, gradients = [], []
+    for mu in (batch["mu"].detach().to(dtype), batch["mu"].detach().to(dtype).float()):
+        leaves = {"mu": mu.requires_grad_(), "var": batch["var"].detach().requires_grad_()}
+        losses.append(make(**options)(**{**batch, **leaves}))
+        losses[-1].backward()
+        gradients.append([leaf.grad for leaf in leaves.values() if leaf.grad is not None])
+        assert all(leaf.grad is None or leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    for got, expected in zip(*gradients, strict=True):
+        tolerance = 1e-5 + (torch.finfo(dtype).eps if got.dtype == dtype else 0.0)
+        assert (got.float() - expected).norm() < tolerance * expected.norm()
+
+
 def test_compiles_whole_and_updates_the_state() -> None:
     batch = scene()
     eager, traced = make(), make()

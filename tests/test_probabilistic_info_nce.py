@@ -29,7 +29,7 @@ B, D, H, W = 2, 6, 5, 4
 C, A, N, V = 5, 7, 9, 3
 
 
-def scene(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def scene(dtype: torch.dtype = torch.float64, var_dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Class 2 is present without anchors, class 4 absent; some negatives are missing; anchors repeat."""
     generator = torch.Generator().manual_seed(0)
 
@@ -46,7 +46,7 @@ def scene(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     precision = (1 / (0.05 + draw(C, D))).index_fill(0, torch.tensor(4), 0)
     return {
         "mu": (4 * draw(B, D, H, W) - 2).to(dtype).requires_grad_(),
-        "var": (0.02 + draw(B, D, H, W)).to(dtype).requires_grad_(),
+        "var": (0.02 + draw(B, D, H, W)).to(var_dtype or dtype).requires_grad_(),
         "anchor_index": anchor_index,
         "negative_index": negative_index,
         "positive": PrototypeStatistics(
@@ -111,26 +111,42 @@ def test_loss_and_gradients_equal_the_equation(
         torch.testing.assert_close(got, 3 * want, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [(CONTIGUOUS, CONTIGUOUS), (CHANNELS_LAST, CHANNELS_LAST), (CHANNELS_LAST, CONTIGUOUS)],
+    ids=["contiguous", "channels_last", "one_of_each"],
+)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
 def test_lower_precisions_accumulate_in_float32(
-    dtype: torch.dtype, memory_format: torch.memory_format
+    dtypes: tuple[torch.dtype, torch.dtype], layouts: tuple[torch.memory_format, torch.memory_format]
 ) -> None:
-    case = scene(dtype)
-    for name in ("mu", "var"):
-        case[name] = case[name].detach().contiguous(memory_format=memory_format).requires_grad_()
+    case = scene(*dtypes)
+    for name, layout in zip(("mu", "var"), layouts, strict=True):
+        case[name] = case[name].detach().contiguous(memory_format=layout).requires_grad_()
     options: dict[str, Any] = {"tau": 0.5, "reduction": "sum", "normalize": True}
     expected, expected_grads = in_float64(*case.values(), **options)
     loss = probabilistic_info_nce(**case, **options)
     loss.backward()
     assert loss.dtype == torch.float32
     assert abs(loss.double() - expected) < 1e-5 * expected
-    # Accumulated in float32, then rounded once to the dtype.
-    tolerance = 1e-5 + torch.finfo(dtype).eps
-    for name, want in zip(("mu", "var"), expected_grads, strict=True):
+    for name, dtype, layout, want in zip(("mu", "var"), dtypes, layouts, expected_grads, strict=True):
         grad = case[name].grad
         assert grad.dtype == dtype
-        assert grad.is_contiguous(memory_format=memory_format)
+        assert grad.is_contiguous(memory_format=layout)
+        # Accumulated in float32, then rounded once to the dtype.
+        tolerance = 1e-5 + torch.finfo(dtype).eps
         assert (grad.double() - want).norm() < tolerance * want.norm()
 
 
@@ -164,18 +180,20 @@ def test_groups_of_anchors_may_share_their_negatives(groups: int) -> None:
         (2, 3, 9, 300),
     ],
 )
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("normalize", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)]
+)
 def test_odd_sizes_agree_with_float64(
-    classes: int, anchors: int, negatives: int, dim: int, normalize: bool
+    classes: int, anchors: int, negatives: int, dim: int, normalize: bool, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(dim)
     pixels = 2 * 7 * 5
-    mu = torch.randn(2, dim, 7, 5, generator=generator)
+    mu = torch.randn(2, dim, 7, 5, generator=generator).to(dtype)
     var = torch.rand(2, dim, 7, 5, generator=generator) * 0.9 + 0.05
     anchor_index = torch.randint(0, pixels, (classes, anchors), generator=generator)
     negative_index = torch.randint(0, pixels, (classes, anchors, negatives), generator=generator)
     precision = torch.rand(classes, dim, generator=generator) + 0.5
-    positive = PrototypeStatistics(precision, precision * mu[0, :, 0, 0], torch.ones(classes).long())
+    positive = PrototypeStatistics(precision, precision * mu[0, :, 0, 0].float(), torch.ones(classes).long())
     virtual_mu = torch.randn(classes, 2, dim, generator=generator)
     arguments = (anchor_index, negative_index, positive, virtual_mu)
     options: dict[str, Any] = {"tau": 0.05 * dim, "normalize": normalize}
@@ -185,8 +203,9 @@ def test_odd_sizes_agree_with_float64(
     expected, expected_grads = in_float64(*leaves, *arguments, **options)
     assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
     for got, want in zip(grads, expected_grads, strict=True):
+        tolerance = 1e-5 + (torch.finfo(dtype).eps if got.dtype == dtype else 0.0)
         # With one normalised dimension the means' gradient is 0.
-        assert (got.double() - want).norm() < 1e-5 * want.norm() + 1e-9
+        assert (got.double() - want).norm() < tolerance * want.norm() + 1e-9
 
 
 def test_gradcheck() -> None:
@@ -430,7 +449,7 @@ def test_wrong_arguments_are_named() -> None:
         ),
         ("anchor_index", case["anchor_index"].int(), TypeError, "anchor_index must be int64"),
         ("virtual_mu", case["virtual_mu"][..., 1:], ValueError, "virtual_mu must have shape"),
-        ("var", case["var"].float(), TypeError, "var must be float64"),
+        ("var", case["var"].float(), TypeError, "var must be float64; got float32"),
         (
             "positive",
             PrototypeStatistics(*[torch.zeros(2, D)] * 2, torch.zeros(2).long()),
@@ -477,8 +496,8 @@ def test_opcheck_of_the_backward_op() -> None:
         W,
     )
     op = torch.ops.prcl_fast.probabilistic_info_nce_backward.default
-    torch.library.opcheck(op, (*arguments, torch.bfloat16, True))
-    torch.library.opcheck(op, (*arguments, torch.float32, False))
+    torch.library.opcheck(op, (*arguments, torch.bfloat16, torch.float32, True, False))
+    torch.library.opcheck(op, (*arguments, torch.float32, torch.float32, False, False))
 
 
 def test_compiles_whole_with_its_backward_pass() -> None:

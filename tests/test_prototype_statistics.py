@@ -14,11 +14,23 @@ place = run_everywhere("prototype_statistics")
 C, D = 5, 12
 
 
-def scene(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# Of mu and var.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+
+
+def scene(
+    mu_dtype: torch.dtype = torch.float32, var_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Class 4 is absent, class 3 has no valid pixel; some labels are outside the range."""
     generator = torch.Generator().manual_seed(0)
-    mu = torch.randn(3, D, 7, 6, generator=generator).to(dtype)
-    var = (torch.rand(3, D, 7, 6, generator=generator) + 1e-3).to(dtype)
+    mu = torch.randn(3, D, 7, 6, generator=generator).to(mu_dtype)
+    var = (torch.rand(3, D, 7, 6, generator=generator) + 1e-3).to(var_dtype or mu_dtype)
     label = torch.tensor([0, 1, 2, 3, -1, 255])[torch.randint(0, 6, (3, 7, 6), generator=generator)]
     valid = (torch.rand(3, 7, 6, generator=generator) < 0.7) & (label != 3)
     return mu, var, label, valid
@@ -39,9 +51,11 @@ def by_hand(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor) -> tuple[Tens
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sums_equal_equation_4(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    mu, var, label, valid = scene(dtype)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_sums_equal_equation_4(
+    dtypes: tuple[torch.dtype, torch.dtype], memory_format: torch.memory_format
+) -> None:
+    mu, var, label, valid = scene(*dtypes)
     mu, var = mu.contiguous(memory_format=memory_format), var.contiguous(memory_format=memory_format)
     got = prototype_statistics(mu, var, label, valid, C)
     precision, weighted_mean, count = by_hand(mu, var, label, valid)
@@ -113,9 +127,11 @@ def test_the_same_call_gives_the_same_bits_for_any_number_of_threads(place: tupl
 
 @pytest.mark.parametrize("dim", [1, 3, 8, 33, 64, 300])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_any_number_of_dimensions(dim: int, memory_format: torch.memory_format) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_dimensions(dim: int, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(dim)
     mu, var = (torch.rand(2, dim, 5, 13, generator=generator) + 0.1 for _ in range(2))
+    mu = mu.to(dtype)
     label = torch.randint(-1, 3, (2, 5, 13), generator=generator)
     mu, var = mu.contiguous(memory_format=memory_format), var.contiguous(memory_format=memory_format)
     got = prototype_statistics(mu, var, label, label > -2, 3)
@@ -162,8 +178,14 @@ def test_wrong_arguments_are_named() -> None:
     mu, var, label, valid = scene()
     with pytest.raises(ValueError, match="var must have shape"):
         prototype_statistics(mu, var[:, :1], label, valid, C)
-    with pytest.raises(TypeError, match="var must be float32"):
-        prototype_statistics(mu, var.double(), label, valid, C)
+    for mu_dtype, var_dtype, allowed in (
+        (torch.float32, torch.float64, "float32; got float64"),
+        (torch.float32, torch.bfloat16, "float32; got bfloat16"),
+        (torch.bfloat16, torch.float16, "bfloat16, float32; got float16"),
+        (torch.float16, torch.float64, "float16, float32; got float64"),
+    ):
+        with pytest.raises(TypeError, match=f"var must be {allowed}"):
+            prototype_statistics(mu.to(mu_dtype), var.to(var_dtype), label, valid, C)
     with pytest.raises(ValueError, match="label must have shape"):
         prototype_statistics(mu, var, label[:, 1:], valid, C)
     with pytest.raises(TypeError, match="valid must be bool"):

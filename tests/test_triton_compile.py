@@ -21,7 +21,8 @@ import pytest
 
 ARCHITECTURE = 90
 # What each kernel is launched with for 21 classes and 256 dimensions. `types` has the pointers' element
-# types, where "x" stands for the features'; other arguments are 32-bit integers, or float32 if in `floats`.
+# types, where "x" stands for the features', or for the means' beside "s" for the variances'; other arguments
+# are 32-bit integers, or float32 if in `floats`.
 # `others` are compile-time constants of other launches.
 KERNELS: dict[str, dict[str, Any]] = {
     "class_lists._count_kernel": {
@@ -62,7 +63,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "probabilistic_info_nce._anchor_kernel": {
         "types": {
             "mu": "x",
-            "var": "x",
+            "var": "s",
             "anchor_index": "i64",
             "negative_index": "i64",
             "positive_mean": "fp32",
@@ -88,12 +89,12 @@ KERNELS: dict[str, dict[str, Any]] = {
             "order": "i64",
             "ends": "i64",
             "grad_mu": "x",
-            "grad_var": "x",
+            "grad_var": "s",
         },
         "meta": {"DIMS": 256},
     },
     "prototype_statistics._sum_kernel": {
-        "types": {"mu": "x", "var": "x", "label": "i64", "valid": "u8", "sums": "fp32", "counts": "i32"},
+        "types": {"mu": "x", "var": "s", "label": "i64", "valid": "u8", "sums": "fp32", "counts": "i32"},
         "meta": {"SPAN": 1024, "PIXELS": 32, "DIMS": 64, "CLASSES": 32},
     },
     "pseudo_label._label_kernel": {
@@ -173,11 +174,16 @@ ONES = "ones"  # all sizes are 1, which Triton makes compile-time constants
 
 
 def cases() -> list[tuple[str, str, str]]:
-    """(kernel, dtype of the features, which launch: "", ONES, or the constants in which it differs)."""
+    """(kernel, dtype of the features, which launch: "", ONES, or the constants in which it differs).
+
+    "bf16/fp32" is the dtype of means and that of variances.
+    """
     found = []
     for name, kernel in KERNELS.items():
         of_features = "x" in kernel["types"].values()
         dtypes = kernel.get("dtypes", ("fp32", "bf16", "fp16")) if of_features else ("fp32",)
+        if "s" in kernel["types"].values():
+            dtypes = (*dtypes, "bf16/fp32")
         found += [(name, dtype, "") for dtype in dtypes]
         found += [(name, "fp32", other) for other in (ONES, *map(written, kernel.get("others", ())))]
     return found
@@ -215,6 +221,7 @@ def compile_all() -> list[dict[str, Any]]:
     results = []
     for name, dtype, launch in cases():
         case, ones = KERNELS[name], launch == ONES
+        of_means, _, of_variances = dtype.partition("/")
         module, _, attribute = name.partition(".")
         kernel = getattr(importlib.import_module(f"prcl_fast.kernels.{module}"), attribute)
         signature: dict[str, str] = {}
@@ -223,7 +230,9 @@ def compile_all() -> list[dict[str, Any]]:
         for argument in kernel.arg_names:
             if argument in case["types"]:
                 element = case["types"][argument]
-                signature[argument] = "*" + (dtype if element == "x" else element)
+                signature[argument] = "*" + {"x": of_means, "s": of_variances or of_means}.get(
+                    element, element
+                )
             elif argument in case["meta"]:
                 signature[argument] = "constexpr"
             elif argument in case.get("floats", ()):

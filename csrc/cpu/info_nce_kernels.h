@@ -20,6 +20,7 @@
 #include "cpu/reciprocal.h"
 #include "cpu/vector_math.h"
 #include "mls.h"
+#include "norm.h"
 #include "tensor.h"
 
 #include <algorithm>
@@ -35,14 +36,13 @@ constexpr double kPadding = 0.5;
 // Candidates so far below the highest score do not count: a 1e-30th of the sum is far below its rounding, and
 // their products would be subnormal numbers, which processors are slow at.
 constexpr double kFaint = -69.0;
-constexpr double kMinNorm = 1e-12;
 
-// What all groups share. S is the type of the features, T = Work<S>.
-template <class S>
+// What all groups share. Mu and Var are the types of means and variances, T = Work<Mu>.
+template <class Mu, class Var>
 struct Problem {
-  using T = Work<S>;
-  const S* mu;  // [P, D]
-  const S* var;
+  using T = Work<Mu>;
+  const Mu* mu;  // [P, D]
+  const Var* var;
   const T* inverse_norm;       // [P], or null where means are not normalised
   const int64_t* anchors;      // [C, A]
   const int64_t* negatives;    // [C, G, N]
@@ -171,19 +171,19 @@ PRCL_INLINE void weights_of(const T* score, T highest, T* weight) {
   }
 }
 
-template <class S>
+template <class Mu, class Var>
 struct Group {
-  using T = Work<S>;
+  using T = Work<Mu>;
 
   struct Args {
-    const Problem<S>& problem;
+    const Problem<Mu, Var>& problem;
     int64_t group;  // in [C, G]
   };
 
   template <int kBytes>
   PRCL_INLINE static void run(const Args& args) {
     using V = typename Vector<T, kBytes>::Type;
-    const Problem<S>& p = args.problem;
+    const Problem<Mu, Var>& p = args.problem;
     const int64_t c = args.group / p.num_groups, size = p.num_anchors / p.num_groups, width = p.width;
     const int64_t rows = p.needs_grad ? 6 : 2;
     const Buffer<T> memory(size * rows * width + 4 * kBatch * width);
@@ -241,34 +241,37 @@ struct Group {
   }
 
   template <class V>
-  PRCL_INLINE static void add_pixel(const Problem<S>& p, int64_t pixel, T* converted, Batch<T>& batch) {
-    const S *mu = p.mu + pixel * p.dims, *var = p.var + pixel * p.dims;
+  PRCL_INLINE static void add_pixel(const Problem<Mu, Var>& p, int64_t pixel, T* converted, Batch<T>& batch) {
     const int i = batch.count++;
+    T* const to = converted + 2 * i * p.width;
     batch.inverse_norm[i] = p.inverse_norm != nullptr ? p.inverse_norm[pixel] : T(1);
-    if constexpr (std::is_same_v<S, T>) {
-      if (p.dims == p.width) {
-        batch.mu[i] = mu;
-        batch.var[i] = var;
-        return;
-      }
-    }
-    T *to_mu = converted + 2 * i * p.width, *to_var = to_mu + p.width;
-    convert_row<V>(mu, p.dims, T(0), p.width, to_mu);
-    convert_row<V>(var, p.dims, T(kPadding), p.width, to_var);
-    batch.mu[i] = to_mu;
-    batch.var[i] = to_var;
+    batch.mu[i] = row<V>(p.mu + pixel * p.dims, p, T(0), to);
+    batch.var[i] = row<V>(p.var + pixel * p.dims, p, T(kPadding), to + p.width);
   }
 
-  PRCL_INLINE static void prefetch(const Problem<S>& p, int64_t pixel) {
-    constexpr int64_t kLine = 64 / sizeof(S);
-    for (int64_t l = 0; l < p.dims; l += kLine) {
-      __builtin_prefetch(p.mu + pixel * p.dims + l);
-      __builtin_prefetch(p.var + pixel * p.dims + l);
+  // The row where it lies, if it can be used there, or converted and padded in `to`.
+  template <class V, class S>
+  PRCL_INLINE static const T* row(const S* from, const Problem<Mu, Var>& p, T padding, T* to) {
+    if constexpr (std::is_same_v<S, T>) {
+      if (p.dims == p.width) return from;
     }
+    convert_row<V>(from, p.dims, padding, p.width, to);
+    return to;
+  }
+
+  PRCL_INLINE static void prefetch(const Problem<Mu, Var>& p, int64_t pixel) {
+    prefetch_row(p.mu + pixel * p.dims, p.dims);
+    prefetch_row(p.var + pixel * p.dims, p.dims);
+  }
+
+  template <class S>
+  PRCL_INLINE static void prefetch_row(const S* row, int64_t dims) {
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t l = 0; l < dims; l += kLine) __builtin_prefetch(row + l);
   }
 
   template <int kBytes>
-  PRCL_INLINE static void pass(const Problem<S>& p, State<T>& state, const Batch<T>& batch, T* t, T* u,
+  PRCL_INLINE static void pass(const Problem<Mu, Var>& p, State<T>& state, const Batch<T>& batch, T* t, T* u,
                                bool positive) {
     if (!p.needs_grad) return pass_as<kBytes, false, true>(p, state, batch, t, u, positive);
     if (state.may_clamp) return pass_as<kBytes, true, true>(p, state, batch, t, u, positive);
@@ -277,8 +280,8 @@ struct Group {
 
   // The candidates of one batch for one anchor.
   template <int kBytes, bool kGrad, bool kClamp>
-  PRCL_INLINE static void pass_as(const Problem<S>& p, State<T>& state, const Batch<T>& batch, T* t, T* u,
-                                  bool positive) {
+  PRCL_INLINE static void pass_as(const Problem<Mu, Var>& p, State<T>& state, const Batch<T>& batch, T* t,
+                                  T* u, bool positive) {
     using V = typename Vector<T, kBytes>::Type;
     constexpr int64_t kLanes = Vector<T, kBytes>::kLanes;
     const int64_t width = p.width;
@@ -319,7 +322,7 @@ struct Group {
   }
 
   // The anchor's loss and, from its sums, the rows of its gradients.
-  PRCL_INLINE static void finish(const Problem<S>& p, const State<T>& state, double class_weight) {
+  PRCL_INLINE static void finish(const Problem<Mu, Var>& p, const State<T>& state, double class_weight) {
     const T rise = state.highest - state.positive, total = state.weights + std::exp(-rise);
     // The first form is exact where the positive dominates, the second where exp(rise) would overflow.
     const T loss = rise < T(32) ? std::log1p(state.weights * std::exp(rise)) : rise + std::log(total);

@@ -40,7 +40,7 @@ struct InverseNorms {
       T square = 0;
       for (; l < args.dims; ++l) square += T(mu[l]) * T(mu[l]);
       for (int64_t lane = 0; lane < kLanes; ++lane) square += sum[lane];
-      args.to[i] = T(1) / std::max(std::sqrt(square), T(info_nce::kMinNorm));
+      args.to[i] = T(1) / std::max(std::sqrt(square), T(kMinNorm));
     }
   }
 };
@@ -52,7 +52,7 @@ Buffer<T> padded(const T* from, int64_t rows, int64_t dims, int64_t width, T fil
   for (int64_t i = 0; i < rows; ++i) {
     const T* row = from + i * dims;
     const T square = normalize ? std::inner_product(row, row + dims, row, T(0)) : T(1);
-    const T norm = std::max(std::sqrt(square), T(info_nce::kMinNorm));
+    const T norm = std::max(std::sqrt(square), T(kMinNorm));
     T* out = to.data() + i * width;
     for (int64_t l = 0; l < dims; ++l) out[l] = row[l] / norm;
     std::fill(out + dims, out + width, fill);
@@ -103,9 +103,10 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
   }
 
   Tensor loss = empty_like_of(positive_mean, {}), grad_mu = loss, grad_var = loss;
-  dispatch_floating(mu, [&](auto zero) {
-    using S = decltype(zero);
-    using T = Work<S>;
+  dispatch_features(mu, var, [&](auto of_mu, auto of_var) {
+    using Mu = decltype(of_mu);
+    using Var = decltype(of_var);
+    using T = Work<Mu>;
     for (Tensor* grad : {&grad_mu, &grad_var}) {
       *grad = needs_grad ? empty_like_of(loss, {num_classes, num_anchors, dims}) : empty_like_of(loss, {0});
       torch::stable::zero_(*grad);
@@ -114,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
     const Buffer<T> inverse_norm(normalize ? pixels : 0);
     if (normalize) {
       parallel_for(0, pixels, 1024, [&](int64_t begin, int64_t end) {
-        dispatch<InverseNorms<S>>(
-            typename InverseNorms<S>::Args{mu.const_data_ptr<S>(), begin, end, dims, inverse_norm.data()});
+        dispatch<InverseNorms<Mu>>(
+            typename InverseNorms<Mu>::Args{mu.const_data_ptr<Mu>(), begin, end, dims, inverse_norm.data()});
       });
     }
     const T padding = T(info_nce::kPadding);
@@ -128,32 +129,32 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
     const Buffer<T> virtual_var(width);
     std::fill_n(virtual_var.data(), dims, T(0));
     std::fill(virtual_var.data() + dims, virtual_var.data() + width, padding);
-    const info_nce::Problem<S> problem{mu.const_data_ptr<S>(),
-                                       var.const_data_ptr<S>(),
-                                       normalize ? inverse_norm.data() : nullptr,
-                                       anchor_index.const_data_ptr<int64_t>(),
-                                       negative_index.const_data_ptr<int64_t>(),
-                                       prototype_mu.data(),
-                                       prototype_var.data(),
-                                       virtual_rows.data(),
-                                       virtual_var.data(),
-                                       present.data(),
-                                       weight.data(),
-                                       num_classes,
-                                       num_anchors,
-                                       num_groups,
-                                       negative_index.size(2),
-                                       num_virtual,
-                                       dims,
-                                       width,
-                                       T(1.0 / (mean ? tau * double(dims) : tau)),
-                                       needs_grad,
-                                       losses.data(),
-                                       needs_grad ? grad_mu.mutable_data_ptr<T>() : nullptr,
-                                       needs_grad ? grad_var.mutable_data_ptr<T>() : nullptr};
+    const info_nce::Problem<Mu, Var> problem{mu.const_data_ptr<Mu>(),
+                                             var.const_data_ptr<Var>(),
+                                             normalize ? inverse_norm.data() : nullptr,
+                                             anchor_index.const_data_ptr<int64_t>(),
+                                             negative_index.const_data_ptr<int64_t>(),
+                                             prototype_mu.data(),
+                                             prototype_var.data(),
+                                             virtual_rows.data(),
+                                             virtual_var.data(),
+                                             present.data(),
+                                             weight.data(),
+                                             num_classes,
+                                             num_anchors,
+                                             num_groups,
+                                             negative_index.size(2),
+                                             num_virtual,
+                                             dims,
+                                             width,
+                                             T(1.0 / (mean ? tau * double(dims) : tau)),
+                                             needs_grad,
+                                             losses.data(),
+                                             needs_grad ? grad_mu.mutable_data_ptr<T>() : nullptr,
+                                             needs_grad ? grad_var.mutable_data_ptr<T>() : nullptr};
     parallel_for(0, int64_t(groups.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        dispatch<info_nce::Group<S>>(typename info_nce::Group<S>::Args{problem, groups[i]});
+        dispatch<info_nce::Group<Mu, Var>>(typename info_nce::Group<Mu, Var>::Args{problem, groups[i]});
       }
     });
     *loss.mutable_data_ptr<T>() = T(std::accumulate(losses.begin(), losses.end(), 0.0));
@@ -184,7 +185,8 @@ void scatter(const Work<S>* rows, Work<S> factor, const std::vector<std::pair<in
 std::tuple<Tensor, Tensor> probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows,
                                                            Tensor grad_var_rows, Tensor anchor_index,
                                                            int64_t batch, int64_t height, int64_t width,
-                                                           ScalarType dtype, bool channels_last) {
+                                                           ScalarType mu_dtype, ScalarType var_dtype,
+                                                           bool mu_channels_last, bool var_channels_last) {
   const int64_t dims = grad_mu_rows.size(2), anchors = anchor_index.numel();
   const int64_t* index = anchor_index.const_data_ptr<int64_t>();
   std::vector<std::pair<int64_t, int64_t>> drawn;  // pixel, anchor
@@ -193,7 +195,7 @@ std::tuple<Tensor, Tensor> probabilistic_info_nce_backward(Tensor grad_loss, Ten
   }
   std::sort(drawn.begin(), drawn.end());
 
-  const auto one = [&](const Tensor& rows) {
+  const auto one = [&](const Tensor& rows, ScalarType dtype, bool channels_last) {
     // Channels last is a permuted view of [B, h, w, D].
     Tensor full = channels_last ? empty_like_of(rows, {batch, height, width, dims}, dtype)
                                 : empty_like_of(rows, {batch, dims, height, width}, dtype);
@@ -209,7 +211,7 @@ std::tuple<Tensor, Tensor> probabilistic_info_nce_backward(Tensor grad_loss, Ten
     if (!channels_last) return full;
     return torch::stable::transpose(torch::stable::transpose(full, 2, 3), 1, 2);
   };
-  return {one(grad_mu_rows), one(grad_var_rows)};
+  return {one(grad_mu_rows, mu_dtype, mu_channels_last), one(grad_var_rows, var_dtype, var_channels_last)};
 }
 
 }  // namespace

@@ -23,10 +23,10 @@ constexpr int64_t kPixelsPerTask = 4096;
 constexpr int64_t kPixelsPerTile = 32;  // transposed at once: 64 KB of rows at D = 256
 constexpr int kRun = 64;
 
-template <class S>
+template <class Mu, class Var>
 struct StatisticsArgs {
-  const S* mu;  // of the image
-  const S* var;
+  const Mu* mu;  // of the image
+  const Var* var;
   const int32_t* label;  // of the task's pixels, -1 where they do not count
   int64_t first, count, dims, pixel_stride, channel_stride;
   double* precision;  // [C, D]
@@ -34,18 +34,19 @@ struct StatisticsArgs {
   int64_t* counts;  // [C]
 };
 
-template <class S>
+template <class Mu, class Var>
 struct Statistics {
-  using T = Work<S>;
+  using T = Work<Mu>;
 
   template <int kBytes>
-  PRCL_INLINE static void run(const StatisticsArgs<S>& args) {
+  PRCL_INLINE static void run(const StatisticsArgs<Mu, Var>& args) {
     using V = typename Vector<T, kBytes>::Type;
     constexpr int64_t kLanes = Vector<T, kBytes>::kLanes;
     const int64_t dims = args.dims;
     const bool transposed = args.channel_stride != 1;
     const Buffer<T> sums(2 * dims);
-    const Buffer<S> tile(transposed ? 2 * kPixelsPerTile * dims : 0);
+    const Buffer<Mu> mu_tile(transposed ? kPixelsPerTile * dims : 0);
+    const Buffer<Var> var_tile(transposed ? kPixelsPerTile * dims : 0);
     T *precision = sums.data(), *mean = precision + dims;
     int32_t current = -1;
     int run = 0;
@@ -70,8 +71,8 @@ struct Statistics {
           i += width - 1;
           continue;
         }
-        transpose(args.mu, args, i, width, tile.data());
-        transpose(args.var, args, i, width, tile.data() + kPixelsPerTile * dims);
+        transpose(args.mu, args, i, width, mu_tile.data());
+        transpose(args.var, args, i, width, var_tile.data());
       }
       const int32_t c = args.label[i];
       if (c < 0) continue;
@@ -80,10 +81,9 @@ struct Statistics {
         current = c;
       }
       ++run;
-      const S* mu = transposed ? tile.data() + i % kPixelsPerTile * dims
-                               : args.mu + (args.first + i) * args.pixel_stride;
-      const S* var =
-          transposed ? mu + kPixelsPerTile * dims : args.var + (args.first + i) * args.pixel_stride;
+      const int64_t in_tile = i % kPixelsPerTile * dims, in_image = (args.first + i) * args.pixel_stride;
+      const Mu* mu = transposed ? mu_tile.data() + in_tile : args.mu + in_image;
+      const Var* var = transposed ? var_tile.data() + in_tile : args.var + in_image;
       int64_t l = 0;
       for (; l + kLanes <= dims; l += kLanes) {
         const V r = T(1) / load_as<V>(var + l);
@@ -100,8 +100,9 @@ struct Statistics {
   }
 
   // Rows [width, D] of pixels first + i ...
-  PRCL_INLINE static void transpose(const S* from, const StatisticsArgs<S>& args, int64_t i, int64_t width,
-                                    S* to) {
+  template <class S>
+  PRCL_INLINE static void transpose(const S* from, const StatisticsArgs<Mu, Var>& args, int64_t i,
+                                    int64_t width, S* to) {
     for (int64_t l = 0; l < args.dims; ++l) {
       const S* plane = from + l * args.channel_stride + args.first + i;
       for (int64_t j = 0; j < width; ++j) to[j * args.dims + l] = plane[j];
@@ -120,9 +121,11 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, T
   const Labels labels = labels_of(label);
   const bool* is_valid = valid.const_data_ptr<bool>();
 
-  dispatch_floating(mu, [&](auto zero) {
-    using S = decltype(zero);
-    const S *mu_data = mu.const_data_ptr<S>(), *var_data = var.const_data_ptr<S>();
+  dispatch_features(mu, var, [&](auto of_mu, auto of_var) {
+    using Mu = decltype(of_mu);
+    using Var = decltype(of_var);
+    const Mu* mu_data = mu.const_data_ptr<Mu>();
+    const Var* var_data = var.const_data_ptr<Var>();
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> task_label(kPixelsPerTask);
       for (int64_t task = begin; task < end; ++task) {
@@ -134,9 +137,9 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, T
         }
         double* to = sums.data() + task * 2 * table;
         const int64_t offset = image * dims * pixels;
-        dispatch<Statistics<S>>(StatisticsArgs<S>{mu_data + offset, var_data + offset, task_label.data(),
-                                                  first, count, dims, rows ? dims : 1, rows ? 1 : pixels, to,
-                                                  to + table, counts.data() + task * num_classes});
+        dispatch<Statistics<Mu, Var>>(StatisticsArgs<Mu, Var>{
+            mu_data + offset, var_data + offset, task_label.data(), first, count, dims, rows ? dims : 1,
+            rows ? 1 : pixels, to, to + table, counts.data() + task * num_classes});
       }
     });
   });

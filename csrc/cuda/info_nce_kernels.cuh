@@ -19,17 +19,18 @@
 #include "cuda/approximate.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vector_load.cuh"
+#include "norm.h"
 
 namespace prcl::cuda::info_nce {
 
 constexpr float kMinSum = 1e-12f;  // s_i + s_j is clamped here; its gradient is zero where it was
-constexpr float kMinNorm = 1e-12f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr int kWarps = 8;  // anchors per block
 
-template <class S>
+template <class Mu, class Var>
 struct Problem {
-  const S *mu, *var;                                            // [P, D]
+  const Mu* mu;                                                 // [P, D]
+  const Var* var;                                               // [P, D]
   const int64_t *anchor_index, *negative_index;                 // [C, A], [C, G, N]
   const float *positive_mean, *positive_variance, *virtual_mu;  // [C, D], [C, D], [C, V, D]
   const float *inverse_norm, *positive_inverse_norm,
@@ -42,10 +43,11 @@ struct Problem {
   float *anchor_loss, *grad_mu, *grad_var;  // [C * A], [C, A, D] or null
 };
 
-// The channels of a lane: slice k holds kWidth consecutive ones, k * kSliceChannels after the first.
-template <class S, int kPerLane>
+// The channels of a lane: slice k holds kWidth consecutive ones, a vector of means, k * kSliceChannels after
+// the first.
+template <class Mu, int kPerLane>
 struct Layout {
-  static constexpr int kWidth = kVector<S>, kSlices = kPerLane / kWidth, kSliceChannels = 32 * kWidth;
+  static constexpr int kWidth = kVector<Mu>, kSlices = kPerLane / kWidth, kSliceChannels = 32 * kWidth;
   // Rows in flight: as many as make 32 values of t and of u, which live in registers.
   static constexpr int kRows = 32 / kPerLane;
   static_assert(kSlices >= 1 && kRows >= 1, "a lane holds whole vectors and at most 32 channels");
@@ -77,11 +79,11 @@ __device__ __forceinline__ Vector<S> load_part(const S* from, int channel, int d
   return load(from, dims - channel, fill, aligned);
 }
 
-// Rows of float32 values in the layout of rows of S; `from` is at the lane's first channel.
-template <class S, int kPerLane, bool kFull>
+// Rows of float32 values in the layout of means of type Mu; `from` is at the lane's first channel.
+template <class Mu, int kPerLane, bool kFull>
 __device__ __forceinline__ void load_floats(const float* from, int dims, bool aligned,
                                             float (&to)[kPerLane]) {
-  using L = Layout<S, kPerLane>;
+  using L = Layout<Mu, kPerLane>;
 #pragma unroll
   for (int i = 0; i < kPerLane; i += 4) {
     const int step = i / L::kWidth * L::kSliceChannels + i % L::kWidth;
@@ -93,13 +95,15 @@ __device__ __forceinline__ void load_floats(const float* from, int dims, bool al
 }
 
 // Pixels: means and variances as the network made them. Channels past D get variance `fill`.
-template <class S, int kPerLane, bool kFull>
+template <class Mu, class Var, int kPerLane, bool kFull>
 struct PixelRows {
-  using L = Layout<S, kPerLane>;
+  using L = Layout<Mu, kPerLane>;
   struct Raw {
-    Vector<S> mu[L::kSlices], var[L::kSlices];
+    Vector<Mu> mu[L::kSlices];
+    Values<Var, L::kWidth> var[L::kSlices];
   };
-  const S *mu, *var;  // at the lane's first channel of row 0
+  const Mu* mu;  // at the lane's first channel of row 0
+  const Var* var;
   const float* inverse_norm;
   const int64_t* index;
   int dims;
@@ -112,12 +116,17 @@ struct PixelRows {
   __device__ __forceinline__ Raw fetch(int row, float fill) const {
     Raw raw;
     const int64_t at = offset<kPerLane, kFull>(row, dims);
-    const S *mu_row = mu + at, *var_row = var + at;
+    const Mu* mu_row = mu + at;
+    const Var* var_row = var + at;
 #pragma unroll
     for (int k = 0; k < L::kSlices; ++k) {
       const int step = k * L::kSliceChannels, channel = L::first_channel() + step;
-      raw.mu[k] = load_part<S, kFull>(mu_row + step, channel, dims, 0.0f, aligned);
-      raw.var[k] = load_part<S, kFull>(var_row + step, channel, dims, fill, aligned);
+      raw.mu[k] = load_part<Mu, kFull>(mu_row + step, channel, dims, 0.0f, aligned);
+#pragma unroll
+      for (int j = 0; j < L::kWidth; j += kVector<Var>) {
+        raw.var[k].part[j / kVector<Var>] =
+            load_part<Var, kFull>(var_row + step + j, channel + j, dims, fill, aligned);
+      }
     }
     return raw;
   }
@@ -137,7 +146,7 @@ struct PixelRows {
 };
 
 // Virtual negatives of the present classes but the anchor's: float32 means, variance 0.
-template <class S, int kPerLane, bool kFull>
+template <class Mu, int kPerLane, bool kFull>
 struct VirtualRows {
   struct Raw {
     float mu[kPerLane];
@@ -155,7 +164,7 @@ struct VirtualRows {
   }
   __device__ __forceinline__ Raw fetch(int row, float) const {
     Raw raw;
-    load_floats<S, kPerLane, kFull>(mu + offset<kPerLane, kFull>(row, dims), dims, aligned, raw.mu);
+    load_floats<Mu, kPerLane, kFull>(mu + offset<kPerLane, kFull>(row, dims), dims, aligned, raw.mu);
     return raw;
   }
   __device__ __forceinline__ static void convert(const Raw& raw, Row<kPerLane>& to) {
@@ -190,28 +199,10 @@ __device__ __forceinline__ float pair_terms(const Row<kPerLane>& anchor, const R
   return fmaf(log2_product, kLn2, quadratic);
 }
 
-// Each part[r] summed over the warp; lane l gets the sum of row l % kRows.
-template <int kRows>
-__device__ __forceinline__ float sum_rows(float (&part)[kRows]) {
-  const int lane = int(threadIdx.x) % 32;
-#pragma unroll
-  for (int step = 1; step < kRows; step *= 2) {
-    const bool odd = (lane & step) != 0;
-#pragma unroll
-    for (int i = 0; i < kRows / (2 * step); ++i) {
-      const float kept = odd ? part[2 * i + 1] : part[2 * i], sent = odd ? part[2 * i] : part[2 * i + 1];
-      part[i] = kept + __shfl_xor_sync(kAllLanes, sent, step);
-    }
-  }
-#pragma unroll
-  for (int step = kRows; step < 32; step *= 2) part[0] += __shfl_xor_sync(kAllLanes, part[0], step);
-  return part[0];
-}
-
 template <int kPerLane>
 struct Running {
   float maximum;  // the largest logit so far, in powers of two
-  float weights;  // lane l: the sum of the weights of the rows that it got from sum_rows
+  float weights;  // lane l: the sum of the weights of the rows that it got from warp_sums
   float grad_mu[kPerLane], grad_var[kPerLane];
 };
 
@@ -231,7 +222,7 @@ __device__ __forceinline__ void add_rows(const Rows& rows, const Candidate& mine
     const float inverse_norm = __shfl_sync(kAllLanes, mine.inverse_norm, first + r);
     part[r] = pair_terms<kMayClamp>(anchor, other, inverse_norm, t[r], u[r]);
   }
-  float logit = sum_rows(part) * logit_scale;
+  float logit = warp_sums(part) * logit_scale;
   if (!(usable >> (first + lane % kRows) & 1)) logit = -INFINITY;
   float highest = logit;
 #pragma unroll
@@ -285,9 +276,9 @@ __device__ __forceinline__ void add_candidates(const Rows& rows, int count, floa
   }
 }
 
-template <class S, int kPerLane>
+template <class Mu, int kPerLane>
 __device__ __forceinline__ void store_row(float* row, int dims, const float (&values)[kPerLane]) {
-  using L = Layout<S, kPerLane>;
+  using L = Layout<Mu, kPerLane>;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int channel = L::first_channel() + i / L::kWidth * L::kSliceChannels + i % L::kWidth;
@@ -296,35 +287,35 @@ __device__ __forceinline__ void store_row(float* row, int dims, const float (&va
 }
 
 // kMayClamp: some variance of the anchor is so small that a sum may have to be clamped.
-template <class S, int kPerLane, bool kFull, bool kMayClamp>
-__device__ __forceinline__ void contrast(const Problem<S>& p, int a, const Row<kPerLane>& anchor,
-                                         const PixelRows<S, kPerLane, kFull>& pixels) {
-  using L = Layout<S, kPerLane>;
+template <class Mu, class Var, int kPerLane, bool kFull, bool kMayClamp>
+__device__ __forceinline__ void contrast(const Problem<Mu, Var>& p, int a, const Row<kPerLane>& anchor,
+                                         const PixelRows<Mu, Var, kPerLane, kFull>& pixels) {
+  using L = Layout<Mu, kPerLane>;
   constexpr int kRows = L::kRows;
   // Makes t, u and the logit of the positive: first for its logit, at the end again for its gradients.
   const auto positive = [&](float (&t)[kPerLane], float (&u)[kPerLane]) {
     Row<kPerLane> row;
     const int c = a / p.anchors;
     const int64_t at = int64_t(c) * p.dims + L::first_channel();
-    load_floats<S, kPerLane, kFull>(p.positive_mean + at, p.dims, p.aligned, row.mu);
-    load_floats<S, kPerLane, kFull>(p.positive_variance + at, p.dims, p.aligned, row.var);
+    load_floats<Mu, kPerLane, kFull>(p.positive_mean + at, p.dims, p.aligned, row.mu);
+    load_floats<Mu, kPerLane, kFull>(p.positive_variance + at, p.dims, p.aligned, row.var);
     const float inverse_norm = p.positive_inverse_norm != nullptr ? p.positive_inverse_norm[c] : 1.0f;
     return warp_sum(pair_terms<kMayClamp>(anchor, row, inverse_norm, t, u)) * p.logit_scale;
   };
   float t[kPerLane], u[kPerLane];
   Running<kPerLane> running = {};
   running.maximum = positive(t, u);
-  add_candidates<kMayClamp, PixelRows<S, kPerLane, kFull>, kRows>(pixels, p.negatives, p.logit_scale, anchor,
-                                                                  running);
-  const VirtualRows<S, kPerLane, kFull> virtuals = {p.virtual_mu + L::first_channel(),
-                                                    p.virtual_inverse_norm,
-                                                    p.positive_count,
-                                                    p.virtuals,
-                                                    a / p.anchors,
-                                                    p.dims,
-                                                    p.aligned};
-  add_candidates<kMayClamp, VirtualRows<S, kPerLane, kFull>, kRows>(virtuals, p.classes * p.virtuals,
-                                                                    p.logit_scale, anchor, running);
+  add_candidates<kMayClamp, PixelRows<Mu, Var, kPerLane, kFull>, kRows>(pixels, p.negatives, p.logit_scale,
+                                                                        anchor, running);
+  const VirtualRows<Mu, kPerLane, kFull> virtuals = {p.virtual_mu + L::first_channel(),
+                                                     p.virtual_inverse_norm,
+                                                     p.positive_count,
+                                                     p.virtuals,
+                                                     a / p.anchors,
+                                                     p.dims,
+                                                     p.aligned};
+  add_candidates<kMayClamp, VirtualRows<Mu, kPerLane, kFull>, kRows>(virtuals, p.classes * p.virtuals,
+                                                                     p.logit_scale, anchor, running);
 
   float negatives = running.weights;
 #pragma unroll
@@ -348,17 +339,17 @@ __device__ __forceinline__ void contrast(const Problem<S>& p, int a, const Row<k
   if (p.inverse_norm != nullptr) {
     // d(mu / |mu|): the part across mu, over |mu|. Below the clamp the norm counts as a constant.
     const float inverse_norm = p.inverse_norm[p.anchor_index[a]];
-    along = inverse_norm < 1.0f / kMinNorm ? warp_sum(along) : 0.0f;
+    along = inverse_norm < 1.0f / float(kMinNorm) ? warp_sum(along) : 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) t[i] = (t[i] - along * anchor.mu[i]) * inverse_norm;
   }
-  store_row<S>(p.grad_mu + int64_t(a) * p.dims, p.dims, t);
-  store_row<S>(p.grad_var + int64_t(a) * p.dims, p.dims, u);
+  store_row<Mu>(p.grad_mu + int64_t(a) * p.dims, p.dims, t);
+  store_row<Mu>(p.grad_var + int64_t(a) * p.dims, p.dims, u);
 }
 
-template <class S, int kPerLane, bool kFull>
-__global__ void __launch_bounds__(kWarps * 32, kPerLane == 8 ? 2 : 1) info_nce_kernel(Problem<S> p) {
-  using L = Layout<S, kPerLane>;
+template <class Mu, class Var, int kPerLane, bool kFull>
+__global__ void __launch_bounds__(kWarps * 32, kPerLane == 8 ? 2 : 1) info_nce_kernel(Problem<Mu, Var> p) {
+  using L = Layout<Mu, kPerLane>;
   const int a = int(blockIdx.x) * kWarps + int(threadIdx.x) / 32;
   if (a >= p.classes * p.anchors) return;
   const int c = a / p.anchors, group = a / (p.anchors / p.groups);
@@ -367,16 +358,16 @@ __global__ void __launch_bounds__(kWarps * 32, kPerLane == 8 ? 2 : 1) info_nce_k
     if (threadIdx.x % 32 == 0) p.anchor_loss[a] = 0.0f;
     if (p.grad_mu == nullptr) return;
     const float zeros[kPerLane] = {};
-    store_row<S>(p.grad_mu + int64_t(a) * p.dims, p.dims, zeros);
-    store_row<S>(p.grad_var + int64_t(a) * p.dims, p.dims, zeros);
+    store_row<Mu>(p.grad_mu + int64_t(a) * p.dims, p.dims, zeros);
+    store_row<Mu>(p.grad_var + int64_t(a) * p.dims, p.dims, zeros);
     return;
   }
-  const PixelRows<S, kPerLane, kFull> pixels = {p.mu + L::first_channel(),
-                                                p.var + L::first_channel(),
-                                                p.inverse_norm,
-                                                p.negative_index + int64_t(group) * p.negatives,
-                                                p.dims,
-                                                p.aligned};
+  const PixelRows<Mu, Var, kPerLane, kFull> pixels = {p.mu + L::first_channel(),
+                                                      p.var + L::first_channel(),
+                                                      p.inverse_norm,
+                                                      p.negative_index + int64_t(group) * p.negatives,
+                                                      p.dims,
+                                                      p.aligned};
   Row<kPerLane> anchor;
   // Variance 1 past the last channel: with a candidate's 0 there the channel adds nothing.
   pixels.convert(pixels.fetch(int(pixel), 1.0f), anchor);
@@ -389,11 +380,11 @@ __global__ void __launch_bounds__(kWarps * 32, kPerLane == 8 ? 2 : 1) info_nce_k
   }
   if constexpr (kPerLane == 8) {
     if (!__any_sync(kAllLanes, tiny)) {
-      return contrast<S, kPerLane, kFull, false>(p, a, anchor, pixels);
+      return contrast<Mu, Var, kPerLane, kFull, false>(p, a, anchor, pixels);
     }
   }
-  contrast<S, kPerLane, kFull, true>(p, a, anchor,
-                                     pixels);  // the only one for many dimensions: less to compile
+  contrast<Mu, Var, kPerLane, kFull, true>(p, a, anchor,
+                                           pixels);  // the only one for many dimensions: less to compile
 }
 
 }  // namespace prcl::cuda::info_nce

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kVector<S>; ++i) sum = fmaf(values[i], values[i], sum);
   }
   sum = warp_sum(sum);
-  if (lane == 0) inverse_norm[row] = 1.0f / fmaxf(sqrtf(sum), info_nce::kMinNorm);
+  if (lane == 0) inverse_norm[row] = 1.0f / fmaxf(sqrtf(sum), float(kMinNorm));
 }
 
 template <class S>
@@ -58,17 +58,17 @@ Tensor inverse_norms(const OnDeviceOf& device, const Tensor& like, const S* rows
   return result;
 }
 
-template <class S>
-void launch_info_nce(const OnDeviceOf& device, const Problem<S>& problem) {
+template <class Mu, class Var>
+void launch_info_nce(const OnDeviceOf& device, const Problem<Mu, Var>& problem) {
   const auto run = [&](auto kernel) {
     const int64_t anchors = int64_t(problem.classes) * problem.anchors;
     launch(kernel, dim3(ceil_div(anchors, info_nce::kWarps)), dim3(info_nce::kWarps * 32), 0, device.stream(),
            problem);
   };
-  if (problem.dims == 256 && problem.aligned) return run(info_nce::info_nce_kernel<S, 8, true>);
-  if (problem.dims <= 256) return run(info_nce::info_nce_kernel<S, 8, false>);
-  if (problem.dims <= 512) return run(info_nce::info_nce_kernel<S, 16, false>);
-  run(info_nce::info_nce_kernel<S, 32, false>);
+  if (problem.dims == 256 && problem.aligned) return run(info_nce::info_nce_kernel<Mu, Var, 8, true>);
+  if (problem.dims <= 256) return run(info_nce::info_nce_kernel<Mu, Var, 8, false>);
+  if (problem.dims <= 512) return run(info_nce::info_nce_kernel<Mu, Var, 16, false>);
+  run(info_nce::info_nce_kernel<Mu, Var, 32, false>);
 }
 
 std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index,
@@ -95,11 +95,12 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
            anchor_index.const_data_ptr<int64_t>(), positive_count.const_data_ptr<int64_t>(),
            class_factor ? class_factor->const_data_ptr<float>() : nullptr, int(classes), int(anchors),
            class_weight.mutable_data_ptr<float>());
-    dispatch_storage(mu.scalar_type(), [&](auto* storage) {
-      using S = std::remove_pointer_t<decltype(storage)>;
-      Problem<S> p = {};
-      p.mu = static_cast<const S*>(mu.const_data_ptr());
-      p.var = static_cast<const S*>(var.const_data_ptr());
+    dispatch_feature_storage(mu, var, [&](auto of_mu, auto of_var) {
+      using Mu = decltype(of_mu);
+      using Var = decltype(of_var);
+      Problem<Mu, Var> p = {};
+      p.mu = static_cast<const Mu*>(mu.const_data_ptr());
+      p.var = static_cast<const Var*>(var.const_data_ptr());
       p.anchor_index = anchor_index.const_data_ptr<int64_t>();
       p.negative_index = negative_index.const_data_ptr<int64_t>();
       p.positive_mean = positive_mean.const_data_ptr<float>();
@@ -177,10 +178,11 @@ __global__ void __launch_bounds__(kThreads)
 std::tuple<Tensor, Tensor> probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows,
                                                            Tensor grad_var_rows, Tensor anchor_index,
                                                            int64_t batch, int64_t height, int64_t width,
-                                                           ScalarType dtype, bool channels_last) {
+                                                           ScalarType mu_dtype, ScalarType var_dtype,
+                                                           bool mu_channels_last, bool var_channels_last) {
   const OnDeviceOf device(grad_mu_rows);
   const int64_t anchors = anchor_index.numel(), dims = grad_mu_rows.size(2);
-  const auto gradient = [&](const Tensor& rows) {
+  const auto gradient = [&](const Tensor& rows, ScalarType dtype, bool channels_last) {
     const int64_t size[] = {batch, dims, height, width};
     Tensor grad = torch::stable::empty({size, 4}, dtype, std::nullopt, rows.device(), std::nullopt,
                                        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
@@ -196,7 +198,8 @@ std::tuple<Tensor, Tensor> probabilistic_info_nce_backward(Tensor grad_loss, Ten
     });
     return grad;
   };
-  Tensor grad_mu = gradient(grad_mu_rows), grad_var = gradient(grad_var_rows);
+  Tensor grad_mu = gradient(grad_mu_rows, mu_dtype, mu_channels_last);
+  Tensor grad_var = gradient(grad_var_rows, var_dtype, var_channels_last);
   return {grad_mu, grad_var};
 }
 

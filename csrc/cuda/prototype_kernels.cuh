@@ -6,7 +6,7 @@
 //
 // Rows (channels_last): a warp owns an equal share of the list of counted pixels. The list is sorted by
 // class, so that sums stay in registers until the class changes, which is rare however labels lie in the
-// image. Each row is read once, 16 bytes a lane, kInFlight rows ahead; rows that do not count are never read.
+// image. Each row is read once, 16 bytes a lane, a few rows ahead; rows that do not count are never read.
 // Where a row needs fewer than 32 lanes, groups of lanes take different rows; where it needs more, blockIdx.y
 // counts slices of channels. float32 sums run over at most 32 pixels, and these sums over a warp's share.
 // Warp w puts its sums of class c into slot w + c: along the list, w or c grows from one slot to the next.
@@ -31,32 +31,29 @@ namespace prcl::cuda::prototype {
 constexpr unsigned kAll = 0xFFFFFFFF;
 
 constexpr int kWarps = 8, kRowThreads = 32 * kWarps;
-constexpr int kInFlight = 4;
-constexpr int kMinLanes = 4;  // of a row, so that kInFlight rows of each group are at most 32
+template <class Mu, class Var>
+constexpr int kInFlight = sizeof(Mu) == sizeof(Var) ? 4 : 2;  // rows, so that registers suffice
+constexpr int kMinLanes = 4;  // of a row, so that the rows in flight of all groups are at most 32
 
 constexpr int kChannels = 64, kPlaneThreads = kChannels;
 constexpr int kTableClasses = 48;
-constexpr int kVectorsPerRow = 8;                // of a tile: one channel's pixels
-constexpr int kRowVectors = kVectorsPerRow + 1;  // one more between rows spreads the channels over the banks
-template <class S>
-constexpr int kTilePixels = kVectorsPerRow * kVector<S>;
+constexpr int kVectorsPerRow = 8;  // of means in a tile: one channel's pixels
+template <class Mu>
+constexpr int kTilePixels = kVectorsPerRow * kVector<Mu>;
+// Vectors in the tile's row of S: one more between rows spreads the channels over the banks.
+template <class S, class Mu>
+constexpr int kRowVectors = kTilePixels<Mu> / kVector<S> + 1;
 
 constexpr int kMergeThreads = 32;  // in x over channels, in y over slots
 
-// `count` values, at least one, and `fill` after them. Where rows are aligned, they have whole vectors.
-template <bool kAligned, class S>
-__device__ __forceinline__ Vector<S> read(const S* from, int64_t count, float fill) {
-  return kAligned ? load(from) : load_masked(from, count, fill);
-}
-
-template <class S>
-__device__ __forceinline__ void accumulate(const Vector<S>& mu, const Vector<S>& var,
-                                           float (&precision)[kVector<S>], float (&mean)[kVector<S>]) {
-  float m[kVector<S>], v[kVector<S>];
+template <class Mu, class Var, int kWidth>
+__device__ __forceinline__ void accumulate(const Values<Mu, kWidth>& mu, const Values<Var, kWidth>& var,
+                                           float (&precision)[kWidth], float (&mean)[kWidth]) {
+  float m[kWidth], v[kWidth];
   unpack(mu, m);
   unpack(var, v);
 #pragma unroll
-  for (int i = 0; i < kVector<S>; ++i) {
+  for (int i = 0; i < kWidth; ++i) {
     const float r = approximate_reciprocal(v[i]);
     precision[i] += r;
     mean[i] = fmaf(m[i], r, mean[i]);
@@ -70,13 +67,14 @@ __device__ __forceinline__ int64_t share(int64_t counted, int64_t units) {
 
 // mu, var [pixels, dims]; order, start: the class lists; partial [warps + C, 2, width]. `lanes` is a power of
 // two, at least kMinLanes.
-template <class S, bool kAligned>
+template <class Mu, class Var, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads, 2)
-    rows_kernel(const S* mu, const S* var, const int* order, const int* start, int classes, int64_t dims,
+    rows_kernel(const Mu* mu, const Var* var, const int* order, const int* start, int classes, int64_t dims,
                 int64_t width, int lanes, float* partial) {
+  constexpr int kWidth = kVector<Mu>, kRows = kInFlight<Mu, Var>;  // channels of a lane; rows in flight
   const int lane = threadIdx.x % 32, group = lane / lanes, groups = 32 / lanes;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t channel = (int64_t(blockIdx.y) * 32 + lane % lanes) * kVector<S>;
+  const int64_t channel = (int64_t(blockIdx.y) * 32 + lane % lanes) * kWidth;
   const int64_t loaded = channel < dims ? channel : 0;  // lanes past the row's end do as the first one does
   const int64_t counted = start[classes], pixels = share(counted, int64_t(gridDim.x) * kWarps);
   int64_t at = warp * pixels;
@@ -90,35 +88,35 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   for (; at < last; ++c) {
     const int64_t end = start[c + 1] < last ? start[c + 1] : last;
     if (at >= end) continue;
-    float precision[kVector<S>] = {}, mean[kVector<S>] = {};
+    float precision[kWidth] = {}, mean[kWidth] = {};
     int next = at + lane < end ? order[at + lane] : -1;
     for (; at < end; at += 32) {
       const int mine = next, here = end - at < 32 ? int(end - at) : 32;
       next = at + 32 + lane < end ? order[at + 32 + lane] : -1;
-      float step_precision[kVector<S>] = {}, step_mean[kVector<S>] = {};
+      float step_precision[kWidth] = {}, step_mean[kWidth] = {};
       const auto add_rows = [&](auto all_there, int first) {
-        Vector<S> m[kInFlight], v[kInFlight];
+        Values<Mu, kWidth> m[kRows];
+        Values<Var, kWidth> v[kRows];
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           const int64_t pixel = __shfl_sync(kAll, mine, first + i * groups + group);
           const int64_t from = pixel * dims + loaded, count = dims - loaded;
           if (decltype(all_there)::value || pixel >= 0) {
-            m[i] = read<kAligned>(mu + from, count, 0.0f);
-            v[i] = read<kAligned>(var + from, count, INFINITY);
+            m[i] = load_values<kWidth, kAligned>(mu + from, count, 0.0f);
+            v[i] = load_values<kWidth, kAligned>(var + from, count, INFINITY);
           } else {  // infinite variance adds nothing
-            m[i] = load_masked(mu, 0, 0.0f);
-            v[i] = load_masked(var, 0, INFINITY);
+            m[i] = load_values<kWidth, false>(mu, 0, 0.0f);
+            v[i] = load_values<kWidth, false>(var, 0, INFINITY);
           }
         }
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) accumulate(m[i], v[i], step_precision, step_mean);
+        for (int i = 0; i < kRows; ++i) accumulate(m[i], v[i], step_precision, step_mean);
       };
       int first = 0;
-      for (; first + kInFlight * groups <= here; first += kInFlight * groups)
-        add_rows(std::true_type{}, first);
+      for (; first + kRows * groups <= here; first += kRows * groups) add_rows(std::true_type{}, first);
       if (first < here) add_rows(std::false_type{}, first);
 #pragma unroll
-      for (int i = 0; i < kVector<S>; ++i) {
+      for (int i = 0; i < kWidth; ++i) {
         precision[i] += step_precision[i];
         mean[i] += step_mean[i];
       }
@@ -126,7 +124,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     at = end;
     for (int across = lanes; across < 32; across *= 2) {
 #pragma unroll
-      for (int i = 0; i < kVector<S>; ++i) {
+      for (int i = 0; i < kWidth; ++i) {
         precision[i] += __shfl_xor_sync(kAll, precision[i], across);
         mean[i] += __shfl_xor_sync(kAll, mean[i], across);
       }
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     if (group != 0 || channel >= dims) continue;
     float* const to = partial + (warp + c) * 2 * width + channel;
 #pragma unroll
-    for (int i = 0; i < kVector<S>; ++i) {
+    for (int i = 0; i < kWidth; ++i) {
       to[i] = precision[i];
       to[width + i] = mean[i];
     }
@@ -143,13 +141,16 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
 // mu, var [B, dims, plane]; tiles = B * ceil(plane / kTilePixels); partial [ranges, C, 2, width]. Dynamic
 // shared memory: float64 [min(C, kTableClasses), 2, kChannels].
-template <class S, bool kAligned>
+template <class Mu, class Var, bool kAligned>
 __global__ void __launch_bounds__(kPlaneThreads)
-    planes_kernel(const S* mu, const S* var, Labels label, const bool* valid, int classes, int64_t dims,
+    planes_kernel(const Mu* mu, const Var* var, Labels label, const bool* valid, int classes, int64_t dims,
                   int64_t plane, int64_t tiles, int64_t tiles_per_range, int64_t width, float* partial) {
-  constexpr int kPixels = kTilePixels<S>, kRowsAtOnce = kPlaneThreads / kVectorsPerRow;
+  constexpr int kPixels = kTilePixels<Mu>, kWidth = kVector<Mu>, kParts = kWidth / kVector<Var>;
+  constexpr int kRowsAtOnce = kPlaneThreads / kVectorsPerRow, kSteps = kChannels / kRowsAtOnce;
+  constexpr int kInRegisters = kSteps / kParts;  // steps whose loads are in flight together
   static_assert(kPixels <= kPlaneThreads, "a thread finds the class of one pixel of the tile");
-  __shared__ Vector<S> mu_tile[kChannels][kRowVectors], var_tile[kChannels][kRowVectors];
+  __shared__ Vector<Mu> mu_tile[kChannels][kRowVectors<Mu, Mu>];
+  __shared__ Vector<Var> var_tile[kChannels][kRowVectors<Var, Mu>];
   __shared__ int class_of[2][kPixels];  // two tiles': the next one's are found while others still read
   const int first_class = blockIdx.z * kTableClasses, thread = threadIdx.x;
   const int own_classes = classes - first_class < kTableClasses ? classes - first_class : kTableClasses;
@@ -176,22 +177,30 @@ __global__ void __launch_bounds__(kPlaneThreads)
     const int column = thread % kVectorsPerRow;
     bool needed = false;
 #pragma unroll
-    for (int i = 0; i < kVector<S>; ++i) needed |= classes_here[column * kVector<S> + i] >= 0;
-    Vector<S> m[kChannels / kRowsAtOnce] = {}, v[kChannels / kRowsAtOnce] = {};
+    for (int i = 0; i < kWidth; ++i) needed |= classes_here[column * kWidth + i] >= 0;
 #pragma unroll
-    for (int i = 0; i < kChannels / kRowsAtOnce; ++i) {
-      const int64_t row = first_channel + thread / kVectorsPerRow + i * kRowsAtOnce;
-      const int64_t pixel = offset + column * kVector<S>;
-      if (!needed) continue;
-      // A channel past the last one is never written: any row will do.
-      const int64_t from = (image * dims + (row < dims ? row : 0)) * plane + pixel;
-      m[i] = read<kAligned>(mu + from, plane - pixel, 0.0f);
-      v[i] = read<kAligned>(var + from, plane - pixel, 1.0f);
-    }
+    for (int first = 0; first < kSteps; first += kInRegisters) {
+      Values<Mu, kWidth> m[kInRegisters] = {};
+      Values<Var, kWidth> v[kInRegisters] = {};
+      const int first_row = thread / kVectorsPerRow + first * kRowsAtOnce;
 #pragma unroll
-    for (int i = 0; i < kChannels / kRowsAtOnce; ++i) {
-      mu_tile[thread / kVectorsPerRow + i * kRowsAtOnce][column] = m[i];
-      var_tile[thread / kVectorsPerRow + i * kRowsAtOnce][column] = v[i];
+      for (int i = 0; i < kInRegisters; ++i) {
+        const int64_t row = first_channel + first_row + i * kRowsAtOnce;
+        const int64_t pixel = offset + column * kWidth;
+        if (!needed) continue;
+        // A channel past the last one is never written: any row will do.
+        const int64_t from = (image * dims + (row < dims ? row : 0)) * plane + pixel;
+        m[i] = load_values<kWidth, kAligned>(mu + from, plane - pixel, 0.0f);
+        v[i] = load_values<kWidth, kAligned>(var + from, plane - pixel, 1.0f);
+      }
+#pragma unroll
+      for (int i = 0; i < kInRegisters; ++i) {
+        mu_tile[first_row + i * kRowsAtOnce][column] = m[i].part[0];
+#pragma unroll
+        for (int j = 0; j < kParts; ++j) {
+          var_tile[first_row + i * kRowsAtOnce][column * kParts + j] = v[i].part[j];
+        }
+      }
     }
     __syncthreads();
 
@@ -204,12 +213,15 @@ __global__ void __launch_bounds__(kPlaneThreads)
       precision = mean = 0;
     };
     for (int i = 0; i < kVectorsPerRow; ++i) {
-      float values[kVector<S>], variances[kVector<S>];
-      unpack(mu_tile[thread][i], values);
-      unpack(var_tile[thread][i], variances);
+      float values[kWidth], variances[kWidth];
+      Values<Var, kWidth> packed;
 #pragma unroll
-      for (int j = 0; j < kVector<S>; ++j) {
-        const int c = classes_here[i * kVector<S> + j];
+      for (int j = 0; j < kParts; ++j) packed.part[j] = var_tile[thread][i * kParts + j];
+      unpack(mu_tile[thread][i], values);
+      unpack(packed, variances);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const int c = classes_here[i * kWidth + j];
         if (c != run) {
           end_run();
           run = c;

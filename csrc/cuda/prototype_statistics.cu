@@ -1,8 +1,9 @@
 // Prototype statistics on CUDA: the class lists, then the kernels of prototype_kernels.cuh. mu, var
-// [B, D, h, w], both channels_last or both contiguous, float32, bfloat16 or float16.
+// [B, D, h, w], both channels_last or both contiguous, in the types of dispatch_feature_storage.
 
 #include "cuda/class_lists.h"
 #include "cuda/prototype_kernels.cuh"
+#include "cuda/storage.h"
 
 #include <algorithm>
 #include <tuple>
@@ -21,33 +22,33 @@ struct Partial {
   int64_t parts, width;
 };
 
-template <class S>
+template <class Mu, class Var>
 Partial sum_rows(const OnDeviceOf& device, const Tensor& mu, const Tensor& var, const ClassLists& lists,
                  int64_t classes) {
   const int64_t dims = mu.size(1), pixels = lists.order.numel();
-  const int64_t vectors = ceil_div(dims, kVector<S>), slices = ceil_div(vectors, 32);
+  const int64_t vectors = ceil_div(dims, kVector<Mu>), slices = ceil_div(vectors, 32);
   int lanes = kernels::kMinLanes;
   while (lanes < std::min<int64_t>(vectors, 32)) lanes *= 2;
   const int64_t resident = ceil_div(kWarpsPerMultiprocessor * device.multiprocessors(), slices);
   const int64_t wanted = std::min(std::max(resident, ceil_div(pixels, kPixelsPerWarp)), ceil_div(pixels, 32));
   const int64_t blocks = std::max<int64_t>(1, ceil_div(wanted, kernels::kWarps));
-  const int64_t warps = blocks * kernels::kWarps, width = vectors * kVector<S>;
+  const int64_t warps = blocks * kernels::kWarps, width = vectors * kVector<Mu>;
   Partial partial{empty_like_of(mu, {warps + classes, 2, width}, ScalarType::Float), warps, width};
-  const S* const mu_data = mu.const_data_ptr<S>();
-  const S* const var_data = var.const_data_ptr<S>();
+  const Mu* const mu_data = mu.const_data_ptr<Mu>();
+  const Var* const var_data = var.const_data_ptr<Var>();
   const bool aligned = rows_are_aligned(mu_data, dims) && rows_are_aligned(var_data, dims);
-  launch(aligned ? kernels::rows_kernel<S, true> : kernels::rows_kernel<S, false>,
+  launch(aligned ? kernels::rows_kernel<Mu, Var, true> : kernels::rows_kernel<Mu, Var, false>,
          dim3(unsigned(blocks), unsigned(slices)), dim3(kernels::kRowThreads), 0, device.stream(), mu_data,
          var_data, lists.order.const_data_ptr<int32_t>(), lists.start.const_data_ptr<int32_t>(), int(classes),
          dims, width, lanes, partial.sums.mutable_data_ptr<float>());
   return partial;
 }
 
-template <class S>
+template <class Mu, class Var>
 Partial sum_planes(const OnDeviceOf& device, const Tensor& mu, const Tensor& var, const Tensor& label,
                    const Tensor& valid, int64_t classes) {
   const int64_t dims = mu.size(1), plane = mu.size(2) * mu.size(3);
-  const int64_t tiles = mu.size(0) * ceil_div(plane, kernels::kTilePixels<S>);
+  const int64_t tiles = mu.size(0) * ceil_div(plane, kernels::kTilePixels<Mu>);
   const int64_t channel_groups = ceil_div(dims, kernels::kChannels);
   const int64_t class_groups = ceil_div(classes, kernels::kTableClasses);
   const int64_t resident = kPlaneBlocksPerMultiprocessor * device.multiprocessors();
@@ -56,10 +57,10 @@ Partial sum_planes(const OnDeviceOf& device, const Tensor& mu, const Tensor& var
   const int64_t ranges = std::max<int64_t>(1, ceil_div(tiles, tiles_per_range));
   Partial partial{empty_like_of(mu, {ranges * classes, 2, dims}, ScalarType::Float), ranges, dims};
   const size_t table = std::min<int64_t>(classes, kernels::kTableClasses) * 2 * kernels::kChannels;
-  const S* const mu_data = mu.const_data_ptr<S>();
-  const S* const var_data = var.const_data_ptr<S>();
+  const Mu* const mu_data = mu.const_data_ptr<Mu>();
+  const Var* const var_data = var.const_data_ptr<Var>();
   const bool aligned = rows_are_aligned(mu_data, plane) && rows_are_aligned(var_data, plane);
-  launch(aligned ? kernels::planes_kernel<S, true> : kernels::planes_kernel<S, false>,
+  launch(aligned ? kernels::planes_kernel<Mu, Var, true> : kernels::planes_kernel<Mu, Var, false>,
          dim3(unsigned(ranges), unsigned(channel_groups), unsigned(class_groups)),
          dim3(kernels::kPlaneThreads), table * sizeof(double), device.stream(), mu_data, var_data,
          labels_of(label), valid.const_data_ptr<bool>(), int(classes), dims, plane, tiles, tiles_per_range,
@@ -76,20 +77,17 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, T
   Tensor precision = empty_like_of(mu, {num_classes, dims}, ScalarType::Float);
   Tensor weighted_mean = empty_like_of(mu, {num_classes, dims}, ScalarType::Float);
   Tensor count = empty_like_of(mu, {num_classes}, ScalarType::Long);
-  dispatch_floating(mu, [&](auto zero) {
-    using S = decltype(zero);
-    if constexpr (std::is_same_v<S, double>) {
-      STD_TORCH_CHECK(false, "prototype_statistics takes no float64 on CUDA");
-    } else {
-      const Partial partial = rows ? sum_rows<S>(device, mu, var, lists, num_classes)
-                                   : sum_planes<S>(device, mu, var, label, valid, num_classes);
-      const dim3 grid(unsigned(ceil_div(dims, kernels::kMergeThreads)), 2, unsigned(num_classes));
-      launch(kernels::merge_kernel, grid, dim3(kernels::kMergeThreads, kernels::kMergeThreads), 0,
-             device.stream(), partial.sums.const_data_ptr<float>(), rows, partial.parts,
-             lists.start.const_data_ptr<int32_t>(), int(num_classes), dims, partial.width,
-             precision.mutable_data_ptr<float>(), weighted_mean.mutable_data_ptr<float>(),
-             count.mutable_data_ptr<int64_t>());
-    }
+  dispatch_feature_storage(mu, var, [&](auto of_mu, auto of_var) {
+    using Mu = decltype(of_mu);
+    using Var = decltype(of_var);
+    const Partial partial = rows ? sum_rows<Mu, Var>(device, mu, var, lists, num_classes)
+                                 : sum_planes<Mu, Var>(device, mu, var, label, valid, num_classes);
+    const dim3 grid(unsigned(ceil_div(dims, kernels::kMergeThreads)), 2, unsigned(num_classes));
+    launch(kernels::merge_kernel, grid, dim3(kernels::kMergeThreads, kernels::kMergeThreads), 0,
+           device.stream(), partial.sums.const_data_ptr<float>(), rows, partial.parts,
+           lists.start.const_data_ptr<int32_t>(), int(num_classes), dims, partial.width,
+           precision.mutable_data_ptr<float>(), weighted_mean.mutable_data_ptr<float>(),
+           count.mutable_data_ptr<int64_t>());
   });
   return {precision, weighted_mean, count};
 }

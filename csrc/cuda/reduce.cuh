@@ -17,6 +17,25 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// Each part[r] summed over every group of `lanes` neighbouring lanes, a power of two of at least kRows; lane
+// l gets the sum of row l % kRows.
+template <int kRows>
+__device__ __forceinline__ float warp_sums(float (&part)[kRows], int lanes = 32) {
+  const int lane = int(threadIdx.x) % 32;
+#pragma unroll
+  for (int step = 1; step < kRows; step *= 2) {
+    const bool odd = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < kRows / (2 * step); ++i) {
+      const float kept = odd ? part[2 * i + 1] : part[2 * i], sent = odd ? part[2 * i] : part[2 * i + 1];
+      part[i] = kept + __shfl_xor_sync(kAllLanes, sent, step);
+    }
+  }
+#pragma unroll
+  for (int step = kRows; step < lanes; step *= 2) part[0] += __shfl_xor_sync(kAllLanes, part[0], step);
+  return part[0];
+}
+
 // Every thread of the block, which has whole warps, gets the sum.
 template <class T>
 __device__ __forceinline__ T block_sum(T value) {

@@ -97,4 +97,34 @@ __device__ __forceinline__ void unpack(const Vector<Half>& vector, float (&to)[8
   }
 }
 
+// kCount consecutive values in as many vectors as hold them: rows of different types in equal pieces.
+template <class S, int kCount>
+struct Values {
+  static_assert(kCount % kVector<S> == 0, "values fill whole vectors");
+  Vector<S> part[kCount / kVector<S>];
+};
+
+// The values of which the first `count`, which may be none, are read, and `fill` after them. `kAligned`: all
+// of them are there, from a multiple of 16 bytes on.
+template <int kCount, bool kAligned, class S>
+__device__ __forceinline__ Values<S, kCount> load_values(const S* from, int64_t count, float fill) {
+  Values<S, kCount> values;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kVector<S>) {
+    values.part[i / kVector<S>] = kAligned ? load(from + i) : load_masked(from + i, count - i, fill);
+  }
+  return values;
+}
+
+template <class S, int kCount>
+__device__ __forceinline__ void unpack(const Values<S, kCount>& values, float (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += kVector<S>) {
+    float some[kVector<S>];
+    unpack(values.part[i / kVector<S>], some);
+#pragma unroll
+    for (int j = 0; j < kVector<S>; ++j) to[i + j] = some[j];
+  }
+}
+
 }  // namespace prcl::cuda

@@ -206,7 +206,7 @@ def probabilistic_info_nce(
 @triton.jit
 def _scatter_kernel(
     grad_loss, grad_mu_rows, grad_var_rows, pixels, order, ends, grad_mu, grad_var,
-    dims, area, pixel_stride, dim_stride, DIMS: tl.constexpr,
+    dims, area, mu_pixel_stride, mu_dim_stride, var_pixel_stride, var_dim_stride, DIMS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
     dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
@@ -222,9 +222,11 @@ def _scatter_kernel(
         at = tl.load(order + i) * dims + dim
         sum_mu += tl.load(grad_mu_rows + at, mask=inside, other=0.0) * scale
         sum_var += tl.load(grad_var_rows + at, mask=inside, other=0.0) * scale
-    place = (pixel // area) * area * dims + (pixel % area) * pixel_stride + dim.to(tl.int64) * dim_stride
-    tl.store(grad_mu + place, sum_mu.to(grad_mu.dtype.element_ty), mask=inside & owner)
-    tl.store(grad_var + place, sum_var.to(grad_var.dtype.element_ty), mask=inside & owner)
+    image, pixel, dim = (pixel // area) * area * dims, pixel % area, dim.to(tl.int64)
+    mu_place = image + pixel * mu_pixel_stride + dim * mu_dim_stride
+    var_place = image + pixel * var_pixel_stride + dim * var_dim_stride
+    tl.store(grad_mu + mu_place, sum_mu.to(grad_mu.dtype.element_ty), mask=inside & owner)
+    tl.store(grad_var + var_place, sum_var.to(grad_var.dtype.element_ty), mask=inside & owner)
 
 
 def probabilistic_info_nce_backward(
@@ -235,23 +237,31 @@ def probabilistic_info_nce_backward(
     batch: int,
     height: int,
     width: int,
-    dtype: torch.dtype,
-    channels_last: bool,
+    mu_dtype: torch.dtype,
+    var_dtype: torch.dtype,
+    mu_channels_last: bool,
+    var_channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """Adds the anchors' gradient rows [C, A, D], times the incoming gradient, into zeros [B, D, h, w]."""
     dims = grad_mu_rows.shape[2]
     area = height * width
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     grad_mu, grad_var = (
         torch.empty(
-            (batch, dims, height, width), dtype=dtype, device=grad_mu_rows.device, memory_format=memory_format
+            (batch, dims, height, width),
+            dtype=dtype,
+            device=grad_mu_rows.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
         ).zero_()
-        for _ in range(2)
+        for dtype, channels_last in ((mu_dtype, mu_channels_last), (var_dtype, var_channels_last))
     )
     pixels, order = anchor_index.flatten().sort(stable=True)
     ends = torch.searchsorted(pixels, pixels, right=True)
     dims_block = min(_SCATTER_DIMS, triton.next_power_of_2(dims))
-    strides = (dims, 1) if channels_last else (1, area)
+    strides = [
+        stride
+        for channels_last in (mu_channels_last, var_channels_last)
+        for stride in ((dims, 1) if channels_last else (1, area))
+    ]
     grid = grid_of(len(pixels), triton.cdiv(dims, dims_block))
     with device_of(grad_mu_rows):
         _scatter_kernel[grid](

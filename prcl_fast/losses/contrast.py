@@ -170,8 +170,8 @@ class ProbabilisticContrast(nn.Module):
 
         Args:
             mu: [B, D, h, w] means, any floating dtype and memory format.
-            var: [B, D, h, w] variances, dtype of mu; not looked at, and may be None, where `deterministic` is
-                set.
+            var: [B, D, h, w] variances, dtype of mu, or float32 beside bfloat16 or float16. Where
+                `deterministic` is set it is not looked at, and may be None.
             label: [B, h, w] integer, labels and pseudo-labels; outside 0 .. C-1 means "none".
             valid: [B, h, w] bool, labeled, or with confidence of at least delta_w.
             confidence: [B, h, w] floating, what is compared with delta_s.

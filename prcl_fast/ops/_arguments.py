@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BOOL = (torch.bool,)
 
@@ -55,9 +56,13 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def check_features(mu: Tensor, var: Tensor) -> None:
-    """mu and var [B, D, h, w]: floating, alike in shape, dtype and device, not empty."""
+    """mu and var [B, D, h, w]: floating, alike in shape and device, not empty.
+
+    var has the dtype of mu or, beside bfloat16 or float16, is float32: what heads under autocast make.
+    """
     check_tensor("mu", mu, ("B", "D", "h", "w"), FLOATING)
-    check_tensor("var", var, mu.shape, (mu.dtype,), ("mu", mu))
+    beside = (mu.dtype, torch.float32) if mu.dtype in HALF else (mu.dtype,)
+    check_tensor("var", var, mu.shape, beside, ("mu", mu))
     check_pixels("mu", mu.shape[0] * mu.shape[2] * mu.shape[3])
 
 

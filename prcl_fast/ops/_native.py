@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
+from prcl_fast.ops._arguments import HALF
 from prcl_fast.ops._backend import Implementation
-
-HALF = (torch.bfloat16, torch.float16)
 
 OLDEST_TORCH = (2, 11)
 _PACKAGE = Path(__file__).resolve().parent.parent

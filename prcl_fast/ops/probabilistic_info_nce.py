@@ -38,7 +38,7 @@ def probabilistic_info_nce(
     Args:
         mu: [B, D, h, w] means, float32, bfloat16, float16 or float64, any memory format; computed in float32
             at least.
-        var: [B, D, h, w] variances sigma^2 > 0, dtype of mu.
+        var: [B, D, h, w] variances sigma^2 > 0, dtype of mu, or float32 beside bfloat16 or float16.
         anchor_index: [C, A] int64, flat indices into B*h*w, -1 for none.
         negative_index: [C, G, N] int64, likewise; -1 is left out of the log-sum. With G = A each anchor has
             negatives of its own; with fewer, each run of A / G anchors shares a set, which leaves the law of
@@ -119,13 +119,13 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    mu, _, anchor_index = inputs[:3]
+    mu, var, anchor_index = inputs[:3]
     _, grad_mu_rows, grad_var_rows = output
     ctx.mark_non_differentiable(grad_mu_rows, grad_var_rows)
     ctx.save_for_backward(grad_mu_rows, grad_var_rows, anchor_index)
-    # What the gradients must look like, so that mu itself need not be kept.
-    ctx.size, ctx.dtype = mu.shape, mu.dtype
-    ctx.channels_last = mu.is_contiguous(memory_format=torch.channels_last)
+    # What the gradients must look like, so that mu and var themselves need not be kept.
+    ctx.size, ctx.dtypes = mu.shape, (mu.dtype, var.dtype)
+    ctx.channels_last = [x.is_contiguous(memory_format=torch.channels_last) for x in (mu, var)]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -139,8 +139,8 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
         batch,
         height,
         width,
-        ctx.dtype,
-        ctx.channels_last,
+        *ctx.dtypes,
+        *ctx.channels_last,
     )
     return grad_mu, grad_var, *[None] * 11
 
@@ -153,16 +153,21 @@ def _backward_fake(
     batch: int,
     height: int,
     width: int,
-    dtype: torch.dtype,
-    channels_last: bool,
+    mu_dtype: torch.dtype,
+    var_dtype: torch.dtype,
+    mu_channels_last: bool,
+    var_channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad = torch.empty(
-        (batch, grad_mu_rows.shape[2], height, width),
-        dtype=dtype,
-        device=grad_mu_rows.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    grad_mu, grad_var = (
+        torch.empty(
+            (batch, grad_mu_rows.shape[2], height, width),
+            dtype=dtype,
+            device=grad_mu_rows.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
+        for dtype, channels_last in ((mu_dtype, mu_channels_last), (var_dtype, var_channels_last))
     )
-    return grad, torch.empty_like(grad)
+    return grad_mu, grad_var
 
 
 def _prepared(
@@ -214,7 +219,8 @@ _op = define_op(
 )
 _backward_op = define_op(
     "probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows, Tensor grad_var_rows,"
-    " Tensor anchor_index, SymInt batch, SymInt height, SymInt width, ScalarType dtype, bool channels_last)"
+    " Tensor anchor_index, SymInt batch, SymInt height, SymInt width, ScalarType mu_dtype,"
+    " ScalarType var_dtype, bool mu_channels_last, bool var_channels_last)"
     " -> (Tensor grad_mu, Tensor grad_var)",
     fake=_backward_fake,
     implementations={

@@ -58,7 +58,7 @@ def prototype_statistics(
 
     Args:
         mu: [B, D, h, w] means, float32, bfloat16, float16 or float64, any memory format.
-        var: [B, D, h, w] variances sigma^2 > 0, dtype of mu.
+        var: [B, D, h, w] variances sigma^2 > 0, dtype of mu, or float32 beside bfloat16 or float16.
         label: [B, h, w] integer; outside 0 .. num_classes - 1 means "none".
         valid: [B, h, w] bool. What the other pixels hold, even NaN, does not matter.
         num_classes: C.
@@ -83,7 +83,7 @@ def _fake(
 
 
 def _prepared(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int) -> tuple[Any, ...]:
-    """What the kernels may trust: one memory format for mu and var, either of the two."""
+    """What the kernels may trust: one memory format for mu and var, either of the two; a pair of dtypes."""
     if not (mu.is_contiguous() and var.is_contiguous()):
         mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
     return mu, var, label.contiguous(), valid.contiguous(), num_classes

@@ -141,14 +141,19 @@ def probabilistic_info_nce_backward(
     batch: int,
     height: int,
     width: int,
-    dtype: torch.dtype,
-    channels_last: bool,
+    mu_dtype: torch.dtype,
+    var_dtype: torch.dtype,
+    mu_channels_last: bool,
+    var_channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """Adds the anchors' gradient rows, times the incoming gradient, into zeros [B, D, h, w]."""
     index = anchor_index.flatten()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     gradients = []
-    for rows in (grad_mu_rows, grad_var_rows):
+    for rows, dtype, channels_last in (
+        (grad_mu_rows, mu_dtype, mu_channels_last),
+        (grad_var_rows, var_dtype, var_channels_last),
+    ):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         rows = torch.where(index[:, None] >= 0, rows.flatten(0, 1) * grad_loss.to(rows.dtype), 0.0)
         full = rows.new_zeros(batch * height * width, rows.shape[1])
         # Each device has one of the two that adds in a fixed order.
