@@ -39,7 +39,7 @@ def _batch_norm(rank: int, rows: list[slice] | None, affine: bool) -> dict[str, 
         nn.init.normal_(parameter)
     x, weight = 3 + 2 * draw(6, 5, 4, 3), draw(6, 5, 4, 3, seed=1)
     if rows is not None:
-        synchronize_batch_norm(norm, CPU)
+        synchronize_batch_norm(norm)
         x, weight = x[rows[rank]], weight[rows[rank]]
     x = x.clone().requires_grad_()
     y = norm(x)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.device import full_precision
+from prcl_fast.models.batch_norm import BatchNorm2d
 
 LOG_FLOOR = math.log(1e-6)
 
@@ -17,7 +18,7 @@ class _ConvHead(nn.Sequential):
     def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
         super().__init__(
             nn.Conv2d(in_channels, hidden_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(hidden_channels),
+            BatchNorm2d(hidden_channels),
             nn.ReLU(inplace=True),
             nn.Conv2d(hidden_channels, out_channels, 1),
         )
@@ -52,9 +53,9 @@ class ProbabilityHead(nn.Module):
     def __init__(self, in_channels: int, dim: int, initial_variance: float = 0.5) -> None:
         super().__init__()
         self.fc1 = nn.Parameter(torch.empty(dim, in_channels))
-        self.bn1 = nn.BatchNorm2d(dim)
+        self.bn1 = BatchNorm2d(dim)
         self.fc2 = nn.Parameter(torch.empty(dim, dim))
-        self.bn2 = nn.BatchNorm2d(dim, affine=False)
+        self.bn2 = BatchNorm2d(dim, affine=False)
         self.gamma = nn.Parameter(torch.ones(1))
         self.beta = nn.Parameter(torch.logit(torch.tensor([initial_variance])))
         nn.init.kaiming_normal_(self.fc1)

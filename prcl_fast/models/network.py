@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prcl_fast.errors import InputError
 from prcl_fast.models.autocast_weights import autocast_weights
+from prcl_fast.models.batch_norm import count_together
 from prcl_fast.models.deeplab import DeepLabDecoder
 from prcl_fast.models.heads import ProbabilityHead, RepresentationHead, SegmentationHead
 from prcl_fast.models.query_head import PrototypeScores, QueryHead
@@ -110,6 +111,7 @@ class SegmentationNetwork(nn.Module):
             self.representation = RepresentationHead(features, width, representation_dim)
             if probability:
                 self.probability = ProbabilityHead(features, representation_dim, initial_variance)
+        self._passes = count_together(self)
 
     def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
         """Segment images and embed their pixels.
@@ -123,6 +125,7 @@ class SegmentationNetwork(nn.Module):
             NetworkOutput; mu and var are None where the head is absent or skipped. Under autocast logits and
             mu have the autocast type, var is float32 always. Upsample logits with align_corners=True.
         """
+        self._passes.begin()
         with autocast_weights(self._parts(representations), x.device):
             features = self.decoder(*self.backbone(x))
             prototypes = None
@@ -135,7 +138,8 @@ class SegmentationNetwork(nn.Module):
                 mu = self.representation(features)
                 if self.probability is not None:
                     var = self.probability(features)
-            return NetworkOutput(logits, mu, var, features, prototypes)
+        self._passes.end()
+        return NetworkOutput(logits, mu, var, features, prototypes)
 
     def _parts(self, representations: bool) -> list[nn.Module]:
         """The parts that a forward pass uses: the backbone's stages, the decoder and the heads."""
