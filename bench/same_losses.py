@@ -18,16 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from torch import Tensor
+from bench.packages import needed
 
-from bench import machine
-from prcl_fast.config import Config, load_config, override_config
-from prcl_fast.data.atomic import write_text
-from prcl_fast.device import choose_device
-from prcl_fast.engine.trainer import Trainer
-from prcl_fast.errors import InputError
+with needed("bench.same_losses" if __name__ == "__main__" else None):
+    import torch
+    from rich.console import Console
+    from torch import Tensor
+
+    from bench import machine
+    from prcl_fast.config import Config, load_config, override_config
+    from prcl_fast.data.atomic import write_text
+    from prcl_fast.device import choose_device
+    from prcl_fast.engine.trainer import Trainer
+    from prcl_fast.errors import InputError
 
 WINDOW = 20  # steps, over which means are taken
 FIRST_BOUND = 1e-4  # relative difference of the first step's losses

@@ -23,17 +23,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from bench.packages import needed
 
-from bench.run import read_result, write_result
-from bench.step_data import SIZES, file_config, size_config
-from bench.step_plot import write_figures
-from bench.step_run import KIND, Plan, measure
-from bench.step_worker import CANDIDATES
-from prcl_fast.cli.choices import check_known
-from prcl_fast.cli.tables import print_table
-from prcl_fast.device import choose_device, prepare_device
-from prcl_fast.errors import InputError
+with needed("bench.step" if __name__ == "__main__" else None):
+    import typer
+
+    from bench.run import read_result, write_result
+    from bench.step_data import SIZES, file_config, size_config
+    from bench.step_plot import write_figures
+    from bench.step_run import KIND, Plan, measure
+    from bench.step_worker import CANDIDATES
+    from prcl_fast.cli.choices import check_known
+    from prcl_fast.cli.tables import print_table
+    from prcl_fast.device import choose_device, prepare_device
+    from prcl_fast.errors import InputError
 
 _DEFAULT = {
     "cpu": ("published", "eager", "ours"),
