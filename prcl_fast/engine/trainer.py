@@ -80,6 +80,7 @@ class Trainer:
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if world_size() > 1 and config.train.sync_bn:
             synchronize_batch_norm(self.method)
+        self.method.lay_out()
         stream = torch.cuda.Stream() if config.train.graph else None
         with on_stream(stream):
             self.train_step = TrainStep(self.method, config, self.device)

@@ -108,6 +108,10 @@ class MeanTeacher(Method):
                 "loss_unsupervised": unsupervised,
             }
 
+    def lay_out(self) -> None:
+        """Student and teacher each lie in one tensor from here on."""
+        self.teacher.lay_out_flat()
+
     def after_step(self, step: Step) -> None:
         """Moves the teacher towards the student."""
         with part("ema"):
