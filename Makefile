@@ -5,10 +5,11 @@
 #   make bench      the benchmarks        make clean   remove what was built (the virtual environment stays)
 #   make format     apply the styles      make schema  write configs/schema.json anew
 #   make gpu-check  tests, memory checks and benchmarks on a machine with a GPU
+#   make gpu-bundle one file that does the same on a machine without a network: tar xf FILE; bash gpu_check.sh first
 #
-# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`. For gpu-check, ARGS="--out DIR" says where it
-# leaves its results, and ARGS="--set step" checks the whole training step instead of the ops; OFFLINE=1 runs it in
-# PYTHON, with the PyTorch that it has, and installs nothing.
+# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`. gpu-check runs two sets of under six minutes
+# each; ARGS="first --out DIR" runs one and says where its archive goes. For gpu-bundle, ARGS="--without numpy" leaves
+# out a package that the machine has.
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ FORMATTED := $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES) $(shell find tests/
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test lint format schema bench gpu-check install clean
+.PHONY: demo test lint format schema bench gpu-check gpu-bundle install clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -48,13 +49,11 @@ schema: install
 bench: install
 	$(BIN)/prcl bench --json bench/results/local/bench.json $(ARGS)
 
-ifdef OFFLINE
-gpu-check:
-	$(PYTHON) -m bench.gpu_check $(ARGS)
-else
 gpu-check: install
-	$(BIN)/python -m bench.gpu_check $(ARGS)
-endif
+	$(BIN)/python -m bench.gpu_check $(or $(ARGS),first second)
+
+gpu-bundle: install
+	$(BIN)/python -m bench.gpu.bundle $(ARGS)
 
 install: $(VENV)/.built
 

@@ -3,10 +3,10 @@
     python -m bench.gpu_check first second [--out DIR]
     python -m bench.gpu_check unpack ARCHIVE [--into bench/results]
 
-Needs a Python with PyTorch and no network; `bench/gpu/gpu_check.sh` is the same for a file of `make gpu-bundle`.
-Every set leaves one archive in DIR, SET.tar.gz, which is packed anew after every phase: logs, JSON, junit XML and
-summary.json. Without a GPU the phases that have a small form run on the CPU, and the last line says "no GPU".
-Exit status 1: a phase failed or was cut off. `unpack` puts an archive's JSON into bench/results, as gpu_NAME.json.
+Needs a Python with PyTorch, and no network; in a file of `make gpu-bundle`, gpu_check.sh is the same command.
+A set leaves one archive, DIR/SET.tar.gz, packed anew after every phase: logs, JSON, junit XML, summary.json.
+Without a GPU the phases that have a small form run on the CPU, and the last line says "no GPU". Exit status
+1: a phase failed or was cut off. `unpack` puts the JSON of an archive into bench/results, as gpu_NAME.json.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ import typer
 
 from bench.run import read_result, write_result
 from bench.step_data import SIZES, file_config, size_config
-from bench.step_plot import write_figures
 from bench.step_run import KIND, Plan, measure
 from bench.step_worker import CANDIDATES
 from prcl_fast.cli.choices import check_known
@@ -74,6 +73,9 @@ def step_command(
     Exit status 1: a candidate could not run.
     """
     if plot is not None:
+        # Here, because a machine that only measures may lack matplotlib.
+        from bench.step_plot import write_figures
+
         for path in write_figures(read_result(plot, KIND), out, plot.stem):
             print(path)
         return

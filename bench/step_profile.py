@@ -46,10 +46,10 @@ def profile_step(
         finished: given the result so far after every stage.
 
     Returns:
-        `kind`, `machine`, `size` and `overrides`; `first_step_ms`, which holds compiling and capturing; of each
-        turn `ms` and `host_ms` a step, the latter until the step's last kernel was issued; `losses` of the last
-        step; on CUDA `peak_gb` of the tensors; `kernels`, the largest first, each with its `name`, and `ms`
-        and `calls` a step; their sums `kernel_ms` and `launches`.
+        `kind`, `machine`, `size` and `overrides`; `first_step_ms`, which holds compiling and capturing; of
+        each turn, a step's `ms` and `host_ms`, the latter until its last kernel was issued; `losses` of the
+        last step; on CUDA `peak_gb` of the tensors; `kernels`, the largest first, each with its `name`, and
+        its `ms` and `calls` in a step; their sums `kernel_ms` and `launches`.
 
     Raises:
         InputError: the configuration is wrong.
@@ -91,7 +91,7 @@ def report(result: dict[str, Any], shown: int = SHOWN) -> list[str]:
         f"{result['machine']['device']}: {what}: {turns} ms a step; host {host} ms; "
         f"first step {result['first_step_ms'] / 1e3:.1f} s{peak}",
         "losses " + ", ".join(f"{name} {value:.4g}" for name, value in result["losses"].items()),
-        f"{result['kernel_ms']:.2f} ms in {result['launches']:.0f} launches a step, of {len(result['kernels'])} names",
+        f"{result['kernel_ms']:.2f} ms in {result['launches']:.0f} launches a step",
         *(
             f"{row['ms']:8.3f} ms {row['calls']:6.0f}x {row['name'][:110]}"
             for row in result["kernels"][:shown]
@@ -119,7 +119,7 @@ def _kernels(trainer: Trainer, batches: Iterator[Batch]) -> list[dict[str, Any]]
         _timed(trainer, batches, _TRACED)
     rows = []
     for event in profiler.key_averages():
-        # A range that somebody named, such as the optimiser's step, spans kernels that have rows of their own.
+        # A named range, such as the optimiser's step, spans kernels that have rows of their own.
         if cuda and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
             continue
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total

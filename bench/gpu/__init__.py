@@ -2,8 +2,9 @@
 
     gpu_check.sh  the way in: bash gpu_check.sh first
     runner.py     phases with a time box each, packed anew after each, and the table at their end
-    phases.py     the two sets                 facts.py    what the machine is and has
+    table.py      its lines and numbers        phases.py   the two sets
     bundle.py     one file for such a machine  wheels.py   the packages in it that the machine lacks
+    facts.py      what the machine is and has
 
-Only facts.py needs PyTorch, and nothing of this pydantic or pytest: a machine without them gets as far as saying so.
+The runner needs neither PyTorch nor pydantic nor pytest: where one is missing, the first phase says so.
 """

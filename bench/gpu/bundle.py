@@ -2,9 +2,9 @@
 
 python -m bench.gpu.bundle [--out FILE] [--without PACKAGE ...]
 
-There: `tar xf FILE; bash gpu_check.sh first`. It needs Linux on x86-64, Python 3.12 and PyTorch 2.11 or newer. The
-wheels are those of this environment's versions for Python 3.12 and, as far as the size allows, for the Python that
-makes the file, so that it can be tried here. Making it needs the network.
+There: `tar xf FILE; bash gpu_check.sh first`, on Linux, x86-64, with Python 3.12 and PyTorch 2.11 or newer.
+The wheels are those of this environment's versions, for Python 3.12 and, as far as the size allows, for the
+Python that makes the file, so that it can be tried here. Making it needs the network.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ _LEFT_OUT = ("bench/results/", "tests/golden/", "tests/fuzz_corpus/")  # large, 
 _SCRIPT = "bench/gpu/gpu_check.sh"
 # What the phases import besides PyTorch; SciPy, for the tests of two samplers, is too large.
 _PACKAGES = (
-    "numpy", "pillow", "pyyaml", "pydantic", "typer", "rich", "pytest", "pytest-timeout", "pytest-xdist", "ninja",
-    "setuptools",
+    "numpy", "pillow", "pyyaml", "pydantic", "typer", "rich", "pytest", "pytest-timeout", "pytest-xdist",
+    "ninja", "setuptools", "tensorboard",
 )  # fmt: skip
+# A run writes TensorBoard's files with its messages alone; these are for its server.
+_NOT_NEEDED = {"grpcio", "markdown", "tensorboard-data-server", "werkzeug"}
+_UNREAD = re.compile(r"/tests/|^tensorboard/(webfiles\.zip|plugins/projector/tf_projector_plugin/)")
 _PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_27_x86_64",
@@ -70,7 +73,7 @@ def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[
     left = list(packages)
     while left:
         name = normalized(left.pop())
-        if name in found:
+        if name in found or name in _NOT_NEEDED:
             continue
         try:
             found[name] = importlib.metadata.version(name)
@@ -87,8 +90,9 @@ def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[
 def download(packages: Mapping[str, str], python: str, folder: Path) -> None:
     """Puts the packages' wheels for a Python on Linux, x86-64, into `folder`. Raises BundleError."""
     command = [
-        sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--implementation", "cp",
-        "--python-version", python, *(f"--platform={name}" for name in _PLATFORMS), "-d", str(folder),
+        sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
+        "--implementation", "cp", "--python-version", python, "-d", str(folder),
+        *(f"--platform={name}" for name in _PLATFORMS),
         *(f"{name}=={version}" for name, version in packages.items()),
     ]  # fmt: skip
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
@@ -99,10 +103,10 @@ def download(packages: Mapping[str, str], python: str, folder: Path) -> None:
         raise BundleError(f"pip cannot download wheels for Python {python}: {lines[-1]}")
 
 
-def without_tests(wheel: Path) -> None:
-    """Leaves a wheel's own tests out: a tenth of NumPy's."""
+def shrink(wheel: Path) -> None:
+    """Leaves out what no phase reads: a wheel's own tests, and TensorBoard's pages."""
     with zipfile.ZipFile(wheel) as archive:
-        kept = [x for x in archive.infolist() if "/tests/" not in x.filename]
+        kept = [x for x in archive.infolist() if not _UNREAD.search(x.filename)]
         if len(kept) == len(archive.infolist()):
             return
         with (
@@ -140,16 +144,17 @@ def write_bundle(
     files = {name: root / name for name in (*sources(root), *_LIBRARIES)}
     files |= {f"wheels/{path.name}": path for path in wheels}
     extra = sorted(optional, key=lambda path: path.stat().st_size)
-    # Wheels are compressed already: they add their size. A header and its padding take less than a kilobyte each.
     with replacing(out) as temporary:
         _write(temporary, files, root, commit, asked)
         left = largest - temporary.stat().st_size
         if left < 0:
-            raise BundleError(f"{out.name} would have {largest - left} bytes, more than {largest}: name what a machine "
-                              "has with --without, such as numpy")  # fmt: skip
-        while extra and extra[0].stat().st_size + 1024 <= left:
-            left -= extra[0].stat().st_size + 1024
-            files[f"wheels/{extra[0].name}"] = extra.pop(0)
+            size = largest - left
+            raise BundleError(f"{out.name} would have {size} bytes, more than {largest}; see --without")
+        # Wheels are compressed already: each adds its size, a header and some padding.
+        while extra and (added := int(1.001 * extra[0].stat().st_size) + 1024) <= left:
+            wheel = extra.pop(0)
+            left -= added
+            files[f"wheels/{wheel.name}"] = wheel
         _write(temporary, files, root, commit, asked)
     return [path.name for path in extra]
 
@@ -201,7 +206,7 @@ def main() -> int:
                 download({x: packages[x] for x in packages if x not in left_out}, python, place)
                 found[python] = sorted(place.glob("*.whl"))
                 for wheel in found[python]:
-                    without_tests(wheel)
+                    shrink(wheel)
             needed = {wheel.name for wheel in found[PYTHON]}
             optional = [wheel for wheel in found[own] if wheel.name not in needed]
             dropped = write_bundle(_ROOT, options.out, found[PYTHON], optional)

@@ -2,7 +2,7 @@
 
 python -m bench.gpu.facts FILE
 
-FILE is written after every stage, the cheapest first. Exit status 1: a package that the other phases import is missing.
+FILE is written after every stage, the cheapest first. Exit status 1: a package of other phases is missing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,10 @@ from typing import Any
 
 from prcl_fast.data.atomic import write_text
 
-IMPORTED = ("numpy", "yaml", "PIL", "pydantic", "typer", "rich", "pytest", "xdist", "pytest_timeout")
+IMPORTED = (
+    "numpy", "yaml", "PIL", "pydantic", "typer", "rich", "pytest", "xdist", "pytest_timeout",
+    "tensorboard.summary.writer.record_writer",  # `import tensorboard` alone loads nothing
+)  # fmt: skip
 TOOLS = ("nvcc", "g++", "compute-sanitizer", "ncu", "nvidia-smi")
 
 
@@ -36,7 +38,6 @@ def main() -> int:
     add(
         tools={name: shutil.which(name) for name in TOOLS},
         packages=dict(sorted((x.metadata["Name"] or "", x.version) for x in distributions)),
-        nvidia_smi=_output("nvidia-smi"),
     )
     start = time.perf_counter()
     import torch
@@ -54,7 +55,11 @@ def main() -> int:
     from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
 
     device = "cuda" if gpu else "cpu"
-    add(native=_native.unavailable(device), machine=machine.describe(device))
+    add(
+        native=_native.unavailable(device),
+        machine=machine.describe(device),
+        nvidia_smi=machine.output("nvidia-smi").splitlines(),
+    )
     if gpu:
         properties = torch.cuda.get_device_properties(0)
         add(
@@ -87,14 +92,6 @@ def _not_importable() -> dict[str, str]:
         except Exception as error:  # an extension built for something else raises more than ImportError
             found[name] = f"{type(error).__name__}: {error}"
     return found
-
-
-def _output(command: str) -> list[str]:
-    try:
-        found = subprocess.run([command], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return found.stdout.splitlines()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Phases of a check, one after the other, each in a box of seconds; what they leave is packed after each.
 
-A phase is a command. Its output goes to a log of its own; when its box or the set's time runs out, it is ended
-with all its children, and the next one begins. Whatever ends the runner itself, the archive of the last finished
-phase is whole.
+A phase is a command, whose output goes to a log of its own. When its box or the set's time runs out, it is
+ended with all its children, and the next one begins. Whatever ends the runner itself, an archive of all
+finished phases is there.
 """
 
 from __future__ import annotations

@@ -32,10 +32,13 @@ class Wheel:
     def fits(self, python: tuple[int, int] = _PYTHON) -> bool:
         """Whether it is for this Python and this machine's processor."""
         tags, abi, places = self.path.stem.split("-")[-3:]
-        if abi == "none" and "py3" in tags.split("."):
-            right = True
+        here = f"cp{python[0]}{python[1]}"
+        if abi == "none":
+            right = "py3" in tags.split(".")
+        elif abi == "abi3":  # of this Python or of an older one
+            right = int(tags.removeprefix("cp3")) <= python[1]
         else:
-            right = f"cp{python[0]}{python[1]}" in tags.split(".")
+            right = tags == here
         return right and (places == "any" or places.endswith(f"_{platform.machine()}"))
 
     def requirements(self) -> list[str]:
@@ -50,8 +53,8 @@ class Wheel:
 def unpack_missing(folder: Path, site: Path, python: tuple[int, int] = _PYTHON) -> list[str]:
     """Unpacks into `site` each wheel of `folder` whose package is missing here, or older than is asked for.
 
-    A package that the machine has stays its own unless the sources, or a wheel that is unpacked, ask for a newer
-    one: what else there is may have been built for it.
+    A package that the machine has stays its own, unless the sources, or a wheel that is unpacked, ask for a
+    newer one: what else is there may have been built for it.
 
     Returns:
         the unpacked packages.
@@ -78,7 +81,7 @@ def normalized(name: str) -> str:
 
 
 def _unsatisfied(requirements: Sequence[str]) -> Iterator[str]:
-    """Packages that are here in a version that some requirement excludes; of a bound's kinds only >= and ==."""
+    """Packages that are here in a version that some requirement excludes by >= or ==."""
     for requirement in requirements:
         match = re.match(r"[A-Za-z0-9._-]+", requirement)
         version = _installed(match[0]) if match else None
