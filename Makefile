@@ -6,10 +6,11 @@
 #   make format     apply the styles      make schema  write configs/schema.json anew
 #   make wheel      dist/*.whl, with CUDA code for all architectures
 #   make gpu-check  tests, memory checks and benchmarks on a machine with a GPU
+#   make gpu-bundle one file that does the same on a machine without a network: tar xf FILE; bash gpu_check.sh first
 #
-# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`. For gpu-check, ARGS="--out DIR" says where it
-# leaves its results, and ARGS="--set step" checks the whole training step instead of the ops; OFFLINE=1 runs it in
-# PYTHON, with the PyTorch that it has, and installs nothing.
+# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`. gpu-check runs two sets of under six minutes
+# each; ARGS="first --out DIR" runs one and says where its archive goes. For gpu-bundle, ARGS="--without numpy" leaves
+# out a package that the machine has.
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
 # TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures of the CUDA code. Without it, all but `make wheel` compile for
 # the GPU that is there, or for 9.0, in a third of the time that all architectures take.
@@ -27,7 +28,7 @@ ARCHITECTURES = $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test lint format schema bench gpu-check install wheel clean
+.PHONY: demo test lint format schema bench gpu-check gpu-bundle install wheel clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -54,13 +55,11 @@ schema: install
 bench: install
 	$(BIN)/prcl bench --json bench/results/local/bench.json $(ARGS)
 
-ifdef OFFLINE
-gpu-check:
-	$(PYTHON) -m bench.gpu_check $(ARGS)
-else
 gpu-check: install
-	$(BIN)/python -m bench.gpu_check $(ARGS)
-endif
+	$(BIN)/python -m bench.gpu_check $(or $(ARGS),first second)
+
+gpu-bundle: install
+	$(BIN)/python -m bench.gpu.bundle $(ARGS)
 
 install: $(VENV)/.built
 

@@ -30,7 +30,6 @@ with needed("bench.step" if __name__ == "__main__" else None):
 
     from bench.run import read_result, write_result
     from bench.step_data import SIZES, file_config, size_config
-    from bench.step_plot import write_figures
     from bench.step_run import KIND, PUBLISHED_SECONDS, Plan, measure
     from bench.step_worker import CANDIDATES
     from prcl_fast.cli.choices import check_known
@@ -86,6 +85,9 @@ def step_command(
     Exit status 1: a candidate could not run.
     """
     if plot is not None:
+        # Here, because a machine that only measures may lack matplotlib.
+        from bench.step_plot import write_figures
+
         for path in write_figures(read_result(plot, KIND), out, plot.stem):
             print(path)
         return
