@@ -31,6 +31,27 @@ def synchronize_batch_norm(network: nn.Module, device: torch.device) -> nn.Modul
     return network
 
 
+def is_synchronized(norm: nn.Module) -> bool:
+    """Whether a batch norm's statistics run over several processes now."""
+    return isinstance(norm, (_SyncBatchNorm2d, nn.SyncBatchNorm)) and world_size() > 1
+
+
+def merged_moments(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean [C] and biased variance [C] of `count` values, over those of all processes, and their number.
+
+    Every process must call it; the results are float64, the same bits on each of them.
+    """
+    channels = len(mean)
+    own = torch.cat([mean, var, mean.new_full((1,), count)])
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own)
+    means, variances, counts = torch.stack(gathered).double().split([channels, channels, 1], dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    var = (counts * (variances + (means - mean).square())).sum(0) / total
+    return mean, var, total
+
+
 class _SyncBatchNorm2d(nn.BatchNorm2d):
     """In training mode, mean and variance are those of all processes' images."""
 
@@ -61,13 +82,7 @@ class _Normalize(torch.autograd.Function):
         channels, wide = x.shape[1], full_precision(x)
         work = wide.dtype
         local_var, local_mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
-        own = torch.cat([local_mean, local_var, local_mean.new_tensor([x.numel() / channels])])
-        gathered = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(gathered, own)
-        means, variances, counts = torch.stack(gathered).double().split([channels, channels, 1], dim=1)
-        count = counts.sum()
-        mean = (counts * means).sum(0) / count
-        var = (counts * (variances + (means - mean).square())).sum(0) / count
+        mean, var, count = merged_moments(local_mean, local_var, x.numel() // channels)
         inverse_std = (var + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean.to(work), inverse_std.to(work), count)
         scale = inverse_std if weight is None else inverse_std * weight
