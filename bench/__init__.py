@@ -22,6 +22,7 @@ OPS = (
     "probabilistic_info_nce",
     "pseudo_label",
     "upsample_cross_entropy",
+    "variance_head",
     "contrast",
 )
 SIZES = ("small", "voc", "cityscapes")

@@ -30,6 +30,7 @@ from prcl_fast.ops import (
     sample_negatives,
     upsample_cross_entropy,
     use_backend,
+    variance_head,
 )
 from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
 
@@ -80,7 +81,15 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
                     torch.rand(_BATCH, dim, _HEIGHT, _WIDTH, generator=generator) + 0.1,
                 )
             )
-            for name, call in _of_features(x, mu, var):
+            head = functools.partial(
+                variance_head,
+                running_mean=torch.zeros(dim).to(device),
+                running_var=torch.ones(dim).to(device),
+                training=True,
+            )
+            scalars = [torch.ones(1).to(device), torch.zeros(1).to(device)]
+            of_head = "variance_head", _with_gradients(head, [mu, *scalars])
+            for name, call in (*_of_features(x, mu, var), of_head):
                 yield f"{name} D={dim} {_short(dtype)} {_short(layout)}", call
     for dtype in _DTYPES:
         logits = torch.randn(_BATCH, _CLASSES, 9, 7, generator=generator).to(device, dtype)

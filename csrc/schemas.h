@@ -36,6 +36,16 @@ void define_schemas(Library& m) {
   m.def(
       "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
       "bool align_corners, bool mean, bool needs_grad) -> (Tensor, Tensor)");
+  m.def("variance_head_moments(Tensor x) -> (Tensor, Tensor)");
+  m.def(
+      "variance_head(Tensor x, Tensor mean, Tensor var, Tensor gamma, Tensor beta, float eps, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "variance_head_backward_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor gamma, "
+      "Tensor beta, float eps) -> Tensor");
+  m.def(
+      "variance_head_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor gamma, Tensor beta, "
+      "Tensor? means, float eps) -> Tensor");
 }
 
 }  // namespace prcl

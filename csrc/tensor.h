@@ -76,4 +76,15 @@ void dispatch_features(const Tensor& mu, const Tensor& var, const F& f) {
   });
 }
 
+// Calls f(S{}, O{}) with the tensor's floating-point type and `other`, which is its work type or the same.
+template <class F>
+void dispatch_floating_with(const Tensor& tensor, ScalarType other, const F& f) {
+  dispatch_floating(tensor, [&](auto zero) {
+    using S = decltype(zero);
+    if (other == kWorkType<S>) return f(zero, Work<S>{});
+    STD_TORCH_CHECK(other == tensor.scalar_type(), "expected the tensor's own type or its work type");
+    f(zero, zero);
+  });
+}
+
 }  // namespace prcl

@@ -21,6 +21,7 @@ from prcl_fast.engine.trainer import Trainer
 from prcl_fast.losses import ProbabilisticContrast, start_counting, supervised_loss, unsupervised_loss
 from prcl_fast.methods import PCR
 from prcl_fast.methods.pcr import cluster_centers
+from prcl_fast.models.heads import ProbabilityHead
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
 from prcl_fast.ops import prototype_statistics
 
@@ -54,6 +55,37 @@ def _batch_norm(rank: int, rows: list[slice] | None, affine: bool) -> dict[str, 
 def test_batch_norm_runs_over_the_images_of_all_processes(two: Pair, affine: bool) -> None:
     whole = _batch_norm(0, None, affine)
     parts = two(_batch_norm, [slice(0, 4), slice(4, 6)], affine)
+    for name, value in whole.items():
+        found = parts[0][name]
+        if name in ("y", "x"):
+            found = torch.cat([part[name] for part in parts])
+        elif name.endswith("gradient"):
+            found = parts[0][name] + parts[1][name]
+        else:
+            assert torch.equal(parts[0][name], parts[1][name]), name
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+
+
+def _variance_head(rank: int, rows: list[slice] | None, compiled: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    head = ProbabilityHead(5, 7)
+    x, weight = 3 + 2 * draw(6, 5, 4, 3), draw(6, 7, 4, 3, seed=1)
+    if rows is not None:
+        synchronize_batch_norm(head, CPU)
+        x, weight = x[rows[rank]], weight[rows[rank]]
+    x = x.clone().requires_grad_()
+    y = (torch.compile(head, backend="aot_eager") if compiled else head)(x)
+    (y * weight).sum().backward()
+    assert x.grad is not None
+    found = {"y": y.detach(), "x": x.grad} | dict(head.state_dict())
+    gradients = {f"{name} gradient": p.grad for name, p in head.named_parameters() if p.grad is not None}
+    return found | gradients
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_probability_head_runs_over_the_images_of_all_processes(two: Pair, compiled: bool) -> None:
+    whole = _variance_head(0, None, False)
+    parts = two(_variance_head, [slice(0, 4), slice(4, 6)], compiled)
     for name, value in whole.items():
         found = parts[0][name]
         if name in ("y", "x"):

@@ -55,6 +55,13 @@ BUDGETS = {
     "count_kernel": 32,
     "gradient_kernel<*>": 168,
     "statistics_kernel<*>": 128,
+    # variance_head.cu: four, three and two blocks of 256 threads
+    "moments_kernel<*>": 64,
+    "forward_kernel<*, *, *>": 80,
+    "backward_sums_kernel<*>": 128,
+    "backward_kernel<*, *, *>": 128,
+    "merge_moments_kernel<*>": 64,
+    "merge_sums_kernel": 64,
 }
 # Bytes of stack that are no spill: the double cosine has a table for angles that never come.
 STACKS = {"normal_kernel": 40}

@@ -154,6 +154,31 @@ KERNELS: dict[str, dict[str, Any]] = {
         },
         "meta": {"CLASSES": 4, "ROWS": 16, "COLUMNS": 8, "SPAN": 16},
     },
+    "variance_head._moments_kernel": {
+        "types": {"x": "x", "mean_out": "fp32", "squares_out": "fp32"},
+        "meta": {"SPAN": 512, "ROWS": 32, "DIMS": 128},
+        "others": ({"ROWS": 512, "DIMS": 1},),
+    },
+    "variance_head._forward_kernel": {
+        "types": {"x": "x", "y": "fp32"} | dict.fromkeys(("mean", "var", "gamma", "beta"), "fp32"),
+        "floats": ("eps",),
+        "meta": {"ROWS": 32, "DIMS": 128},
+        "others": ({"ROWS": 512, "DIMS": 1},),
+    },
+    "variance_head._sums_kernel": {
+        "types": {"x": "x", "grad": "fp32", "sums": "fp32"}
+        | dict.fromkeys(("mean", "var", "gamma", "beta"), "fp32"),
+        "floats": ("eps",),
+        "meta": {"SPAN": 512, "ROWS": 32, "DIMS": 128},
+        "others": ({"ROWS": 512, "DIMS": 1},),
+    },
+    "variance_head._backward_kernel": {
+        "types": {"x": "x", "grad_x": "x", "grad": "fp32"}
+        | dict.fromkeys(("mean", "var", "gamma", "beta", "means"), "fp32"),
+        "floats": ("eps",),
+        "meta": {"HAS_MEANS": True, "ROWS": 32, "DIMS": 128},
+        "others": ({"HAS_MEANS": False}, {"ROWS": 512, "DIMS": 1}),
+    },
 }
 # What kernels call; compiled with them.
 FUNCTIONS = {
@@ -167,6 +192,7 @@ FUNCTIONS = {
     "probabilistic_info_nce._add",
     "probabilistic_info_nce._log1p",
     "probabilistic_info_nce._pairs",
+    "variance_head._sigmoid",
 }
 
 

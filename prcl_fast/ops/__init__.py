@@ -1,4 +1,4 @@
-"""The operations of the contrast and of the segmentation losses, and the choice of their implementation."""
+"""The operations of the losses and of the probability head, and the choice of their implementation."""
 
 from prcl_fast.ops._backend import use_backend
 from prcl_fast.ops.mutual_likelihood_score import mutual_likelihood_score
@@ -9,9 +9,11 @@ from prcl_fast.ops.pseudo_label import pseudo_label
 from prcl_fast.ops.sample_anchors import sample_anchors
 from prcl_fast.ops.sample_negatives import sample_negatives
 from prcl_fast.ops.upsample_cross_entropy import upsample_cross_entropy
+from prcl_fast.ops.variance_head import Collectives, variance_head
 from prcl_fast.reference.philox import Purpose
 
 __all__ = [
+    "Collectives",
     "PrototypeStatistics",
     "Purpose",
     "mutual_likelihood_score",
@@ -23,4 +25,5 @@ __all__ = [
     "sample_negatives",
     "upsample_cross_entropy",
     "use_backend",
+    "variance_head",
 ]

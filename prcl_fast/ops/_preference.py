@@ -25,6 +25,10 @@ _PREFERENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "probabilistic_info_nce_backward": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "pseudo_label": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "upsample_cross_entropy": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
+    "variance_head_moments": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
+    "variance_head": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
+    "variance_head_backward_sums": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
+    "variance_head_backward": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
 }
 
 
