@@ -1,4 +1,4 @@
-// Reads a vector of float or double from memory of any floating-point type.
+// Reads and writes vectors of float or double in memory of any floating-point type.
 #pragma once
 
 #include "cpu/isa.h"
@@ -41,6 +41,30 @@ PRCL_INLINE V load_as(const Half* from) {
   const V scaled = (V)(magnitude << 13) * 0x1p112f;
   const Bits special = (magnitude >= 0x7c00) & 0x7f800000;
   return (V)((Bits)scaled | special | ((bits & 0x8000) << 16));
+}
+
+template <class V, class T>
+PRCL_INLINE void store_as(T* to, const V& value) {
+  store(to, value);
+}
+
+// To the nearest, and of two to the even one.
+template <class V>
+PRCL_INLINE void store_as(BFloat16* to, const V& value) {
+  constexpr int kLanes = sizeof(V) / sizeof(float);
+  typedef uint32_t Words __attribute__((vector_size(sizeof(V))));  // unsigned: a NaN's sum may wrap
+  const Words words = (Words)value;
+  const Words rounded = (words + 0x7fff + (words >> 16 & 1)) >> 16;
+  store(to,
+        __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, typename Narrow<kLanes>::Type));
+}
+
+template <class V>
+PRCL_INLINE void store_as(Half* to, const V& value) {
+  constexpr int kLanes = sizeof(V) / sizeof(float);
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int i = 0; i < kLanes; ++i) to[i] = Half(lanes[i]);
 }
 
 // Converts `count` values; the rest up to `width`, a multiple of the vector's lanes, is `fill`.
