@@ -22,8 +22,8 @@ SIZES = [
     ((2, 24, 6, 5), (6, 5)),
     ((2, 3, 9, 8), (4, 3)),
     ((1, 8, 3, 300), (4, 3)),  # most input columns touch no output
-    ((1, 2, 2, 1), (3, 300)),
-    ((1, 130, 17, 9), (33, 65)),
+    ((1, 2, 2, 1), (3, 90)),
+    ((1, 130, 9, 7), (17, 29)),
     ((2, 1, 4, 5), (1, 11)),
 ]
 
@@ -86,13 +86,16 @@ def test_float64_is_computed_in_float64(layout: torch.memory_format, align_corne
 @pytest.mark.parametrize("channels", [16, 21])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_only_the_result(
-    dtype: torch.dtype, channels: int, layout: torch.memory_format
+    place: tuple[str, str], dtype: torch.dtype, channels: int, layout: torch.memory_format
 ) -> None:
+    roundings = 1.01 if place == ("cpu", "triton") else 0.51  # the interpreter cuts off to bfloat16
     x = features((2, channels, 5, 7), dtype, layout=layout)
     grad = features((2, channels, 19, 26), dtype, seed=1, layout=layout)
     for value, expected in zip(value_and_gradient(x, grad), exact(x, grad, True), strict=True):
         assert value.dtype == dtype
-        torch.testing.assert_close(value.double(), expected, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-6)
+        torch.testing.assert_close(
+            value.double(), expected, rtol=roundings * torch.finfo(dtype).eps, atol=2e-6
+        )
 
 
 def test_slices_and_permuted_maps_are_read_where_they_lie() -> None:
@@ -143,11 +146,28 @@ def test_first_and_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
+def test_the_tiles_of_a_gpu_give_the_same(
+    place: tuple[str, str], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter has larger tiles, because it takes its time by the operation."""
+    if place != ("cpu", "triton"):
+        pytest.skip("only interpreted kernels have tiles of their own")
+    from prcl_fast.kernels import upsample_bilinear as kernels
+
+    x = features((1, 10, 9, 11), layout=layout)
+    grad = features((1, 10, 14, 18), layout=layout, seed=1)
+    expected = value_and_gradient(x, grad)
+    monkeypatch.setattr(kernels, "_TILE", (8, 8))
+    monkeypatch.setattr(kernels, "_PLANE_TILE", (8, 4))
+    assert all(map(torch.equal, value_and_gradient(x, grad), expected))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
 def test_the_same_call_gives_the_same_bits(layout: torch.memory_format) -> None:
-    x = features((2, 48, 16, 16), layout=layout)
-    grad = features((2, 48, 64, 64), seed=1, layout=layout)
+    x = features((2, 48, 9, 8), layout=layout)
+    grad = features((2, 48, 36, 32), seed=1, layout=layout)
     first = value_and_gradient(x, grad)
-    for _ in range(3):
+    for _ in range(2):
         assert all(map(torch.equal, value_and_gradient(x, grad), first))
 
 

@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.interpolation import axis_scale, first_output, position_of, taps
-from prcl_fast.kernels.launch import device_of, grid_of
+from prcl_fast.kernels.launch import INTERPRETED, device_of, grid_of
 
 _ROWS = 8
-_COLUMNS, _CHANNELS = 8, 128  # of a tile in channels_last
-_PLANE_COLUMNS, _PLANE_CHANNELS = 64, 4  # of a contiguous map
+# Columns and channels of a tile: in channels_last, of a contiguous map.
+_TILE, _PLANE_TILE = ((64, 128), (64, 128)) if INTERPRETED else ((8, 128), (64, 4))
 
 
 @triton.jit
@@ -155,9 +155,7 @@ def _scales(small: Tensor, large: Tensor, align_corners: bool) -> tuple[float, f
 def _tiles(out: Tensor, channels_last: bool) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
     """The grid, and of an image: groups of channels, tiles of columns, columns and channels of a tile."""
     batch, channels, height, width = out.shape
-    most_columns, most_channels = (
-        (_COLUMNS, _CHANNELS) if channels_last else (_PLANE_COLUMNS, _PLANE_CHANNELS)
-    )
+    most_columns, most_channels = _TILE if channels_last else _PLANE_TILE
     of_tile = min(most_channels, triton.next_power_of_2(channels))
     groups, tiles = triton.cdiv(channels, of_tile), triton.cdiv(width, most_columns)
     return grid_of(batch * groups * tiles, triton.cdiv(height, _ROWS)), (groups, tiles, most_columns, of_tile)
