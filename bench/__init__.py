@@ -21,6 +21,7 @@ OPS = (
     "sample_negatives",
     "probabilistic_info_nce",
     "pseudo_label",
+    "upsample_bilinear",
     "upsample_cross_entropy",
     "variance_head",
     "contrast",

@@ -28,6 +28,7 @@ from prcl_fast.ops import (
     pseudo_label,
     sample_anchors,
     sample_negatives,
+    upsample_bilinear,
     upsample_cross_entropy,
     use_backend,
     variance_head,
@@ -91,6 +92,9 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
             of_head = "variance_head", _with_gradients(head, [mu, *scalars])
             for name, call in (*_of_features(x, mu, var), of_head):
                 yield f"{name} D={dim} {_short(dtype)} {_short(layout)}", call
+            upsampled = functools.partial(upsample_bilinear, size=x.target.shape[1:])
+            name = f"upsample_bilinear C={dim} {_short(dtype)} {_short(layout)}"
+            yield name, _with_gradients(upsampled, [mu])
     for dtype in _DTYPES:
         logits = torch.randn(_BATCH, _CLASSES, 9, 7, generator=generator).to(device, dtype)
         loss = functools.partial(upsample_cross_entropy, target=x.target, weight=x.weight)

@@ -34,6 +34,11 @@ void define_schemas(Library& m) {
       "bool mu_channels_last, bool var_channels_last) -> (Tensor, Tensor)");
   m.def("pseudo_label(Tensor logits, int height, int width, bool align_corners) -> (Tensor, Tensor)");
   m.def(
+      "upsample_bilinear(Tensor x, int height, int width, bool align_corners, bool channels_last) -> Tensor");
+  m.def(
+      "upsample_bilinear_backward(Tensor grad, int height, int width, bool align_corners, "
+      "bool channels_last) -> Tensor");
+  m.def(
       "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
       "bool align_corners, bool mean, bool needs_grad) -> (Tensor, Tensor)");
   m.def("variance_head_moments(Tensor x) -> (Tensor, Tensor)");

@@ -27,6 +27,14 @@ inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> s
                                   dtype);
 }
 
+// A map [B, C, height, width] with the batch, channels, dtype and device of the map `like`.
+inline Tensor map_like(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
+  const int64_t size[] = {like.size(0), like.size(1), height, width};
+  return torch::stable::empty({size, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                            : torch::headeronly::MemoryFormat::Contiguous);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls f(T{}) with the tensor's type, float or double; the Python side has cast everything else.

@@ -51,6 +51,9 @@ BUDGETS = {
     # sample_anchors.cu, sample_negatives.cu
     "draw_anchors_kernel": 32,
     "draw_negatives_kernel": 32,
+    # upsample_bilinear.cu: three blocks of 256 threads for the gradients
+    "upsample_kernel<*>": 64,
+    "gather_kernel<*>": 80,
     # upsample_cross_entropy.cu: two blocks of 192 threads for the gradients
     "count_kernel": 32,
     "gradient_kernel<*>": 168,

@@ -119,6 +119,18 @@ KERNELS: dict[str, dict[str, Any]] = {
         "meta": {"CLASSES": 32, "BLOCK": 128},
         "others": ({"CLASSES": 1}, {"CLASSES": 256}),
     },
+    "upsample_bilinear._upsample_kernel": {
+        "types": {"x": "x", "out": "x"},
+        "floats": ("scale_y", "scale_x"),
+        "meta": {"ALIGN": True, "ROWS": 8, "COLUMNS": 8, "CHANNELS": 128},
+        "others": ({"ALIGN": False}, {"COLUMNS": 64, "CHANNELS": 4}),
+    },
+    "upsample_bilinear._gather_kernel": {
+        "types": {"grad": "x", "out": "x"},
+        "floats": ("scale_y", "scale_x"),
+        "meta": {"ALIGN": True, "ROWS": 8, "COLUMNS": 8, "CHANNELS": 128},
+        "others": ({"ALIGN": False}, {"COLUMNS": 64, "CHANNELS": 4}),
+    },
     "upsample_cross_entropy._loss_kernel": {
         "types": {
             "logits": "x",
@@ -185,6 +197,8 @@ FUNCTIONS = {
     "class_lists._classes",
     "interpolation.bilinear",
     "interpolation.corners",
+    "interpolation.first_output",
+    "interpolation.position_of",
     "interpolation.taps",
     "launch.at_least",
     "philox.bounded",
@@ -192,6 +206,7 @@ FUNCTIONS = {
     "probabilistic_info_nce._add",
     "probabilistic_info_nce._log1p",
     "probabilistic_info_nce._pairs",
+    "upsample_bilinear._between",
     "variance_head._sigmoid",
 }
 

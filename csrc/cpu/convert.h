@@ -1,4 +1,4 @@
-// Reads and writes a vector of float or double in memory of any floating-point type.
+// Reads and writes vectors of float or double in memory of any floating-point type.
 #pragma once
 
 #include "cpu/isa.h"

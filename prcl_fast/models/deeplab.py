@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prcl_fast.models.batch_norm import BatchNorm2d
 from prcl_fast.models.sync_batch_norm import is_synchronized
+from prcl_fast.ops import upsample_bilinear
 
 RATES: dict[int, tuple[int, int, int]] = {16: (6, 12, 18), 8: (12, 24, 36)}
 
@@ -104,5 +105,5 @@ class DeepLabDecoder(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """[B, low_channels, h, w], [B, in_channels, h', w'] -> [B, out_channels, h, w], low level first."""
         low = self.low_level(low)
-        high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        high = upsample_bilinear(self.aspp(high), low.shape[2:])
         return torch.cat([low, high], dim=1)

@@ -4,8 +4,8 @@ A layer takes one all-gather of [2C + 1] numbers in its forward and one all-redu
 pass. How many values each process has is known from shapes alone, so that the host reads nothing and a CUDA
 graph can hold the layer.
 
-Other layers with statistics of their own over all processes use the three functions that this one consists
-of: `is_synchronized`, `merge_statistics` and `sum_for_backward`.
+A layer that computes batch statistics in a pass of its own, as the probability head does, asks
+`is_synchronized` and merges them by `merged_moments`.
 """
 
 from __future__ import annotations
@@ -31,33 +31,27 @@ def synchronize_batch_norm(network: nn.Module) -> nn.Module:
 
 
 def is_synchronized(norm: nn.Module) -> bool:
-<<<<<<< HEAD
     """Whether `norm`, as it is now, takes its statistics over several processes."""
     return isinstance(norm, SyncBatchNorm2d) and norm.training and world_size() > 1
-=======
-    """Whether a batch norm's statistics run over several processes now."""
-    return isinstance(norm, (_SyncBatchNorm2d, nn.SyncBatchNorm)) and world_size() > 1
 
 
 def merged_moments(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean [C] and biased variance [C] of `count` values, over those of all processes, and their number.
+    """The moments of all processes' values from those of this one's, by one all-gather.
 
-    Every process must call it; the results are float64, the same bits on each of them.
+    Args:
+        mean, var: [C] of this process's values, the variance biased.
+        count: how many values a channel has here.
+    Returns:
+        mean [C] and biased variance [C] of all values and their number, float64, the same bits in every
+        process.
     """
     channels = len(mean)
     own = torch.cat([mean, var, mean.new_full((1,), count)])
-    gathered = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(gathered, own)
-    means, variances, counts = torch.stack(gathered).double().split([channels, channels, 1], dim=1)
+    means, variances, counts = gathered(own).double().split([channels, channels, 1], dim=1)
     total = counts.sum()
     mean = (counts * means).sum(0) / total
     var = (counts * (variances + (means - mean).square())).sum(0) / total
     return mean, var, total
-
-
-class _SyncBatchNorm2d(nn.BatchNorm2d):
-    """In training mode, mean and variance are those of all processes' images."""
->>>>>>> head
 
 
 class SyncBatchNorm2d(BatchNorm2d):
@@ -126,7 +120,6 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-<<<<<<< HEAD
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -145,21 +138,6 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, invstd, counts)
         y: Tensor = ops.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
         return y
-=======
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        channels, wide = x.shape[1], full_precision(x)
-        work = wide.dtype
-        local_var, local_mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
-        mean, var, count = merged_moments(local_mean, local_var, x.numel() // channels)
-        inverse_std = (var + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean.to(work), inverse_std.to(work), count)
-        scale = inverse_std if weight is None else inverse_std * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        y = torch.addcmul(_per_channel(shift.to(work)), wide, _per_channel(scale.to(work))).to(x.dtype)
-        ctx.mark_non_differentiable(mean, var, count)
-        return y, mean, var, count
->>>>>>> head
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

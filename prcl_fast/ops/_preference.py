@@ -24,6 +24,8 @@ _PREFERENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "probabilistic_info_nce": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "probabilistic_info_nce_backward": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "pseudo_label": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
+    "upsample_bilinear": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
+    "upsample_bilinear_backward": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "upsample_cross_entropy": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "variance_head_moments": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "variance_head": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
