@@ -1,4 +1,4 @@
-"""The file for a machine with a GPU and no network: its contents, its size, and how its wheels are unpacked."""
+"""The file for a machine with a GPU and no network: its contents, its size, and its wheels unpacked."""
 
 from __future__ import annotations
 

@@ -119,6 +119,16 @@ def test_phases_report_how_they_ended(tmp_path: Path, capsys: pytest.CaptureFixt
     assert os.listdir(tmp_path / "out") == ["fake.tar.gz"]
 
 
+def test_a_phase_that_does_not_say_what_it_must_has_failed(tmp_path: Path) -> None:
+    def outcome(said: str) -> tuple[str, str]:
+        phase = python("tests", f"print({said!r})", says=" passed")
+        found = runner.run_phase(phase, tmp_path, tmp_path / "tmp", 100.0)
+        return found.status, found.detail
+
+    assert outcome("3 passed, 2 skipped") == (PASSED, "")
+    assert outcome("5 skipped") == (FAILED, "its log does not say 'passed'")
+
+
 def test_nothing_failed_where_all_passed_or_were_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def second(folder: Path, facts: dict[str, Any]) -> list[Phase]:
         ),
         of.ncu(),
         of.tests("triton_tests", 60, "the Triton kernels agree with float64", "triton"),
-        of.module("bench_step", 60, "the package's step against plain PyTorch", "bench.step",
+        of.module("bench_step", 80, "the package's step against plain PyTorch", "bench.step",
                   ("--size", "voc", *step), ("--size", "small", *small)),
         of.module("same_losses", 60, "a captured step trains like an eager one", "bench.same_losses", losses),
     ]  # fmt: skip
@@ -153,20 +154,35 @@ class _Phases:
             on_cpu=(*small, "--device", "cpu", "--size", "small", "--rounds", "1") if on_cpu else None,
         )
 
-    def tests(self, name: str, box: float, settles: str, backend: str) -> Phase:
+    def pytest(
+        self,
+        name: str,
+        box: float,
+        settles: str,
+        run: Sequence[str],
+        small: Sequence[str],
+        **environment: str,
+    ) -> Phase:
+        """Tests, of which one at least must not have been skipped."""
         pytest = (_PYTHON, *_PYTEST, f"--junitxml={self.folder / name}.xml")
-        run = (*pytest, _WITHOUT_SOME, "-m", "gpu", "-k", f"cuda-{backend}", "-n", "8", *op_tests())
-        small = (*pytest, "-k", f"cpu-{backend} and not compile", "tests/test_philox_normal.py")
+        phase = self.phase(
+            name, box, settles, (*pytest, "-m", "gpu", *run), on_cpu=(*pytest, "-m", "not gpu", *small), lines=12,
+            **environment,
+        )  # fmt: skip
+        return replace(phase, says=" passed")
+
+    def tests(self, name: str, box: float, settles: str, backend: str) -> Phase:
+        run = (_WITHOUT_SOME, "-k", f"cuda-{backend}", "-n", "8", *op_tests())
+        small = ("-k", f"cpu-{backend} and not compile", "tests/test_philox_normal.py")
         # Only there: other places would have the emulated kernels compiled first.
         place = f"{'cuda' if self.cuda else 'cpu'}-{backend}"
-        return self.phase(name, box, settles, run, on_cpu=small, lines=12, PRCL_TEST_PLACE=place)
+        return self.pytest(name, box, settles, run, small, PRCL_TEST_PLACE=place)
 
     def captured(self) -> Phase:
-        pytest = (_PYTHON, *_PYTEST, f"--junitxml={self.folder / 'captured'}.xml")
         files = ("tests/test_step.py", "tests/test_prefetch.py")
         settles = "captured steps are the eager ones; prefetched batches leave no memory behind"
-        small = (*pytest, "-m", "not gpu", "-k", "consumer or mean_teacher", *files)
-        return self.phase("captured", 60, settles, (*pytest, "-m", "gpu", "-n", "6", *files), on_cpu=small)
+        small = ("-k", "consumer or mean_teacher", *files)
+        return self.pytest("captured", 60, settles, ("-n", "6", *files), small)
 
     def sanitizer(self, tool: str) -> Phase:
         """The package's own kernels alone: PyTorch's would take the whole box."""

@@ -45,6 +45,7 @@ class Phase:
         skipped: why it is not run, or None.
         environment: what it adds.
         lines: how many of its log's last lines are shown.
+        says: what its log must hold; tests that are all skipped end with status 0 as well.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Phase:
     skipped: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     lines: int = 4
+    says: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
         return outcome(CUT_OFF, seconds, f"{why} ran out after {limit:.0f} s")
     if code != 0:
         return outcome(FAILED, seconds, f"exit status {code}")
+    if phase.says not in (folder / f"{phase.name}.log").read_text(errors="replace"):
+        return outcome(FAILED, seconds, f"its log does not say {phase.says.strip()!r}")
     return outcome(PASSED, seconds)
 
 
