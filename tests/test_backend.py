@@ -115,6 +115,16 @@ def test_a_library_that_does_not_load_gives_the_loaders_reason(nothing_built: No
     assert "invalid ELF header" in reason or "file too short" in reason
 
 
+def test_a_cuda_library_that_does_not_load_is_told_from_one_that_is_not_there(
+    nothing_built: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(_native.cuda_library_error()).startswith("_native_cuda.so was not built: ")
+    _native.cuda_library_error.cache_clear()
+    (tmp_path / "_native_cuda.so").write_bytes(b"not a library")
+    assert str(_native.cuda_library_error()).startswith("_native_cuda.so did not load: ")
+
+
 def test_an_older_pytorch_is_named(
     nothing_built: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
