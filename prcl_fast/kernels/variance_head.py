@@ -133,9 +133,7 @@ def variance_head_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows_block, dims_block = _tile(dims)
     grid = grid_of(spans, triton.cdiv(dims, dims_block))
     with device_of(x):
-        _moments_kernel[grid](
-            x, means, squares, num_rows, dims, SPAN=_SPAN, ROWS=rows_block, DIMS=dims_block
-        )
+        _moments_kernel[grid](x, means, squares, num_rows, dims, SPAN=_SPAN, ROWS=rows_block, DIMS=dims_block)
     weights = torch.full((spans, 1), _SPAN / num_rows, dtype=torch.float64, device=x.device)
     weights[-1] = 1 - (spans - 1) * _SPAN / num_rows
     mean = (means * weights).sum(0)

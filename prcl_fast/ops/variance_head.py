@@ -48,7 +48,7 @@ def variance_head(
     dtype: torch.dtype | None = None,
     collectives: Collectives | None = None,
 ) -> Tensor:
-    """Variance sigma^2 of each pixel's Gaussian from the output of the probability head's second linear layer.
+    """Variance sigma^2 of each pixel's Gaussian from the output of the head's second linear layer.
 
         xhat = (x - mean) / sqrt(var + eps),  z = gamma * xhat + beta,  sigma^2 = sigmoid(log(e^z + 1e-6))
 
@@ -111,7 +111,7 @@ def variance_head(
 
 
 class _Tail(torch.autograd.Function):
-    """sigma^2; `pixels` is the number of those that mean and var were taken of, None if they are constants."""
+    """sigma^2; `pixels` is the number of those behind mean and var, or None where these are constants."""
 
     @staticmethod
     def forward(
@@ -224,7 +224,9 @@ _backward_sums_op = define_op(
     fake=_fake_backward_sums,
     implementations=_implementations(
         "variance_head_backward_sums",
-        lambda library, grad, x, *rest: library.variance_head_backward_sums(_rows(grad), _rows(x), *_vectors(rest)),
+        lambda library, grad, x, *rest: library.variance_head_backward_sums(
+            _rows(grad), _rows(x), *_vectors(rest)
+        ),
     ),
 )
 _backward_op = define_op(

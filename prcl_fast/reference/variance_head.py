@@ -37,7 +37,7 @@ def variance_head(
 def variance_head_backward_sums(
     grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float
 ) -> Tensor:
-    """[2, D]: the sums of dz and of dz * xhat over each channel's pixels, where dz is the loss's gradient to z."""
+    """[2, D]: each channel's sums of dz and of dz * xhat over the pixels; dz is the gradient of z."""
     xhat = _normalized(x, mean, var, eps)
     dz = _grad_z(grad, gamma * xhat + beta)
     return torch.stack([dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))])
@@ -77,7 +77,7 @@ def _denominator(z: Tensor, t: Tensor) -> Tensor:
 
 
 def _grad_z(grad: Tensor, z: Tensor) -> Tensor:
-    """d sigma^2 / dz = e^z / (1 + f + e^z)^2, which is t over the square of the denominator for either sign."""
+    """d sigma^2 / dz = e^z / (1 + f + e^z)^2: for either sign t over the denominator's square."""
     t = torch.exp(-z.abs())
     return _wide(grad) * t / _denominator(z, t).square()
 
