@@ -30,13 +30,13 @@ class Pair:
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         for connection in self._connections:
             connection.send((function, arguments))
-        results = []
+        answers = []
         for connection in self._connections:
             assert connection.poll(_SECONDS), f"{function.__name__} hangs"
-            failure, result = connection.recv()
+            answers.append(connection.recv())
+        for failure, _ in answers:
             assert failure is None, failure
-            results.append(result)
-        return results
+        return [result for _, result in answers]
 
 
 @contextmanager

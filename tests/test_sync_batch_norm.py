@@ -25,6 +25,7 @@ from prcl_fast.engine.trainer import Trainer
 from prcl_fast.models import sync_batch_norm
 from prcl_fast.models.batch_norm import BatchNorm2d
 from prcl_fast.models.deeplab import ImagePooling
+from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.sync_batch_norm import (
     SyncBatchNorm2d,
     is_synchronized,
@@ -238,6 +239,27 @@ def test_image_pooling_takes_the_statistics_of_one_image_on_each_process(two: Pa
     (first, passes), (second, _) = two(_pooled)
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=1e-4, atol=1e-4)
     assert passes == 1
+
+
+def _compiled_network(rank: int) -> tuple[set[int], float]:
+    torch.manual_seed(0)
+    with small_backbones():
+        network = synchronize_batch_norm(SegmentationNetwork("resnet18", num_classes=3, width=16))
+    compiled = torch.compile(network, backend="eager")
+    images = torch.randn(4, 3, 32, 32)[2 * rank : 2 * rank + 2]
+    compiled(images)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(images)
+    state = network.state_dict()
+    counts = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
+    return counts, float(state["backbone.0.1.running_mean"].sum())
+
+
+def test_a_compiled_network_on_two_processes_is_compiled_once_and_counts_each_pass(two: Pair) -> None:
+    first, second = two(_compiled_network)
+    assert first == second
+    assert first[0] == {2}
+    assert first[1] != 0
 
 
 @contextlib.contextmanager

@@ -63,6 +63,11 @@ class SyncBatchNorm2d(BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:  # [B, C, h, w] -> the same
         if not is_synchronized(self):
             return super().forward(input)
+        return self._synchronized(input)
+
+    # A compiled network leaves its graph here: it can hold neither the collectives nor what is counted.
+    @torch.compiler.disable
+    def _synchronized(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         self.count_pass()
         y: Tensor = _Normalize.apply(
