@@ -164,8 +164,8 @@ def test_the_tiles_of_a_gpu_give_the_same(
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_the_same_call_gives_the_same_bits(layout: torch.memory_format) -> None:
-    x = features((2, 48, 9, 8), layout=layout)
-    grad = features((2, 48, 36, 32), seed=1, layout=layout)
+    x = features((2, 24, 5, 6), layout=layout)
+    grad = features((2, 24, 19, 17), seed=1, layout=layout)
     first = value_and_gradient(x, grad)
     for _ in range(2):
         assert all(map(torch.equal, value_and_gradient(x, grad), first))
@@ -190,10 +190,10 @@ def test_the_same_bits_for_any_number_of_threads(
 
 
 def test_one_image_has_the_bits_that_it_has_in_a_batch() -> None:
-    x = features((3, 16, 15, 9), layout=torch.channels_last)
-    grad = features((3, 16, 40, 30), seed=1, layout=torch.channels_last)
+    x = features((2, 16, 7, 5), layout=torch.channels_last)
+    grad = features((2, 16, 13, 11), seed=1, layout=torch.channels_last)
     whole = value_and_gradient(x, grad)
-    for b in range(3):
+    for b in range(2):
         alone = value_and_gradient(x[b : b + 1], grad[b : b + 1])
         assert all(torch.equal(one[0], many[b]) for one, many in zip(alone, whole, strict=True))
 

@@ -51,5 +51,6 @@ def upsample_cross_entropy(
             )
             grad_full *= pixel_scale[b]
             # PyTorch's own adds atomically on CUDA.
-            grad[b] = upsample_bilinear_backward(grad_full, *image.shape[2:], align_corners, False)[0]
+            height, width = image.shape[2:]
+            grad[b] = upsample_bilinear_backward(grad_full, height, width, align_corners, False)[0]
     return loss, grad
