@@ -35,6 +35,7 @@ LEAVES = {
     "errors",
     "device",
     "memory",
+    "memory_format",
     "parts",
     "__version__",
 }

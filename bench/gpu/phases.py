@@ -166,8 +166,8 @@ class _Phases:
         """Tests, of which one at least must not have been skipped."""
         pytest = (_PYTHON, *_PYTEST, f"--junitxml={self.folder / name}.xml")
         phase = self.phase(
-            name, box, settles, (*pytest, "-m", "gpu", *run), on_cpu=(*pytest, "-m", "not gpu", *small), lines=12,
-            **environment,
+            name, box, settles, (*pytest, "-m", "gpu", *run), on_cpu=(*pytest, "-m", "not gpu", *small),
+            lines=12, **environment,
         )  # fmt: skip
         return replace(phase, says=" passed")
 

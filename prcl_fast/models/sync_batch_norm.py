@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from prcl_fast.distributed import gathered, summed, world_size
+from prcl_fast.memory_format import memory_format_of
 from prcl_fast.models import batch_norm_ops
 from prcl_fast.models.batch_norm import BatchNorm2d
 
@@ -135,7 +136,7 @@ class _Normalize(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         ops = _ops(x)
-        x = x.contiguous(memory_format=_memory_format(x))
+        x = x.contiguous(memory_format=memory_format_of(x))
         mean, invstd = ops.batch_norm_stats(x, eps)
         mean, invstd, counts = merge_statistics(
             mean, invstd, x.numel() // x.shape[1], running_mean, running_var, momentum, eps
@@ -151,7 +152,7 @@ class _Normalize(torch.autograd.Function):
         ops = _ops(x)
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         # The fast kernels for channels_last need both in that format.
-        grad = grad.contiguous(memory_format=_memory_format(x))
+        grad = grad.contiguous(memory_format=memory_format_of(x))
         sum_dy, sum_dy_xmu, grad_weight, grad_bias = ops.batch_norm_backward_reduce(
             grad, x, mean, invstd, weight, wants_x, wants_weight, wants_bias
         )
@@ -170,8 +171,3 @@ class _Normalize(torch.autograd.Function):
 
 def _ops(x: Tensor) -> ModuleType:
     return torch if x.is_cuda else batch_norm_ops
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format

@@ -48,13 +48,6 @@ def check_tensor(
         raise ValueError(f"{name} is on {value.device} but {like[0]} is on {like[1].device}")
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """channels_last where `x` [B, C, h, w] is dense in it, else contiguous: the format of its gradient."""
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 def check_features(mu: Tensor, var: Tensor) -> None:
     """mu and var [B, D, h, w]: floating, alike in shape and device, not empty.
 

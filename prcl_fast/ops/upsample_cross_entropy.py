@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prcl_fast.memory_format import memory_format_of
 from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import (
     FLOATING,
     check_count,
     check_pixels,
     check_tensor,
-    memory_format_of,
     reduction_is_mean,
 )
 from prcl_fast.ops._backend import Implementation, define_op

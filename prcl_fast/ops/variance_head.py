@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prcl_fast.memory_format import memory_format_of
 from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import FLOATING, check_pixels, check_tensor
 from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.reference import variance_head as reference
-from prcl_fast.reference.variance_head import memory_format
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _fake(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=memory_format(x))
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def _fake_backward_sums(
@@ -174,7 +174,7 @@ def _fake_backward(
     means: Tensor | None,
     eps: float,
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def _image(rows: Tensor, x: Tensor) -> Tensor:
     """Rows back into x's shape and memory format."""
     batch, dims, height, width = x.shape
     image = rows.view(batch, height, width, dims).permute(0, 3, 1, 2)
-    return image.contiguous(memory_format=memory_format(x))
+    return image.contiguous(memory_format=memory_format_of(x))
 
 
 def _implementations(name: str, call: Callable[..., Any]) -> dict[str, Implementation]:

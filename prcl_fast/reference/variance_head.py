@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prcl_fast.memory_format import memory_format_of
+
 FLOOR = 1e-6
 
 
@@ -87,13 +89,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _as(x: Tensor, values: Tensor) -> Tensor:
-    return values.contiguous(memory_format=memory_format(x))
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Of what is made from x: contiguous if x is nothing but that, and else channels_last."""
-    rows = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.contiguous_format if x.is_contiguous() and not rows else torch.channels_last
+    return values.contiguous(memory_format=memory_format_of(x))
 
 
 def _per_channel(values: Tensor) -> Tensor:
