@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.case import (
+    GRADIENT_BOUND,
     Candidate,
     Case,
     Options,
@@ -35,8 +36,6 @@ SIZES = {
 }
 # Of one output: between two rows; between two columns once for each of the input rows around it.
 _INSTRUCTIONS = 2
-# What PyTorch's own is as well: a position is rounded in float32, the result to its dtype.
-_BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 def cases(options: Options) -> list[Case]:
@@ -74,7 +73,7 @@ def cases(options: Options) -> list[Case]:
             "backward": relative_error(outcome.gradients, [gradient]),
         }
 
-    bound = _BOUND[options.dtype]
+    bound = GRADIENT_BOUND[options.dtype]  # the output is rounded to the features' dtype as well
     return [
         Case(
             shape=f"B={batch} C={channels} {height}x{width} -> {size[0]}x{size[1]}",

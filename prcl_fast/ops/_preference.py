@@ -12,8 +12,8 @@ _NATIVE = ("native",)
 _NATIVE_FIRST = ("native", "triton")
 
 # On the CPU native was measured fastest (bench/results), but for the backward op of the contrast, which the
-# zeroing of fresh memory bounds and where torch is level with it. On CUDA nothing was measured yet: native comes first by
-# design, for its control over registers, shuffles and shared memory.
+# zeroing of fresh memory bounds and where torch is level with it. On CUDA nothing was measured yet: native
+# comes first by design, for its control over registers, shuffles and shared memory.
 _PREFERENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "mutual_likelihood_score": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "mutual_likelihood_score_backward": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
