@@ -13,8 +13,8 @@ void define_schemas(Library& m) {
       "mutual_likelihood_score_backward(Tensor grad, Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, "
       "bool mean, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, int num_classes) "
-      "-> (Tensor, Tensor, Tensor)");
+      "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, int num_classes, "
+      "bool with_norms) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sample_anchors(Tensor label, Tensor valid, Tensor hard, int num_classes, int num_anchors, Tensor "
       "seed) "
@@ -26,7 +26,8 @@ void define_schemas(Library& m) {
   m.def(
       "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index, "
       "Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu, "
-      "Tensor? class_factor, float tau, bool mean, bool normalize, bool needs_grad) -> (Tensor, Tensor, "
+      "Tensor? class_factor, Tensor? inverse_norm, float tau, bool mean, bool normalize, bool needs_grad) -> "
+      "(Tensor, Tensor, "
       "Tensor)");
   m.def(
       "probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows, Tensor grad_var_rows, "

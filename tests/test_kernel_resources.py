@@ -45,6 +45,7 @@ BUDGETS = {
     # prototype_statistics.cu
     "rows_kernel<*>": 128,
     "planes_kernel<*>": 128,
+    "norms_kernel": 32,
     "merge_kernel": 32,
     # pseudo_label.cu
     "pseudo_label_kernel<*>": 128,

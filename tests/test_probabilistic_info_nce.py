@@ -208,6 +208,41 @@ def test_odd_sizes_agree_with_float64(
         assert (got.double() - want).norm() < tolerance * want.norm() + 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST])
+def test_given_norms_change_neither_loss_nor_gradients(
+    dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """One mean that is drawn is zero: below the clamp its norm counts as a constant either way."""
+    case = scene(dtype)
+    mu = case["mu"].detach()
+    image, place = divmod(int(case["anchor_index"][0, 0]), H * W)
+    mu.flatten(2)[image, :, place] = 0.0
+    case["mu"] = mu.contiguous(memory_format=memory_format).requires_grad_()
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(mu, dim=1, dtype=work).clamp(min=1e-12)
+    drawn = torch.cat([case["anchor_index"].flatten(), case["negative_index"].flatten()])
+    counts = torch.zeros(B * H * W, dtype=torch.bool).index_fill(0, drawn[drawn >= 0], True).view(B, H, W)
+    given = torch.where(counts, 1 / norm, 0.0)
+    options: dict[str, Any] = {"tau": 0.5, "reduction": "mean", "normalize": True}
+    results = []
+    for inverse_norm in (None, given):
+        loss = probabilistic_info_nce(**case, **options, inverse_norm=inverse_norm)
+        results.append((loss, *torch.autograd.grad(loss, (case["mu"], case["var"]))))
+    assert all(torch.isfinite(x).all() for x in results[0])
+    for got, expected in zip(*results, strict=True):
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-6 + torch.finfo(got.dtype).eps
+        torch.testing.assert_close(
+            got, expected, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max())
+        )
+    # They are what is multiplied with: a wrong one shows.
+    assert probabilistic_info_nce(**case, **options, inverse_norm=2 * given) != results[0][0]
+    plain = probabilistic_info_nce(**case, **{**options, "normalize": False})
+    assert torch.equal(
+        probabilistic_info_nce(**case, **{**options, "normalize": False}, inverse_norm=given), plain
+    )
+
+
 def test_gradcheck() -> None:
     """Anchors in the first image, negatives, which are constants, in the second."""
     case = scene()
@@ -330,6 +365,7 @@ def test_path_that_cannot_look_at_values_agrees(monkeypatch: pytest.MonkeyPatch)
         positive.count,
         case["virtual_mu"],
         torch.tensor([0.5, 2.0, 1.0, 0.0, 1.0]),
+        None,
         1.0,
         False,
         True,
@@ -449,6 +485,8 @@ def test_wrong_arguments_are_named() -> None:
         ),
         ("anchor_index", case["anchor_index"].int(), TypeError, "anchor_index must be int64"),
         ("virtual_mu", case["virtual_mu"][..., 1:], ValueError, "virtual_mu must have shape"),
+        ("inverse_norm", torch.ones(B, H, W + 1).double(), ValueError, "inverse_norm must have shape"),
+        ("inverse_norm", torch.ones(B, H, W), TypeError, "inverse_norm must be float64"),
         ("var", case["var"].float(), TypeError, "var must be float64; got float32"),
         (
             "positive",
@@ -477,6 +515,7 @@ def test_opcheck(virtual: bool) -> None:
             positive.count,
             case["virtual_mu"] if virtual else None,
             torch.rand(C) if virtual else None,
+            torch.rand(B, H, W) if virtual else None,
             1.0,
             True,
             True,

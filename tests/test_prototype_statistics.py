@@ -158,6 +158,37 @@ def test_any_number_of_classes(classes: int, memory_format: torch.memory_format)
     torch.testing.assert_close(got.weighted_mean.double(), member @ mean, rtol=5e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("dim", [1, 12, 300])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2], DTYPES[3], (torch.float64, torch.float64)])
+def test_inverse_norms_come_out_of_the_same_pass(
+    dtypes: tuple[torch.dtype, torch.dtype], memory_format: torch.memory_format, dim: int
+) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    mu, var = (torch.rand(3, dim, 7, 6, generator=generator) + 0.1 for _ in range(2))
+    _, _, label, valid = scene()
+    mu = (mu * 10.0 ** torch.randint(-2, 3, (3, 1, 7, 6), generator=generator)).to(dtypes[0])
+    image, y, x = ((label == 0) & valid).nonzero()[:3].unbind(1)
+    mu[image, :, y, x] = 0.0
+    mu, var = (
+        value.to(dtype).contiguous(memory_format=memory_format)
+        for value, dtype in zip((mu, var), dtypes, strict=True)
+    )
+    counts = valid & (label >= 0) & (label < C)
+    hidden = mu.masked_fill(~counts[:, None], torch.nan)
+    got, inverse_norm = prototype_statistics(hidden, var, label, valid, C, with_norms=True)
+    assert inverse_norm.dtype == (torch.float64 if dtypes[0] == torch.float64 else torch.float32)
+    assert inverse_norm.shape == label.shape
+    assert (inverse_norm[~counts] == 0).all()
+    norm = torch.linalg.vector_norm(mu, dim=1, dtype=torch.float64).clamp(min=1e-12)
+    assert (norm[counts] == 1e-12).sum() == 3
+    torch.testing.assert_close(inverse_norm[counts].double(), 1 / norm[counts], rtol=1e-6, atol=0)
+    without = prototype_statistics(hidden, var, label, valid, C)
+    assert torch.equal(got.precision, without.precision)
+    assert torch.equal(got.weighted_mean, without.weighted_mean)
+    assert torch.equal(inverse_norm, prototype_statistics(hidden, var, label, valid, C, with_norms=True)[1])
+
+
 def test_uint8_labels_count_as_int64_ones() -> None:
     mu, var, label, valid = scene()
     label = label % 256
@@ -200,11 +231,14 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_opcheck_and_compile() -> None:
     mu, var, label, valid = scene()
-    torch.library.opcheck(torch.ops.prcl_fast.prototype_statistics.default, (mu, var, label, valid, C))
+    for with_norms in (False, True):
+        arguments = (mu.bfloat16(), var, label, valid, C, with_norms)
+        torch.library.opcheck(torch.ops.prcl_fast.prototype_statistics.default, arguments)
 
-    def mean_and_variance(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        statistics = prototype_statistics(*arguments, C) + prototype_statistics(*arguments, C)
-        return statistics.mean, statistics.variance
+    def mean_and_variance(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, inverse_norm = prototype_statistics(*arguments, C, with_norms=True)
+        statistics = first + prototype_statistics(*arguments, C)
+        return statistics.mean, statistics.variance, inverse_norm
 
     compiled = torch.compile(mean_and_variance, fullgraph=True, backend="aot_eager")
     for got, expected in zip(

@@ -339,7 +339,7 @@ struct Group {
     if (p.inverse_norm == nullptr) return;
     // d (mu / |mu|): the part across mu, over |mu|. Below its clamp the norm counts as a constant.
     const T inverse_norm = p.inverse_norm[p.anchors[state.anchor]];
-    if (inverse_norm >= T(1) / T(kMinNorm)) along = 0;
+    if (norm_is_clamped(inverse_norm)) along = 0;
     for (int64_t l = 0; l < p.dims; ++l) grad_mu[l] = (grad_mu[l] - along * state.mu[l]) * inverse_norm;
   }
 };

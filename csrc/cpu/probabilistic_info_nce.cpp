@@ -3,6 +3,7 @@
 // order, whatever thread made them. The backward op writes the anchors' rows, sorted by pixel, into zeros.
 
 #include "cpu/info_nce_kernels.h"
+#include "cpu/inverse_norm.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -27,20 +28,8 @@ struct InverseNorms {
   template <int kBytes>
   PRCL_INLINE static void run(const Args& args) {
     using T = Work<S>;
-    using V = typename Vector<T, kBytes>::Type;
-    constexpr int64_t kLanes = Vector<T, kBytes>::kLanes;
     for (int64_t i = args.begin; i < args.end; ++i) {
-      const S* mu = args.mu + i * args.dims;
-      V sum{};
-      int64_t l = 0;
-      for (; l + kLanes <= args.dims; l += kLanes) {
-        const V value = load_as<V>(mu + l);
-        sum += value * value;
-      }
-      T square = 0;
-      for (; l < args.dims; ++l) square += T(mu[l]) * T(mu[l]);
-      for (int64_t lane = 0; lane < kLanes; ++lane) square += sum[lane];
-      args.to[i] = T(1) / std::max(std::sqrt(square), T(kMinNorm));
+      args.to[i] = inverse_norm_of<kBytes, T>(args.mu + i * args.dims, args.dims);
     }
   }
 };
@@ -80,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
                                                           Tensor negative_index, Tensor positive_mean,
                                                           Tensor positive_variance, Tensor positive_count,
                                                           std::optional<Tensor> virtual_mu,
-                                                          std::optional<Tensor> class_factor, double tau,
+                                                          std::optional<Tensor> class_factor,
+                                                          std::optional<Tensor> inverse_norm, double tau,
                                                           bool mean, bool normalize, bool needs_grad) {
   const int64_t pixels = mu.size(0), dims = mu.size(1), num_classes = anchor_index.size(0),
                 num_anchors = anchor_index.size(1), num_groups = negative_index.size(1),
@@ -112,13 +102,17 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
       torch::stable::zero_(*grad);
     }
     const int64_t step = 2 * vector_bytes() / int64_t(sizeof(T)), width = ceil_div(dims, step) * step;
-    const Buffer<T> inverse_norm(normalize ? pixels : 0);
-    if (normalize) {
+    const bool find_norms = normalize && !inverse_norm;
+    const Buffer<T> found_norms(find_norms ? pixels : 0);
+    if (find_norms) {
       parallel_for(0, pixels, 1024, [&](int64_t begin, int64_t end) {
         dispatch<InverseNorms<Mu>>(
-            typename InverseNorms<Mu>::Args{mu.const_data_ptr<Mu>(), begin, end, dims, inverse_norm.data()});
+            typename InverseNorms<Mu>::Args{mu.const_data_ptr<Mu>(), begin, end, dims, found_norms.data()});
       });
     }
+    const T* const norms = find_norms  ? found_norms.data()
+                           : normalize ? inverse_norm->const_data_ptr<T>()
+                                       : nullptr;
     const T padding = T(info_nce::kPadding);
     const Buffer<T> prototype_mu =
         padded(positive_mean.const_data_ptr<T>(), num_classes, dims, width, T(0), normalize);
@@ -131,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
     std::fill(virtual_var.data() + dims, virtual_var.data() + width, padding);
     const info_nce::Problem<Mu, Var> problem{mu.const_data_ptr<Mu>(),
                                              var.const_data_ptr<Var>(),
-                                             normalize ? inverse_norm.data() : nullptr,
+                                             norms,
                                              anchor_index.const_data_ptr<int64_t>(),
                                              negative_index.const_data_ptr<int64_t>(),
                                              prototype_mu.data(),

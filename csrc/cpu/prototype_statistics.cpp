@@ -3,11 +3,13 @@
 // A task owns a fixed range of one image's pixels and a table [C, 2D] of float64 sums. It walks over its
 // pixels and adds each row to the sums of the current run of one class, kept in L1 in the work type; a run is
 // flushed into the table when the class changes, or after kRun pixels, which bounds the rounding. Rows that
-// do not count are never read. Contiguous (NCHW) input is transposed into rows a few pixels at a time. The
-// tables are added in the order of the tasks, whatever thread ran them.
+// do not count are never read; the norm of a row is made while it is in L1. Contiguous (NCHW) input is
+// transposed into rows a few pixels at a time. The tables are added in the order of the tasks, whatever
+// thread ran them.
 
 #include "cpu/buffer.h"
 #include "cpu/convert.h"
+#include "cpu/inverse_norm.h"
 #include "labels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +33,8 @@ struct StatisticsArgs {
   int64_t first, count, dims, pixel_stride, channel_stride;
   double* precision;  // [C, D]
   double* weighted_mean;
-  int64_t* counts;  // [C]
+  int64_t* counts;         // [C]
+  Work<Mu>* inverse_norm;  // of the image's pixels, or null
 };
 
 template <class Mu, class Var>
@@ -95,6 +98,9 @@ struct Statistics {
         precision[l] += r;
         mean[l] += T(mu[l]) * r;
       }
+      if (args.inverse_norm != nullptr) {
+        args.inverse_norm[args.first + i] = inverse_norm_of<kBytes, T>(mu, dims);
+      }
     }
     flush();
   }
@@ -110,8 +116,9 @@ struct Statistics {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid,
-                                                        int64_t num_classes) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, Tensor label,
+                                                                Tensor valid, int64_t num_classes,
+                                                                bool with_norms) {
   const int64_t batch = mu.size(0), dims = mu.size(1), pixels = mu.size(2) * mu.size(3);
   const bool rows = !mu.is_contiguous();
   const int64_t tasks_per_image = ceil_div(pixels, kPixelsPerTask), tasks = batch * tasks_per_image;
@@ -120,10 +127,16 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, T
   std::vector<int64_t> counts(tasks * num_classes);
   const Labels labels = labels_of(label);
   const bool* is_valid = valid.const_data_ptr<bool>();
+  Tensor inverse_norm;
 
   dispatch_features(mu, var, [&](auto of_mu, auto of_var) {
     using Mu = decltype(of_mu);
     using Var = decltype(of_var);
+    using T = Work<Mu>;
+    inverse_norm = with_norms ? empty_like_of(mu, {batch, mu.size(2), mu.size(3)}, kWorkType<Mu>)
+                              : empty_like_of(mu, {0}, kWorkType<Mu>);
+    torch::stable::zero_(inverse_norm);
+    T* const norms = with_norms ? inverse_norm.mutable_data_ptr<T>() : nullptr;
     const Mu* mu_data = mu.const_data_ptr<Mu>();
     const Var* var_data = var.const_data_ptr<Var>();
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -139,7 +152,8 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, T
         const int64_t offset = image * dims * pixels;
         dispatch<Statistics<Mu, Var>>(StatisticsArgs<Mu, Var>{
             mu_data + offset, var_data + offset, task_label.data(), first, count, dims, rows ? dims : 1,
-            rows ? 1 : pixels, to, to + table, counts.data() + task * num_classes});
+            rows ? 1 : pixels, to, to + table, counts.data() + task * num_classes,
+            norms == nullptr ? nullptr : norms + image * pixels});
       }
     });
   });
@@ -158,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, T
     for (int64_t task = 0; task < tasks; ++task) sum += counts[task * num_classes + c];
     count.mutable_data_ptr<int64_t>()[c] = sum;
   }
-  return {precision, weighted_mean, count};
+  return {precision, weighted_mean, count, inverse_norm};
 }
 
 }  // namespace

@@ -339,7 +339,7 @@ __device__ __forceinline__ void contrast(const Problem<Mu, Var>& p, int a, const
   if (p.inverse_norm != nullptr) {
     // d(mu / |mu|): the part across mu, over |mu|. Below the clamp the norm counts as a constant.
     const float inverse_norm = p.inverse_norm[p.anchor_index[a]];
-    along = inverse_norm < 1.0f / float(kMinNorm) ? warp_sum(along) : 0.0f;
+    along = norm_is_clamped(inverse_norm) ? 0.0f : warp_sum(along);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) t[i] = (t[i] - along * anchor.mu[i]) * inverse_norm;
   }

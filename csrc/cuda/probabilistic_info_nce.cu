@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kVector<S>; ++i) sum = fmaf(values[i], values[i], sum);
   }
   sum = warp_sum(sum);
-  if (lane == 0) inverse_norm[row] = 1.0f / fmaxf(sqrtf(sum), float(kMinNorm));
+  if (lane == 0) inverse_norm[row] = prcl::inverse_norm(sum);
 }
 
 template <class S>
@@ -75,7 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
                                                           Tensor negative_index, Tensor positive_mean,
                                                           Tensor positive_variance, Tensor positive_count,
                                                           std::optional<Tensor> virtual_mu,
-                                                          std::optional<Tensor> class_factor, double tau,
+                                                          std::optional<Tensor> class_factor,
+                                                          std::optional<Tensor> inverse_norm, double tau,
                                                           bool mean, bool normalize, bool needs_grad) {
   const OnDeviceOf device(mu);
   const int64_t classes = anchor_index.size(0), anchors = anchor_index.size(1), dims = mu.size(1);
@@ -123,7 +124,8 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
       p.grad_mu = needs_grad ? grad_mu.mutable_data_ptr<float>() : nullptr;
       p.grad_var = needs_grad ? grad_var.mutable_data_ptr<float>() : nullptr;
       if (!normalize) return launch_info_nce(device, p);
-      const Tensor of_pixels = inverse_norms(device, like, p.mu, mu.size(0), p.dims);
+      const Tensor of_pixels =
+          inverse_norm ? *inverse_norm : inverse_norms(device, like, p.mu, mu.size(0), p.dims);
       const Tensor of_positives = inverse_norms(device, like, p.positive_mean, classes, p.dims);
       const Tensor of_virtuals = inverse_norms(device, like, p.virtual_mu, classes * virtuals, p.dims);
       p.inverse_norm = of_pixels.const_data_ptr<float>();

@@ -17,12 +17,18 @@
 // to the thread's float64 sums in shared memory when the class changes or the tile ends. Range r puts class c
 // into slot r * C + c.
 //
+// The inverse norms of the means, where they are asked for, come out of the same pass: a block that has a
+// whole row writes its inverse norm; blocks that have a slice of its channels write the sums of squares of
+// theirs, [slices, pixels], and norms_kernel adds the slices in order.
+//
 // The reciprocal is the hardware's (1 ulp).
 #pragma once
 
 #include "cuda/approximate.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/vector_load.cuh"
 #include "labels.h"
+#include "norm.h"
 
 #include <type_traits>
 
@@ -44,6 +50,7 @@ constexpr int kTilePixels = kVectorsPerRow * kVector<Mu>;
 template <class S, class Mu>
 constexpr int kRowVectors = kTilePixels<Mu> / kVector<S> + 1;
 
+constexpr int kNormThreads = 256;
 constexpr int kMergeThreads = 32;  // in x over channels, in y over slots
 
 template <class Mu, class Var, int kWidth>
@@ -60,17 +67,27 @@ __device__ __forceinline__ void accumulate(const Values<Mu, kWidth>& mu, const V
   }
 }
 
+template <class S, int kWidth>
+__device__ __forceinline__ float sum_of_squares(const Values<S, kWidth>& packed) {
+  float values[kWidth], sum = 0;
+  unpack(packed, values);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) sum = fmaf(values[i], values[i], sum);
+  return sum;
+}
+
 // How many of the counted pixels each of `units` warps owns.
 __device__ __forceinline__ int64_t share(int64_t counted, int64_t units) {
   return (counted + units - 1) / units;
 }
 
 // mu, var [pixels, dims]; order, start: the class lists; partial [warps + C, 2, width]. `lanes` is a power of
-// two, at least kMinLanes.
+// two, at least kMinLanes. norms: [pixels] inverse norms where gridDim.y is 1, else sums of squares
+// [gridDim.y, pixels]; null where nobody asks.
 template <class Mu, class Var, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads, 2)
     rows_kernel(const Mu* mu, const Var* var, const int* order, const int* start, int classes, int64_t dims,
-                int64_t width, int lanes, float* partial) {
+                int64_t width, int lanes, float* partial, float* norms, int64_t all_pixels) {
   constexpr int kWidth = kVector<Mu>, kRows = kInFlight<Mu, Var>;  // channels of a lane; rows in flight
   const int lane = threadIdx.x % 32, group = lane / lanes, groups = 32 / lanes;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -111,6 +128,14 @@ __global__ void __launch_bounds__(kRowThreads, 2)
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) accumulate(m[i], v[i], step_precision, step_mean);
+        if (norms == nullptr) return;
+        float squares[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) squares[i] = channel < dims ? sum_of_squares(m[i]) : 0.0f;
+        const float square = warp_sums(squares, lanes);  // of row lane % kRows
+        const int pixel = __shfl_sync(kAll, mine, first + lane % kRows * groups + group);
+        if (lane % lanes >= kRows || pixel < 0) return;
+        norms[blockIdx.y * all_pixels + pixel] = gridDim.y == 1 ? inverse_norm(square) : square;
       };
       int first = 0;
       for (; first + kRows * groups <= here; first += kRows * groups) add_rows(std::true_type{}, first);
@@ -139,12 +164,13 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
 }
 
-// mu, var [B, dims, plane]; tiles = B * ceil(plane / kTilePixels); partial [ranges, C, 2, width]. Dynamic
-// shared memory: float64 [min(C, kTableClasses), 2, kChannels].
+// mu, var [B, dims, plane]; tiles = B * ceil(plane / kTilePixels); partial [ranges, C, 2, width]; norms
+// as in rows_kernel. Dynamic shared memory: float64 [min(C, kTableClasses), 2, kChannels].
 template <class Mu, class Var, bool kAligned>
 __global__ void __launch_bounds__(kPlaneThreads)
     planes_kernel(const Mu* mu, const Var* var, Labels label, const bool* valid, int classes, int64_t dims,
-                  int64_t plane, int64_t tiles, int64_t tiles_per_range, int64_t width, float* partial) {
+                  int64_t plane, int64_t tiles, int64_t tiles_per_range, int64_t width, float* partial,
+                  float* norms, int64_t all_pixels) {
   constexpr int kPixels = kTilePixels<Mu>, kWidth = kVector<Mu>, kParts = kWidth / kVector<Var>;
   constexpr int kRowsAtOnce = kPlaneThreads / kVectorsPerRow, kSteps = kChannels / kRowsAtOnce;
   constexpr int kInRegisters = kSteps / kParts;  // steps whose loads are in flight together
@@ -204,6 +230,17 @@ __global__ void __launch_bounds__(kPlaneThreads)
     }
     __syncthreads();
 
+    if (norms != nullptr && thread < kPixels && classes_here[thread] >= 0) {
+      const int channels = dims - first_channel < kChannels ? int(dims - first_channel) : kChannels;
+      float square = 0;
+      for (int row = 0; row < channels; ++row) {
+        const float value = float(reinterpret_cast<const Mu*>(mu_tile[row])[thread]);
+        square = fmaf(value, value, square);
+      }
+      norms[blockIdx.y * all_pixels + image * plane + offset + thread] =
+          gridDim.y == 1 ? inverse_norm(square) : square;
+    }
+
     int run = -1;
     float precision = 0, mean = 0;
     const auto end_run = [&] {
@@ -240,6 +277,18 @@ __global__ void __launch_bounds__(kPlaneThreads)
     to[0] = float(sums[2 * k * kChannels]);
     to[width] = float(sums[(2 * k + 1) * kChannels]);
   }
+}
+
+// inverse_norm [pixels] at the pixels of the class lists, from the sums of squares of `slices` slices.
+__global__ void __launch_bounds__(kNormThreads)
+    norms_kernel(const float* squares, int slices, int64_t pixels, const int* order, const int* counted,
+                 float* norms) {
+  const int64_t i = int64_t(blockIdx.x) * kNormThreads + threadIdx.x;
+  if (i >= *counted) return;
+  const int pixel = order[i];
+  float square = 0;
+  for (int slice = 0; slice < slices; ++slice) square += squares[slice * pixels + pixel];
+  norms[pixel] = inverse_norm(square);
 }
 
 struct Slots {

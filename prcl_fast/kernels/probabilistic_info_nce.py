@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.launch import INTERPRETED, at_least, device_of, grid_of
+from prcl_fast.reference.norm import MIN_NORM
 
 _MIN_SUM = tl.constexpr(1e-12)  # s_i + s_j is clamped here; its gradient is zero where it was
-_MIN_NORM = tl.constexpr(1e-12)
+_MIN_NORM = tl.constexpr(MIN_NORM)
 _ROWS = 16 if INTERPRETED else 4
 _DIMS_OF_A_WARP = 256
 _SCATTER_DIMS = 256
@@ -56,8 +57,9 @@ def _weight_kernel(
 @triton.jit
 def _anchor_kernel(
     mu, var, anchor_index, negative_index, positive_mean, positive_variance, positive_count, virtual_mu,
-    weights, loss, grad_mu, grad_var, num_classes, num_anchors, anchors_per_group, num_negatives, num_virtual,
-    dims, scale, NORMALIZE: tl.constexpr, NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+    norms, weights, loss, grad_mu, grad_var, num_classes, num_anchors, anchors_per_group, num_negatives,
+    num_virtual, dims, scale, NORMALIZE: tl.constexpr, HAS_NORMS: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = row // num_anchors
@@ -70,8 +72,10 @@ def _anchor_kernel(
     mu_i = tl.load(mu + pixel * dims + dim, mask=inside & counts, other=0.0).to(tl.float32)
     s_i = tl.load(var + pixel * dims + dim, mask=inside & counts, other=1.0).to(tl.float32)
     if NORMALIZE:
-        norm = tl.sqrt(tl.sum(mu_i * mu_i, 0))
-        inverse_norm = 1.0 / tl.maximum(norm, _MIN_NORM)
+        if HAS_NORMS:
+            inverse_norm = tl.load(norms + pixel, mask=counts, other=0.0)
+        else:
+            inverse_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(mu_i * mu_i, 0)), _MIN_NORM)
         mu_i *= inverse_norm
     mu_p = tl.load(positive_mean + c * dims + dim, mask=inside & counts, other=0.0)
     s_p = tl.load(positive_variance + c * dims + dim, mask=inside & counts, other=0.0)
@@ -91,7 +95,9 @@ def _anchor_kernel(
         place = other[:, None] * dims + dim[None, :]
         mu_j = tl.load(mu + place, mask=read, other=0.0).to(tl.float32)
         s_j = tl.load(var + place, mask=read, other=0.0).to(tl.float32)
-        score, t, slope = _pairs(mu_i, s_i, mu_j, s_j, scale, NORMALIZE, ROWS, DIMS)
+        if HAS_NORMS:
+            mu_j *= tl.load(norms + other, mask=kept, other=0.0)[:, None]
+        score, t, slope = _pairs(mu_i, s_i, mu_j, s_j, scale, NORMALIZE and not HAS_NORMS, ROWS, DIMS)
         peak, total, sum_mu, sum_var = _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD)
     for first in range(0, tl.where(counts, num_classes * num_virtual, 0), ROWS):
         j = first + tl.arange(0, ROWS)
@@ -113,7 +119,7 @@ def _anchor_kernel(
         to_mu = factor * (sum_mu - total * tl.reshape(t_p, (DIMS,)))
         to_var = 0.5 * factor * (sum_var - total * tl.reshape(slope_p, (DIMS,)))
         if NORMALIZE:  # d(mu / |mu|): the part across mu, over |mu|; below the clamp the norm is a constant
-            along = tl.where(norm > _MIN_NORM, tl.sum(mu_i * to_mu, 0), 0.0)
+            along = tl.where(inverse_norm < 1.0 / _MIN_NORM, tl.sum(mu_i * to_mu, 0), 0.0)
             to_mu = (to_mu - along * mu_i) * inverse_norm
         at = row * dims + dim
         tl.store(grad_mu + at, tl.where(counts, to_mu, 0.0), mask=inside)
@@ -169,6 +175,7 @@ def probabilistic_info_nce(
     positive_count: Tensor,
     virtual_mu: Tensor | None,
     class_factor: Tensor | None,
+    inverse_norm: Tensor | None,
     tau: float,
     mean: bool,
     normalize: bool,
@@ -176,7 +183,7 @@ def probabilistic_info_nce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (scalar) and its gradients to the anchors' rows of mu and var, [C, A, D] each, in float32.
 
-    The gradients are empty unless `needs_grad`. mu and var are rows [P, D].
+    The gradients are empty unless `needs_grad`. mu and var are rows [P, D], inverse_norm [B, h, w] theirs.
     """
     num_classes, num_anchors = anchor_index.shape
     num_groups, num_negatives = negative_index.shape[1:]
@@ -194,10 +201,12 @@ def probabilistic_info_nce(
         )  # fmt: skip
         _anchor_kernel[(rows,)](
             mu, var, anchor_index, negative_index, positive_mean, positive_variance, positive_count,
-            positive_mean if virtual_mu is None else virtual_mu, weights, losses, grad_mu, grad_var,
+            positive_mean if virtual_mu is None else virtual_mu,
+            positive_mean if inverse_norm is None else inverse_norm, weights, losses, grad_mu, grad_var,
             num_classes, num_anchors, num_anchors // num_groups, num_negatives,
             0 if virtual_mu is None else virtual_mu.shape[1], dims, 1.0 / (tau * dims if mean else tau),
-            NORMALIZE=normalize, NEEDS_GRAD=needs_grad, ROWS=_ROWS, DIMS=dims_block,
+            NORMALIZE=normalize, HAS_NORMS=inverse_norm is not None, NEEDS_GRAD=needs_grad, ROWS=_ROWS,
+            DIMS=dims_block,
             num_warps=min(16, max(1, dims_block // _DIMS_OF_A_WARP)),
         )  # fmt: skip
     return losses.sum(), grad_mu, grad_var

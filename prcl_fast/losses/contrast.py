@@ -192,7 +192,13 @@ class ProbabilisticContrast(nn.Module):
         with torch.autocast(mu.device.type, enabled=False):
             hard = valid & (confidence < self.delta_s)
             with torch.no_grad():
-                local = prototype_statistics(mu, var, label, valid, self.num_classes)
+                inverse_norm = None
+                if self.normalize:
+                    local, inverse_norm = prototype_statistics(
+                        mu, var, label, valid, self.num_classes, with_norms=True
+                    )
+                else:
+                    local = prototype_statistics(mu, var, label, valid, self.num_classes)
                 total = _start_adding_up(local, _count_per_class(label, hard, self.num_classes))
                 before = self._kept_mean()
                 # Needs no other process: goes on while the numbers travel.
@@ -225,6 +231,7 @@ class ProbabilisticContrast(nn.Module):
                 reduction=self.reduction,
                 normalize=self.normalize,
                 class_factor=batch.share,
+                inverse_norm=inverse_norm,
             )
         self._record(loss, batch, negatives, before)
         return loss

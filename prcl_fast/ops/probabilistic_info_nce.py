@@ -26,6 +26,7 @@ def probabilistic_info_nce(
     reduction: str = "sum",
     normalize: bool = False,
     class_factor: Tensor | None = None,
+    inverse_norm: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE of each anchor over its class's prototype, its negatives and the virtual negatives, eq. (15).
 
@@ -50,6 +51,9 @@ def probabilistic_info_nce(
         reduction: "sum" over the D dimensions or their "mean".
         normalize: whether every mean is L2-normalised inside the score.
         class_factor: [C] floating >= 0, what the mean over each class's anchors is multiplied by, or None.
+        inverse_norm: [B, h, w] 1 / |mu| as `prototype_statistics` returns it, dtype of the loss; with None,
+            `normalize` finds the norms itself. Every pixel that is drawn must have counted there, since the
+            others have a 0. The gradient to mu is the same either way. Not looked at without `normalize`.
     Returns:
         scalar, float32 (float64 for float64 mu).
     Raises:
@@ -76,6 +80,10 @@ def probabilistic_info_nce(
     if class_factor is not None:
         check_tensor("class_factor", class_factor, (num_classes,), FLOATING, ("mu", mu))
         class_factor = class_factor.detach()
+    if inverse_norm is not None:
+        work = torch.float64 if mu.dtype == torch.float64 else torch.float32
+        check_tensor("inverse_norm", inverse_norm, (mu.shape[0], *mu.shape[2:]), (work,), ("mu", mu))
+        inverse_norm = inverse_norm.detach() if normalize else None
     if not tau > 0:
         raise ValueError(f"tau must be positive; got {tau}")
     mean = reduction_is_mean(reduction)
@@ -91,6 +99,7 @@ def probabilistic_info_nce(
         positive.count,
         virtual_mu,
         class_factor,
+        inverse_norm,
         tau,
         mean,
         normalize,
@@ -108,6 +117,7 @@ def _fake(
     positive_count: Tensor,
     virtual_mu: Tensor | None,
     class_factor: Tensor | None,
+    inverse_norm: Tensor | None,
     tau: float,
     mean: bool,
     normalize: bool,
@@ -142,7 +152,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
         *ctx.dtypes,
         *ctx.channels_last,
     )
-    return grad_mu, grad_var, *[None] * 11
+    return grad_mu, grad_var, *[None] * 12
 
 
 def _backward_fake(
@@ -180,6 +190,7 @@ def _prepared(
     positive_count: Tensor,
     virtual_mu: Tensor | None,
     class_factor: Tensor | None,
+    inverse_norm: Tensor | None,
     *options: float | bool,
 ) -> tuple[Any, ...]:
     """What the kernels may trust: rows [P, D], a view where mu is channels_last and else a copy."""
@@ -187,7 +198,9 @@ def _prepared(
     rows = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous() for x in (mu, var)]
     index = [x.contiguous() for x in (anchor_index, negative_index)]
     positive = [x.to(work).contiguous() for x in (positive_mean, positive_variance)]
-    optional = [None if x is None else x.to(work).contiguous() for x in (virtual_mu, class_factor)]
+    optional = [
+        None if x is None else x.to(work).contiguous() for x in (virtual_mu, class_factor, inverse_norm)
+    ]
     return *rows, *index, *positive, positive_count.contiguous(), *optional, *options
 
 
@@ -201,7 +214,7 @@ def _backward_prepared(
 _op = define_op(
     "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index,"
     " Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu,"
-    " Tensor? class_factor, float tau, bool mean, bool normalize, bool needs_grad)"
+    " Tensor? class_factor, Tensor? inverse_norm, float tau, bool mean, bool normalize, bool needs_grad)"
     " -> (Tensor loss, Tensor grad_mu_rows, Tensor grad_var_rows)",
     fake=_fake,
     implementations={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -49,9 +49,39 @@ class PrototypeStatistics:
         return torch.where(self.count[:, None] > 0, self.precision, 0.0).reciprocal()
 
 
+@overload
 def prototype_statistics(
-    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int
-) -> PrototypeStatistics:
+    mu: Tensor,
+    var: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    *,
+    with_norms: Literal[False] = False,
+) -> PrototypeStatistics: ...
+
+
+@overload
+def prototype_statistics(
+    mu: Tensor,
+    var: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    *,
+    with_norms: Literal[True],
+) -> tuple[PrototypeStatistics, Tensor]: ...
+
+
+def prototype_statistics(
+    mu: Tensor,
+    var: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    *,
+    with_norms: bool = False,
+) -> PrototypeStatistics | tuple[PrototypeStatistics, Tensor]:
     """Sums of 1 / s and mu / s over each class's valid pixels, eq. (4) of the IJCV paper.
 
     The result carries no gradient.
@@ -62,8 +92,11 @@ def prototype_statistics(
         label: [B, h, w] integer; outside 0 .. num_classes - 1 means "none".
         valid: [B, h, w] bool. What the other pixels hold, even NaN, does not matter.
         num_classes: C.
+        with_norms: whether the inverse norms of the means are returned too, which costs no further pass.
     Returns:
-        precision and weighted mean [C, D] float32, count [C] int64.
+        precision and weighted mean [C, D] float32, count [C] int64. With norms, beside them 1 / |mu|
+        [B, h, w], float32 or float64 where mu is: the norm is clamped at 1e-12, and pixels that do not count
+        have a 0.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
     """
@@ -72,26 +105,42 @@ def prototype_statistics(
     check_tensor("label", label, size, INTEGER, ("mu", mu))
     check_tensor("valid", valid, size, BOOL, ("mu", mu))
     check_count("num_classes", num_classes)
-    return PrototypeStatistics(*_op(mu.detach(), var.detach(), label, valid, num_classes))
+    *sums, inverse_norm = _op(mu.detach(), var.detach(), label, valid, num_classes, with_norms)
+    statistics = PrototypeStatistics(*sums)
+    return (statistics, inverse_norm) if with_norms else statistics
 
 
 def _fake(
-    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    mu: Tensor,
+    var: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    with_norms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table = mu.new_empty((num_classes, mu.shape[1]), dtype=torch.float32)
-    return table, torch.empty_like(table), mu.new_empty((num_classes,), dtype=torch.int64)
+    count = mu.new_empty((num_classes,), dtype=torch.int64)
+    work = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    inverse_norm = mu.new_empty(label.shape if with_norms else (0,), dtype=work)
+    return table, torch.empty_like(table), count, inverse_norm
 
 
-def _prepared(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int) -> tuple[Any, ...]:
+def _prepared(
+    mu: Tensor,
+    var: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    *options: int | bool,
+) -> tuple[Any, ...]:
     """What the kernels may trust: one memory format for mu and var, either of the two; a pair of dtypes."""
     if not (mu.is_contiguous() and var.is_contiguous()):
         mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
-    return mu, var, label.contiguous(), valid.contiguous(), num_classes
+    return mu, var, label.contiguous(), valid.contiguous(), *options
 
 
 _op = define_op(
-    "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, SymInt num_classes)"
-    " -> (Tensor precision, Tensor weighted_mean, Tensor count)",
+    "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, SymInt num_classes,"
+    " bool with_norms) -> (Tensor precision, Tensor weighted_mean, Tensor count, Tensor inverse_norm)",
     fake=_fake,
     implementations={
         "torch": Implementation(reference.prototype_statistics),

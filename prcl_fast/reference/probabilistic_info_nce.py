@@ -15,8 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prcl_fast.reference.norm import MIN_NORM, is_clamped
+from prcl_fast.reference.norm import inverse_norm as inverse_norm_of
+
 _MIN_SUM = 1e-12  # s_i + s_j is clamped here; its gradient is zero where it was
-_MIN_NORM = 1e-12
 # Bytes of one [chunk, N, D] tensor. On a CPU a few of them should fit into the cache.
 _CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 26}
 
@@ -31,6 +33,7 @@ def probabilistic_info_nce(
     positive_count: Tensor,
     virtual_mu: Tensor | None,
     class_factor: Tensor | None,
+    inverse_norm: Tensor | None,
     tau: float,
     mean: bool,
     normalize: bool,
@@ -50,11 +53,13 @@ def probabilistic_info_nce(
     mu_rows, var_rows = _pixel_rows(mu), _pixel_rows(var)  # [P, D]
     prototype_mu = positive_mean.to(work)
     prototype_var = torch.where(present[:, None], positive_variance.to(work), 1.0)
-    inverse_norm = None
     if normalize:
-        norm = torch.linalg.vector_norm(mu, dim=1, dtype=work).flatten()  # [P]
-        inverse_norm = norm.clamp(min=_MIN_NORM).reciprocal()
+        inverse_norm = (
+            inverse_norm_of(mu, 1, work) if inverse_norm is None else inverse_norm
+        ).flatten()  # [P]
         prototype_mu = _normalized(prototype_mu)
+    else:
+        inverse_norm = None
     if virtual_mu is not None:
         virtual_mu = torch.where(present[:, None, None], virtual_mu.to(work), 0.0)
         if normalize:
@@ -122,7 +127,7 @@ def probabilistic_info_nce(
         if inverse_norm is not None:
             # d(mu / |mu|): the part across mu, over |mu|. Below the clamp the norm counts as a constant.
             along = (anchor_mu * row_mu).sum(1, keepdim=True) * anchor_mu
-            row_mu -= torch.where(norm[pixel, None] > _MIN_NORM, along, 0.0)
+            row_mu -= torch.where(is_clamped(inverse_norm[pixel, None]), 0.0, along)
             row_mu *= inverse_norm[pixel, None]
         counts = row_weight[:, None] > 0
         grad_mu[rows] = torch.where(counts, row_mu, 0.0)
@@ -189,7 +194,7 @@ def _pixel_rows(x: Tensor) -> Tensor:
 
 
 def _normalized(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_MIN_NORM)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_NORM)
 
 
 def _pairs(
