@@ -18,8 +18,14 @@ place = run_everywhere("variance_head")
 FORMATS = [torch.channels_last, torch.contiguous_format]
 # One vector of channels and less, whole ones and not, several slices of them; one run of rows, and many.
 SHAPES = [(2, 7, 5, 6), (1, 1, 2, 1), (3, 64, 4, 5), (2, 300, 3, 3), (2, 5, 33, 41), (1, 256, 1, 9)]
-# Of the gradient in x's type: its rounding (Triton's interpreter cuts bfloat16 off), or some of float32.
-GRADIENT_ERROR = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 4e-4, torch.float64: 1e-13}
+# Of the gradient in x's type: its rounding to the nearest, or some roundings of float32.
+GRADIENT_ERROR = {torch.float32: 3e-6, torch.bfloat16: 2.2e-3, torch.float16: 4e-4, torch.float64: 1e-13}
+_CUT_OFF = 4.4e-3  # Triton's interpreter cuts bfloat16 off instead
+
+
+def gradient_error(dtype: torch.dtype, place: tuple[str, str]) -> float:
+    interpreted = place == ("cpu", "triton")
+    return _CUT_OFF if interpreted and dtype == torch.bfloat16 else GRADIENT_ERROR[dtype]
 
 
 def variance_head(*values: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +86,11 @@ def weights(shape: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", GRADIENT_ERROR, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_variance_gradients_and_running_statistics_equal_float64(
-    dtype: torch.dtype, shape: tuple[int, ...], memory_format: torch.memory_format, training: bool
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    memory_format: torch.memory_format,
+    training: bool,
+    place: tuple[str, str],
 ) -> None:
     values = draw(shape, dtype)
     values = values[0].contiguous(memory_format=memory_format), *values[1:]
@@ -96,14 +106,16 @@ def test_variance_gradients_and_running_statistics_equal_float64(
         gradients, expected_gradients = gradients[1:], expected_gradients[1:]
     for value, target in zip(gradients, expected_gradients, strict=True):
         # Those of gamma and beta are sums of terms of either sign, which cancel.
-        bound = GRADIENT_ERROR[dtype] if value.dim() == 4 else 10 * tolerance
+        bound = gradient_error(dtype, place) if value.dim() == 4 else 10 * tolerance
         assert error(value, target) < bound
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dims", [16, 37])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_result_may_have_the_type_of_x(dtype: torch.dtype, dims: int, training: bool) -> None:
+def test_the_result_may_have_the_type_of_x(
+    dtype: torch.dtype, dims: int, training: bool, place: tuple[str, str]
+) -> None:
     shape = (2, dims, 5, 9)
     values = draw(shape, dtype)
     grad = weights(shape).to(dtype)
@@ -114,7 +126,7 @@ def test_the_result_may_have_the_type_of_x(dtype: torch.dtype, dims: int, traini
         var, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-7, check_dtype=False
     )
     assert [value.dtype for value in gradients] == [dtype, torch.float32, torch.float32]
-    bounds = (GRADIENT_ERROR[dtype], 3e-5, 3e-5)
+    bounds = (gradient_error(dtype, place), 3e-5, 3e-5)
     for value, target, bound in zip(gradients, expected_gradients, bounds, strict=True):
         assert error(value, target) < bound
 
@@ -156,7 +168,7 @@ def test_extreme_logits_keep_variance_and_gradients_finite(beta: float) -> None:
         torch.testing.assert_close(found, limit, rtol=2e-6, atol=0)
 
 
-def test_a_gradient_of_zero_gain_leaves_x_alone() -> None:
+def test_a_gain_of_zero_gives_x_no_gradient() -> None:
     x, _, beta, mean, var = draw((2, 5, 6, 7))
     values = x, torch.zeros(1), beta, mean, var
     (found, *_), (grad_x, grad_gamma, _) = run(values, weights(x.shape), training=True)
@@ -186,8 +198,10 @@ def test_result_and_gradient_have_the_memory_format_of_x() -> None:
             assert grad.is_contiguous(memory_format=expected)
 
 
-def test_the_numbers_of_threads_and_of_runs_do_not_change_a_bit(place: tuple[str, str]) -> None:
+def test_the_number_of_threads_does_not_change_a_bit(place: tuple[str, str]) -> None:
     skip_on_one_thread(*place)
+    if place[1] == "torch":
+        pytest.skip("PyTorch's sums depend on the number of threads")
     values = draw((2, 19, 40, 50))
     first = run(values, weights(values[0].shape), training=True)
     threads = torch.get_num_threads()
@@ -196,8 +210,6 @@ def test_the_numbers_of_threads_and_of_runs_do_not_change_a_bit(place: tuple[str
         second = run(values, weights(values[0].shape), training=True)
     finally:
         torch.set_num_threads(threads)
-    if place[1] == "torch":
-        pytest.skip("PyTorch's sums depend on the number of threads")
     for value, again in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
         assert torch.equal(value, again)
 

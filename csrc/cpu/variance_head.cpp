@@ -119,8 +119,8 @@ class Channels {
            const Tensor* means, double eps)
       : dims(mean.numel()),
         inverse_std(dims),
-        values_(5 * padded(dims)),
-        bias(T(double(*beta.const_data_ptr<T>()) * kLog2E)) {
+        bias(T(double(*beta.const_data_ptr<T>()) * kLog2E)),
+        values_(5 * padded(dims)) {
     const double gain = double(*gamma.const_data_ptr<T>());
     const T *m = mean.const_data_ptr<T>(), *v = var.const_data_ptr<T>();
     const T* of_grad = means == nullptr ? nullptr : means->const_data_ptr<T>();
@@ -142,15 +142,13 @@ class Channels {
   const T* constant() const { return at(3); }  // what the moments take from the gradient, the same everywhere
   const T* slope() const { return at(4); }     // and in proportion to x - mean
 
-  int64_t dims;
+  const int64_t dims;
   std::vector<double> inverse_std;
+  const T bias;
 
  private:
   T* at(int64_t i) const { return values_.data() + i * padded(dims); }
   Buffer<T> values_;
-
- public:
-  T bias;
 };
 
 // d = 1 + (1 + f) t for z > 0, and else (1 + f) + t.
