@@ -11,8 +11,8 @@
 # leaves its results, and ARGS="--set step" checks the whole training step instead of the ops; OFFLINE=1 runs it in
 # PYTHON, with the PyTorch that it has, and installs nothing.
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
-# TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures of the CUDA code. Without it, all but `make wheel` compile for
-# the GPU that is there, or for 9.0, in a third of the time that all architectures take.
+# TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures of the CUDA code. Without it `make wheel` compiles for all,
+# and every other target for the GPU that is there, or for 9.0, in a third of the time.
 
 PYTHON ?= python3
 VENV ?= .venv
