@@ -12,8 +12,8 @@
 # each; ARGS="first --out DIR" runs one and says where its archive goes. For gpu-bundle, ARGS="--without numpy" leaves
 # out a package that the machine has.
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
-# TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures of the CUDA code. Without it, all but `make wheel` compile for
-# the GPU that is there, or for 9.0, in a third of the time that all architectures take.
+# TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures of the CUDA code. Without it `make wheel` compiles for all,
+# and every other target for the GPU that is there, or for 9.0, in a third of the time.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -103,16 +103,16 @@ def held(row: dict[str, Any], controls: Sequence[dict[str, Any]]) -> bool:
         controls: how far from it runs came that may differ: the nudged one, and on a device where equal runs
             may differ another plain one.
     """
-    deterministic = all(_distance(x) == 0 for x in controls if x["variant"] == AGAIN)
+    deterministic = all(_is_equal(control) for control in controls if control["variant"] == AGAIN)
     if row["exact"] and deterministic:
-        return _distance(row) == 0
+        return _is_equal(row)
     return all(
         row[key] <= max(ROUNDING, TIMES_CONTROL * max(control[key] for control in controls)) for key in _KEYS
     )
 
 
-def _distance(row: dict[str, Any]) -> float:
-    return max(row[key] for key in _KEYS)
+def _is_equal(row: dict[str, Any]) -> bool:
+    return all(row[key] == 0 for key in _KEYS)
 
 
 def losses(config: Config, steps: int, *, nudged: bool = False) -> Tensor:

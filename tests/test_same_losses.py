@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def test_a_run_is_held_to_its_first_step_and_then_to_the_control() -> None:
     assert not same_losses.held({**run, "first": 1e-3}, [NUDGED])
     assert same_losses.held(SAME, [NUDGED])
     assert not same_losses.held({**SAME, "windows": 1e-9}, [NUDGED])
+    for wrong in (SAME, run):
+        assert not same_losses.held({**wrong, "windows": math.nan}, [NUDGED])
 
 
 def test_a_run_that_should_be_equal_is_held_to_the_control_only_where_equal_runs_differ() -> None:
