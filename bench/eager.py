@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bench.baselines import SETTINGS, Settings, negative_classes, pixel_rows, score
 from prcl_fast.ops import PrototypeStatistics, Purpose
+from prcl_fast.reference.class_lists import class_lists
 from prcl_fast.reference.philox import philox_normal
 from prcl_fast.reference.sample_anchors import sample_anchors
 from prcl_fast.reference.sample_negatives import sample_negatives
@@ -91,8 +92,11 @@ def eager_contrast(
             negatives = random_negatives(probability, label, valid, num_anchors, num_negatives)
             noise = torch.randn(shape, device=mu.device)
         else:
-            anchors = sample_anchors(label, valid, hard, num_classes, num_anchors, seed)
-            negatives = sample_negatives(probability, label, valid, num_anchors, num_negatives, seed)
+            valid_order, valid_start, *of_hard = class_lists(label, valid, hard, num_classes)
+            anchors = sample_anchors(*of_hard, num_anchors, seed)
+            negatives = sample_negatives(
+                probability, valid_order, valid_start, num_anchors, num_negatives, seed
+            )
             noise = philox_normal(seed, math.prod(shape), Purpose.VIRTUAL_NEGATIVES).reshape(shape)
         virtual_mu = None
         if num_virtual:

@@ -29,6 +29,7 @@ from bench.inputs import Batch, batches
 from bench.machine import fits
 from bench.sample_negatives import class_probability
 from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce, use_backend
+from prcl_fast.reference.class_lists import class_lists
 from prcl_fast.reference.prototype_statistics import prototype_statistics
 from prcl_fast.reference.sample_anchors import sample_anchors
 from prcl_fast.reference.sample_negatives import sample_negatives
@@ -124,12 +125,11 @@ def _broadcast_bytes(sizes: Sizes) -> int:
 def _inputs(batch: Batch, sizes: Sizes) -> tuple[Any, ...]:
     """mu, var, anchors [C, A], negatives [C, A, N] and [C, A / SHARE, N], positive."""
     num_classes = sizes.classes
-    sums = prototype_statistics(batch.mu, batch.var, batch.label, batch.valid, num_classes)
-    anchors = sample_anchors(batch.label, batch.valid, batch.hard, num_classes, sizes.anchors, batch.seed)
+    *sums, _ = prototype_statistics(batch.mu, batch.var, batch.label, batch.valid, num_classes)
+    *of_valid, hard_order, hard_start = class_lists(batch.label, batch.valid, batch.hard, num_classes)
+    anchors = sample_anchors(hard_order, hard_start, sizes.anchors, batch.seed)
     probability = class_probability(batch, num_classes)
-    negatives = sample_negatives(
-        probability, batch.label, batch.valid, sizes.anchors, sizes.negatives, batch.seed
-    )
+    negatives = sample_negatives(probability, *of_valid, sizes.anchors, sizes.negatives, batch.seed)
     shared = negatives[:, ::SHARE].contiguous()
     features = batch.mu.requires_grad_(), batch.var.requires_grad_()
     return *features, anchors, negatives, shared, PrototypeStatistics(*sums)

@@ -22,6 +22,7 @@ from bench.case import (
 )
 from bench.inputs import batches
 from prcl_fast.ops import sample_anchors
+from prcl_fast.reference.class_lists import class_lists
 from prcl_fast.reference.sample_anchors import sample_anchors as reference
 
 PHILOX_INSTRUCTIONS = 100  # ten rounds of two wide products, four exclusive ors and two additions
@@ -41,7 +42,8 @@ def cases(options: Options) -> list[Case]:
         return sample_anchors(label, valid, hard, *shape, seed)
 
     def plain(label: Tensor, valid: Tensor, hard: Tensor, seed: Tensor) -> Tensor:
-        return reference(label, valid, hard, *shape, seed)
+        _, _, order, start = class_lists(label, valid, hard, sizes.classes)
+        return reference(order, start, sizes.anchors, seed)
 
     def loop(label: Tensor, valid: Tensor, hard: Tensor, seed: Tensor) -> Tensor:
         return baselines.loop_anchors(label, hard, *shape)

@@ -24,6 +24,7 @@ from bench.case import (
 from bench.inputs import Batch, batches
 from bench.sample_anchors import PHILOX_INSTRUCTIONS
 from prcl_fast.ops import sample_negatives
+from prcl_fast.reference.class_lists import class_lists
 from prcl_fast.reference.prototype_statistics import prototype_statistics
 from prcl_fast.reference.sample_negatives import sample_negatives as reference
 
@@ -36,7 +37,7 @@ def work(sizes: Sizes, anchors: int) -> Work:
 
 def class_probability(batch: Batch, num_classes: int) -> Tensor:
     """[C, C] float64, from the batch's own prototypes."""
-    precision, weighted_mean, count = prototype_statistics(
+    precision, weighted_mean, count, _ = prototype_statistics(
         batch.mu.detach(), batch.var.detach(), batch.label, batch.valid, num_classes
     )
     variance = torch.where(count[:, None] > 0, precision, 0.0).reciprocal()
@@ -55,7 +56,8 @@ def cases(options: Options) -> list[Case]:
         return sample_negatives(probability, label, valid, sizes.classes, *amounts, seed)
 
     def plain(probability: Tensor, label: Tensor, valid: Tensor, seed: Tensor) -> Tensor:
-        return reference(probability, label, valid, *amounts, seed)
+        order, start, _, _ = class_lists(label, valid, valid, sizes.classes)
+        return reference(probability, order, start, *amounts, seed)
 
     def loop(probability: Tensor, label: Tensor, valid: Tensor, seed: Tensor) -> Tensor:
         return baselines.loop_negatives(probability, label, valid, *amounts, np.random.default_rng(0))

@@ -21,6 +21,7 @@ from torch import Tensor
 from prcl_fast.losses import ProbabilisticContrast
 from prcl_fast.ops import (
     Purpose,
+    class_lists,
     mutual_likelihood_score,
     philox_normal,
     probabilistic_info_nce,
@@ -38,6 +39,8 @@ from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
 _CLASSES, _ANCHORS, _NEGATIVES, _VIRTUAL = 5, 6, 9, 3
 _BATCH, _HEIGHT, _WIDTH = 2, 7, 5
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of means and variances.
+_FEATURES = (*((dtype, dtype) for dtype in _DTYPES), *((dtype, torch.float32) for dtype in _DTYPES[1:]))
 _DIMS = (64, 37)  # whole vectors, and not
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -65,6 +68,7 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
     generator = torch.Generator().manual_seed(0)
     x = _inputs(device, generator)
     amounts = _CLASSES, _ANCHORS
+    yield "class_lists", functools.partial(_lists, x)
     yield "sample_anchors", lambda: (sample_anchors(x.label, x.valid, x.hard, *amounts, x.seed),)
     yield (
         "sample_negatives",
@@ -74,12 +78,16 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
     for dim in _DIMS:
         rows = [torch.rand(count, dim, generator=generator).to(device) for count in (33, 33, 17, 17)]
         yield f"mutual_likelihood_score D={dim}", _with_gradients(mutual_likelihood_score, rows)
-        for dtype, layout in itertools.product(_DTYPES, (torch.channels_last, torch.contiguous_format)):
+        for dtypes, layout in itertools.product(_FEATURES, (torch.channels_last, torch.contiguous_format)):
             mu, var = (
                 values.to(device, dtype).contiguous(memory_format=layout)
-                for values in (
-                    torch.randn(_BATCH, dim, _HEIGHT, _WIDTH, generator=generator),
-                    torch.rand(_BATCH, dim, _HEIGHT, _WIDTH, generator=generator) + 0.1,
+                for values, dtype in zip(
+                    (
+                        torch.randn(_BATCH, dim, _HEIGHT, _WIDTH, generator=generator),
+                        torch.rand(_BATCH, dim, _HEIGHT, _WIDTH, generator=generator) + 0.1,
+                    ),
+                    dtypes,
+                    strict=True,
                 )
             )
             head = functools.partial(
@@ -91,9 +99,9 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
             scalars = [torch.ones(1).to(device), torch.zeros(1).to(device)]
             of_head = "variance_head", _with_gradients(head, [mu, *scalars])
             for name, call in (*_of_features(x, mu, var), of_head):
-                yield f"{name} D={dim} {_short(dtype)} {_short(layout)}", call
+                yield f"{name} D={dim} {'/'.join(map(_short, dtypes))} {_short(layout)}", call
             upsampled = functools.partial(upsample_bilinear, size=x.target.shape[1:])
-            name = f"upsample_bilinear C={dim} {_short(dtype)} {_short(layout)}"
+            name = f"upsample_bilinear C={dim} {_short(dtypes[0])} {_short(layout)}"
             yield name, _with_gradients(upsampled, [mu])
     for dtype in _DTYPES:
         logits = torch.randn(_BATCH, _CLASSES, 9, 7, generator=generator).to(device, dtype)
@@ -175,8 +183,8 @@ def _of_features(x: _Inputs, mu: Tensor, var: Tensor) -> Iterator[tuple[str, Cal
     virtual_mu = positive.mean[:, None].repeat(1, _VIRTUAL, 1)
 
     def statistics() -> tuple[Tensor, ...]:
-        found = prototype_statistics(mu, var, x.label, x.valid, _CLASSES)
-        return found.precision, found.weighted_mean, found.count
+        found, inverse_norm = prototype_statistics(mu, var, x.label, x.valid, _CLASSES, with_norms=True)
+        return found.precision, found.weighted_mean, found.count, inverse_norm
 
     yield "prototype_statistics", statistics
     for share, virtual, normalize in ((1, None, False), (1, virtual_mu, True), (3, virtual_mu, True)):
@@ -196,6 +204,11 @@ def _of_features(x: _Inputs, mu: Tensor, var: Tensor) -> Iterator[tuple[str, Cal
     ).to(mu.device)
     loss = functools.partial(contrast, label=x.label, valid=x.valid, confidence=x.confidence, seed=x.seed)
     yield "contrast", _with_gradients(loss, [mu, var])
+
+
+def _lists(x: _Inputs) -> tuple[Tensor, ...]:
+    found = class_lists(x.label, x.valid, x.hard, _CLASSES)
+    return found.valid_order, found.valid_start, found.hard_order, found.hard_start
 
 
 def _with_gradients(function: Callable[..., Tensor], values: Sequence[Tensor]) -> Call:

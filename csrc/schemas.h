@@ -13,15 +13,15 @@ void define_schemas(Library& m) {
       "mutual_likelihood_score_backward(Tensor grad, Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, "
       "bool mean, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, int num_classes, "
-      "bool with_norms) -> (Tensor, Tensor, Tensor, Tensor)");
+      "class_lists(Tensor label, Tensor valid, Tensor hard, int num_classes) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "sample_anchors(Tensor label, Tensor valid, Tensor hard, int num_classes, int num_anchors, Tensor "
-      "seed) "
-      "-> Tensor");
+      "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, Tensor? order, Tensor? start, "
+      "int num_classes, bool with_norms) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("sample_anchors(Tensor order, Tensor start, int num_anchors, Tensor seed) -> Tensor");
   m.def("philox_normal(Tensor seed, int count, int purpose) -> Tensor");
   m.def(
-      "sample_negatives(Tensor class_probability, Tensor label, Tensor valid, int num_anchors, "
+      "sample_negatives(Tensor class_probability, Tensor order, Tensor start, int num_anchors, "
       "int num_negatives, Tensor seed) -> Tensor");
   m.def(
       "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index, "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prcl_fast.losses import ProbabilisticContrast, explain_inert
 from prcl_fast.losses import contrast as contrast_module
@@ -275,6 +277,47 @@ def test_compiles_whole_and_updates_the_state() -> None:
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch), eager(**batch))
     torch.testing.assert_close(traced.precision, eager.precision)
+
+
+class CountedCalls(TorchDispatchMode):
+    """How often each op of the package is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prcl_fast":
+            self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_bank": 40, "virtual_negatives": 0}, {"normalize": False}])
+def test_class_lists_are_made_once_a_step(options: dict[str, Any]) -> None:
+    contrast, batch = make(**options), scene()
+    with CountedCalls() as counted:
+        contrast(**batch)
+    assert counted.calls["class_lists"] == 1
+    assert counted.calls["prototype_statistics"] == counted.calls["sample_negatives"] == 1
+    assert counted.calls["sample_anchors"] == (2 if "memory_bank" in options else 1)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_norms_of_the_prototype_pass_reach_the_loss(monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
+    seen = []
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        seen.append(options["inverse_norm"])
+        return probabilistic_info_nce(*args, **options)
+
+    monkeypatch.setattr(contrast_module, "probabilistic_info_nce", spy)
+    batch = scene()
+    make(normalize=normalize)(**batch)
+    if not normalize:
+        assert seen == [None]
+        return
+    counts = batch["valid"] & (batch["label"] < C)
+    torch.testing.assert_close(seen[0], torch.where(counts, 1 / batch["mu"].detach().norm(dim=1), 0.0))
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -7,7 +7,7 @@ import torch
 from backends import run_everywhere, skip_on_one_thread
 from torch import Tensor
 
-from prcl_fast.ops import PrototypeStatistics, prototype_statistics
+from prcl_fast.ops import PrototypeStatistics, class_lists, prototype_statistics
 
 place = run_everywhere("prototype_statistics")
 
@@ -189,6 +189,21 @@ def test_inverse_norms_come_out_of_the_same_pass(
     assert torch.equal(inverse_norm, prototype_statistics(hidden, var, label, valid, C, with_norms=True)[1])
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_given_lists_give_the_same(memory_format: torch.memory_format) -> None:
+    mu, var, label, valid = scene()
+    mu, var = mu.contiguous(memory_format=memory_format), var.contiguous(memory_format=memory_format)
+    expected, norms = prototype_statistics(mu, var, label, valid, C, with_norms=True)
+    lists = class_lists(label, valid, label == 0, C)
+    got, given_norms = prototype_statistics(mu, var, label, valid, C, lists=lists, with_norms=True)
+    assert torch.equal(got.precision, expected.precision)
+    assert torch.equal(got.weighted_mean, expected.weighted_mean)
+    assert torch.equal(got.count, expected.count)
+    assert torch.equal(given_norms, norms)
+    with pytest.raises(ValueError, match=r"lists.valid_order must have shape"):
+        prototype_statistics(mu[:1], var[:1], label[:1], valid[:1], C, lists=lists)
+
+
 def test_uint8_labels_count_as_int64_ones() -> None:
     mu, var, label, valid = scene()
     label = label % 256
@@ -231,8 +246,9 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_opcheck_and_compile() -> None:
     mu, var, label, valid = scene()
-    for with_norms in (False, True):
-        arguments = (mu.bfloat16(), var, label, valid, C, with_norms)
+    lists = class_lists(label, valid, valid, C)
+    for order, start, with_norms in ((None, None, False), (lists.valid_order, lists.valid_start, True)):
+        arguments = (mu.bfloat16(), var, label, valid, order, start, C, with_norms)
         torch.library.opcheck(torch.ops.prcl_fast.prototype_statistics.default, arguments)
 
     def mean_and_variance(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from backends import run_everywhere
 from scipy.stats import chi2
 from torch import Tensor
 
-from prcl_fast.ops import sample_negatives
+from prcl_fast.ops import class_lists, sample_negatives
 from prcl_fast.reference.philox import philox_4x32
 
 place = run_everywhere("sample_negatives")
@@ -122,11 +122,19 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     from prcl_fast.reference import sample_negatives as reference
 
     probability, label, valid = scene()
-    whole = reference.sample_negatives(probability, label, valid, A, N, torch.tensor([1, 2]))
+    lists = class_lists(label, valid, valid, C)
+    arguments = (probability, lists.valid_order, lists.valid_start, A, N, torch.tensor([1, 2]))
+    whole = reference.sample_negatives(*arguments)
     monkeypatch.setitem(reference._CHUNK, "cpu", 37)
-    assert torch.equal(
-        whole, reference.sample_negatives(probability, label, valid, A, N, torch.tensor([1, 2]))
-    )
+    assert torch.equal(whole, reference.sample_negatives(*arguments))
+
+
+def test_given_lists_draw_the_same() -> None:
+    probability, label, valid = scene()
+    seed = torch.tensor([1, 2])
+    lists = class_lists(label, valid, label == 0, C)
+    expected = sample_negatives(probability, label, valid, C, A, N, seed)
+    assert torch.equal(sample_negatives(probability, label, valid, C, A, N, seed, lists=lists), expected)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -145,7 +153,8 @@ def test_wrong_arguments_are_named() -> None:
 def test_opcheck_and_compile() -> None:
     probability, label, valid = scene()
     seed = torch.tensor([4, 5])
-    arguments = (probability, label, valid, A, N, seed)
+    lists = class_lists(label, valid, valid, C)
+    arguments = (probability, lists.valid_order, lists.valid_start, A, N, seed)
     torch.library.opcheck(torch.ops.prcl_fast.sample_negatives.default, arguments)
     compiled = torch.compile(sample_negatives, fullgraph=True, backend="aot_eager")
     expected = sample_negatives(probability, label, valid, C, A, N, seed)

@@ -26,11 +26,20 @@ ARCHITECTURE = 90
 # `others` are compile-time constants of other launches.
 KERNELS: dict[str, dict[str, Any]] = {
     "class_lists._count_kernel": {
-        "types": {"label": "i64", "keep": "u8", "table": "i32"},
+        "types": {"label": "i64", "valid": "u8", "hard": "u8", "table": "i32"},
         "meta": {"BLOCK": 1024},
     },
     "class_lists._scatter_kernel": {
-        "types": {"label": "u8", "keep": "u8", "begin": "i64", "order": "i32"},
+        "types": {
+            "label": "u8",
+            "valid": "u8",
+            "hard": "u8",
+            "begin": "i64",
+            "valid_order": "i32",
+            "valid_start": "i32",
+            "hard_order": "i32",
+            "hard_start": "i32",
+        },
         "meta": {"BLOCK": 1024},
     },
     "mutual_likelihood_score._forward_kernel": {
@@ -120,7 +129,7 @@ KERNELS: dict[str, dict[str, Any]] = {
         "others": ({"ALIGN": False},),
     },
     "sample_anchors._draw_kernel": {
-        "types": {"seed": "i64", "order": "i32", "start": "i64", "end": "i64", "out": "i64"},
+        "types": {"seed": "i64", "order": "i32", "start": "i32", "out": "i64"},
         "meta": {"BLOCK": 256},
     },
     "sample_negatives._draw_kernel": {
@@ -128,8 +137,7 @@ KERNELS: dict[str, dict[str, Any]] = {
             "seed": "i64",
             "probability": "fp64",
             "order": "i32",
-            "start": "i64",
-            "end": "i64",
+            "start": "i32",
             "out": "i64",
         },
         "meta": {"CLASSES": 32, "BLOCK": 128},
@@ -211,6 +219,7 @@ KERNELS: dict[str, dict[str, Any]] = {
 # What kernels call; compiled with them.
 FUNCTIONS = {
     "class_lists._classes",
+    "class_lists._place",
     "interpolation.bilinear",
     "interpolation.corners",
     "interpolation.first_output",

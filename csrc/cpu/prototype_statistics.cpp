@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -116,8 +117,10 @@ struct Statistics {
   }
 };
 
+// Walks over each image in its order, and so needs no class lists.
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, Tensor label,
-                                                                Tensor valid, int64_t num_classes,
+                                                                Tensor valid, std::optional<Tensor>,
+                                                                std::optional<Tensor>, int64_t num_classes,
                                                                 bool with_norms) {
   const int64_t batch = mu.size(0), dims = mu.size(1), pixels = mu.size(2) * mu.size(3);
   const bool rows = !mu.is_contiguous();

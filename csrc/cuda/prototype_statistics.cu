@@ -1,11 +1,13 @@
-// Prototype statistics on CUDA: the class lists, then the kernels of prototype_kernels.cuh. mu, var
-// [B, D, h, w], both channels_last or both contiguous, in the types of dispatch_feature_storage.
+// Prototype statistics on CUDA: the class lists, where they are not given, then the kernels of
+// prototype_kernels.cuh. mu, var [B, D, h, w], both channels_last or both contiguous, in the types of
+// dispatch_feature_storage.
 
 #include "cuda/class_lists.h"
 #include "cuda/prototype_kernels.cuh"
 #include "cuda/storage.h"
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 namespace prcl::cuda {
@@ -36,9 +38,9 @@ struct Partial {
 };
 
 template <class Mu, class Var>
-Partial sum_rows(const OnDeviceOf& device, const Tensor& mu, const Tensor& var, const ClassLists& lists,
+Partial sum_rows(const OnDeviceOf& device, const Tensor& mu, const Tensor& var, const ClassList& list,
                  int64_t classes, const Tensor& inverse_norm) {
-  const int64_t dims = mu.size(1), pixels = lists.order.numel();
+  const int64_t dims = mu.size(1), pixels = list.order.numel();
   const int64_t vectors = ceil_div(dims, kVector<Mu>), slices = ceil_div(vectors, 32);
   int lanes = kernels::kMinLanes;
   while (lanes < std::min<int64_t>(vectors, 32)) lanes *= 2;
@@ -53,7 +55,7 @@ Partial sum_rows(const OnDeviceOf& device, const Tensor& mu, const Tensor& var, 
   const bool aligned = rows_are_aligned(mu_data, dims) && rows_are_aligned(var_data, dims);
   launch(aligned ? kernels::rows_kernel<Mu, Var, true> : kernels::rows_kernel<Mu, Var, false>,
          dim3(unsigned(blocks), unsigned(slices)), dim3(kernels::kRowThreads), 0, device.stream(), mu_data,
-         var_data, lists.order.const_data_ptr<int32_t>(), lists.start.const_data_ptr<int32_t>(), int(classes),
+         var_data, list.order.const_data_ptr<int32_t>(), list.start.const_data_ptr<int32_t>(), int(classes),
          dims, width, lanes, partial.sums.mutable_data_ptr<float>(), partial.norms.data(), pixels);
   return partial;
 }
@@ -84,12 +86,14 @@ Partial sum_planes(const OnDeviceOf& device, const Tensor& mu, const Tensor& var
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, Tensor label,
-                                                                Tensor valid, int64_t num_classes,
-                                                                bool with_norms) {
+                                                                Tensor valid, std::optional<Tensor> order,
+                                                                std::optional<Tensor> start,
+                                                                int64_t num_classes, bool with_norms) {
   const OnDeviceOf device(mu);
   const int64_t dims = mu.size(1);
   const bool rows = mu.stride(1) == 1;
-  const ClassLists lists = class_lists(device, label, valid, nullptr, num_classes);
+  const ClassList list = order && start ? ClassList{*order, *start}
+                                        : class_lists(device, label, valid, valid, num_classes).valid;
   Tensor precision = empty_like_of(mu, {num_classes, dims}, ScalarType::Float);
   Tensor weighted_mean = empty_like_of(mu, {num_classes, dims}, ScalarType::Float);
   Tensor count = empty_like_of(mu, {num_classes}, ScalarType::Long);
@@ -101,19 +105,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tenso
     using Mu = decltype(of_mu);
     using Var = decltype(of_var);
     const Partial partial =
-        rows ? sum_rows<Mu, Var>(device, mu, var, lists, num_classes, inverse_norm)
+        rows ? sum_rows<Mu, Var>(device, mu, var, list, num_classes, inverse_norm)
              : sum_planes<Mu, Var>(device, mu, var, label, valid, num_classes, inverse_norm);
     const dim3 grid(unsigned(ceil_div(dims, kernels::kMergeThreads)), 2, unsigned(num_classes));
     launch(kernels::merge_kernel, grid, dim3(kernels::kMergeThreads, kernels::kMergeThreads), 0,
            device.stream(), partial.sums.const_data_ptr<float>(), rows, partial.parts,
-           lists.start.const_data_ptr<int32_t>(), int(num_classes), dims, partial.width,
+           list.start.const_data_ptr<int32_t>(), int(num_classes), dims, partial.width,
            precision.mutable_data_ptr<float>(), weighted_mean.mutable_data_ptr<float>(),
            count.mutable_data_ptr<int64_t>());
     const Norms& norms = partial.norms;
     if (norms.pixels == 0 || norms.slices == 1) return;
     launch(kernels::norms_kernel, dim3(unsigned(ceil_div(norms.pixels, kernels::kNormThreads))),
            dim3(kernels::kNormThreads), 0, device.stream(), norms.data(), int(norms.slices), norms.pixels,
-           lists.order.const_data_ptr<int32_t>(), lists.start.const_data_ptr<int32_t>() + num_classes,
+           list.order.const_data_ptr<int32_t>(), list.start.const_data_ptr<int32_t>() + num_classes,
            inverse_norm.mutable_data_ptr<float>());
   });
   return {precision, weighted_mean, count, inverse_norm};

@@ -1,7 +1,7 @@
-// Anchors on CUDA: the class lists of the valid and hard pixels, then one thread a draw. Rules:
+// Anchors on CUDA: one thread a draw from the class lists of the hard pixels. Rules:
 // prcl_fast/reference/philox.py.
 
-#include "cuda/class_lists.h"
+#include "cuda/launch.h"
 #include "philox.h"
 
 namespace prcl::cuda {
@@ -20,15 +20,14 @@ __global__ void __launch_bounds__(kThreads)
   index[element] = count > 0 ? order[first + philox::bounded(words.w0, words.w1, count)] : -1;
 }
 
-Tensor sample_anchors(Tensor label, Tensor valid, Tensor hard, int64_t num_classes, int64_t num_anchors,
-                      Tensor seed) {
-  const OnDeviceOf device(label);
-  const ClassLists lists = class_lists(device, label, valid, &hard, num_classes);
-  Tensor index = empty_like_of(label, {num_classes, num_anchors}, ScalarType::Long);
+Tensor sample_anchors(Tensor order, Tensor start, int64_t num_anchors, Tensor seed) {
+  const OnDeviceOf device(order);
+  const int64_t num_classes = start.numel() - 1;
+  Tensor index = empty_like_of(order, {num_classes, num_anchors}, ScalarType::Long);
   const int64_t draws = num_classes * num_anchors;
   launch(draw_anchors_kernel, dim3(unsigned(ceil_div(draws, kThreads))), dim3(kThreads), 0, device.stream(),
-         lists.order.const_data_ptr<int32_t>(), lists.start.const_data_ptr<int32_t>(),
-         seed.const_data_ptr<int64_t>(), draws, num_anchors, index.mutable_data_ptr<int64_t>());
+         order.const_data_ptr<int32_t>(), start.const_data_ptr<int32_t>(), seed.const_data_ptr<int64_t>(),
+         draws, num_anchors, index.mutable_data_ptr<int64_t>());
   return index;
 }
 

@@ -1,12 +1,11 @@
-// Negatives on CUDA: the class lists of the valid pixels, then the draws. Rules:
-// prcl_fast/reference/philox.py.
+// Negatives on CUDA: draws from the class lists of the valid pixels. Rules: prcl_fast/reference/philox.py.
 //
 // A block draws for one class of anchors. Its first warp sums that class's row of integer weights; the row's
 // sums and all lists' starts stay in shared memory. A thread then takes every gridDim.x * kThreads-th draw:
 // Philox, a binary search in the row for the class, and one read of the list for the pixel. Draws of a warp
 // are neighbours in the output.
 
-#include "cuda/class_lists.h"
+#include "cuda/launch.h"
 #include "philox.h"
 
 #include <algorithm>
@@ -72,12 +71,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-Tensor sample_negatives(Tensor class_probability, Tensor label, Tensor valid, int64_t num_anchors,
+Tensor sample_negatives(Tensor class_probability, Tensor order, Tensor start, int64_t num_anchors,
                         int64_t num_negatives, Tensor seed) {
-  const OnDeviceOf device(label);
+  const OnDeviceOf device(order);
   const int64_t classes = class_probability.size(0), draws_per_class = num_anchors * num_negatives;
-  const ClassLists lists = class_lists(device, label, valid, nullptr, classes);
-  Tensor index = empty_like_of(label, {classes, num_anchors, num_negatives}, ScalarType::Long);
+  Tensor index = empty_like_of(order, {classes, num_anchors, num_negatives}, ScalarType::Long);
   const int64_t resident = kBlocksPerMultiprocessor * int64_t(device.multiprocessors());
   const int64_t blocks =
       std::min(ceil_div(draws_per_class, kThreads), std::max<int64_t>(1, resident / classes));
@@ -85,9 +83,8 @@ Tensor sample_negatives(Tensor class_probability, Tensor label, Tensor valid, in
   while (padded < classes) padded *= 2;
   launch(draw_negatives_kernel, dim3(unsigned(blocks), unsigned(classes)), dim3(kThreads),
          (classes + 1 + padded) * sizeof(int), device.stream(), class_probability.const_data_ptr<double>(),
-         lists.order.const_data_ptr<int32_t>(), lists.start.const_data_ptr<int32_t>(),
-         seed.const_data_ptr<int64_t>(), int(classes), int(padded), draws_per_class,
-         index.mutable_data_ptr<int64_t>());
+         order.const_data_ptr<int32_t>(), start.const_data_ptr<int32_t>(), seed.const_data_ptr<int64_t>(),
+         int(classes), int(padded), draws_per_class, index.mutable_data_ptr<int64_t>());
   return index;
 }
 

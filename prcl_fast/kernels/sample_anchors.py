@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prcl_fast.kernels.class_lists import class_lists
 from prcl_fast.kernels.launch import device_of, grid_of
 from prcl_fast.kernels.philox import bounded, philox_words
 from prcl_fast.reference.philox import Purpose
@@ -17,11 +16,11 @@ _BLOCK = 256
 
 
 @triton.jit
-def _draw_kernel(seed, order, start, end, out, num_anchors, BLOCK: tl.constexpr):
+def _draw_kernel(seed, order, start, out, num_anchors, BLOCK: tl.constexpr):
     c = tl.program_id(0).to(tl.int64)
     anchor = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.load(start + c)
-    count = tl.load(end + c) - first
+    first = tl.load(start + c).to(tl.int64)
+    count = tl.load(start + c + 1) - first
     element = c * num_anchors + anchor
     w0, w1, _, _ = philox_words(seed, element, _PURPOSE)
     inside = anchor < num_anchors
@@ -29,13 +28,11 @@ def _draw_kernel(seed, order, start, end, out, num_anchors, BLOCK: tl.constexpr)
     tl.store(out + element, pixel.to(tl.int64), mask=inside)
 
 
-def sample_anchors(
-    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int, num_anchors: int, seed: Tensor
-) -> Tensor:
-    """[C, A] int64 flat indices into [B, h, w], -1 where the class has no valid and hard pixel."""
-    order, start, end = class_lists(label, valid & hard, num_classes)
-    out = torch.empty(num_classes, num_anchors, dtype=torch.int64, device=label.device)
+def sample_anchors(order: Tensor, start: Tensor, num_anchors: int, seed: Tensor) -> Tensor:
+    """[C, A] int64 flat indices from the class lists of the hard pixels, -1 where a class has none."""
+    num_classes = start.numel() - 1
+    out = torch.empty(num_classes, num_anchors, dtype=torch.int64, device=order.device)
     grid = grid_of(num_classes, triton.cdiv(num_anchors, _BLOCK))
-    with device_of(label):
-        _draw_kernel[grid](seed, order, start, end, out, num_anchors, BLOCK=_BLOCK)
+    with device_of(order):
+        _draw_kernel[grid](seed, order, start, out, num_anchors, BLOCK=_BLOCK)
     return out

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prcl_fast.kernels.class_lists import class_lists
 from prcl_fast.kernels.launch import device_of, grid_of
 from prcl_fast.kernels.philox import bounded, philox_words
 from prcl_fast.reference.philox import Purpose
@@ -25,12 +24,12 @@ _COMPARISONS = 4096  # of one program at a time: draws times classes
 
 @triton.jit
 def _draw_kernel(
-    seed, probability, order, start, end, out, num_classes, draws, CLASSES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    seed, probability, order, start, out, num_classes, draws, CLASSES: tl.constexpr, BLOCK: tl.constexpr
+):
     c = tl.program_id(1).to(tl.int64)
     other = tl.arange(0, CLASSES)
     inside = other < num_classes
-    count = tl.load(end + other, mask=inside, other=0) - tl.load(start + other, mask=inside, other=0)
+    count = tl.load(start + other + 1, mask=inside, other=0) - tl.load(start + other, mask=inside, other=0)
     p = tl.load(probability + c * num_classes + other, mask=inside & (other != c) & (count > 0), other=0.0)
     p = tl.where(p > 0.0, tl.where(p < 1.0, p, 1.0), 0.0)  # NaN counts as 0
     one = tl.full((CLASSES,), _ONE, tl.int64)
@@ -44,30 +43,29 @@ def _draw_kernel(
     x = bounded(w0, w1, total)
     drawn_class = tl.sum((cumulative[None, :] <= x[:, None]).to(tl.int32), 1)
     some = (draw < draws) & (total > 0)
-    first = tl.load(start + drawn_class, mask=some, other=0)
-    last = tl.load(end + drawn_class, mask=some, other=0)
+    first = tl.load(start + drawn_class, mask=some, other=0).to(tl.int64)
+    last = tl.load(start + drawn_class + 1, mask=some, other=0)
     pixel = tl.load(order + first + bounded(w2, w3, last - first), mask=some, other=-1)
     tl.store(out + element, pixel.to(tl.int64), mask=draw < draws)
 
 
 def sample_negatives(
     class_probability: Tensor,
-    label: Tensor,
-    valid: Tensor,
+    order: Tensor,
+    start: Tensor,
     num_anchors: int,
     num_negatives: int,
     seed: Tensor,
 ) -> Tensor:
-    """[C, A, N] int64 flat indices into [B, h, w], -1 where no other class can be drawn."""
+    """[C, A, N] int64 flat indices from the class lists of the valid pixels, -1 where none can be drawn."""
     num_classes = class_probability.shape[0]
-    order, start, end = class_lists(label, valid, num_classes)
-    out = torch.empty(num_classes, num_anchors, num_negatives, dtype=torch.int64, device=label.device)
+    out = torch.empty(num_classes, num_anchors, num_negatives, dtype=torch.int64, device=order.device)
     draws = num_anchors * num_negatives
     padded = triton.next_power_of_2(num_classes)
     block = max(16, min(256, _COMPARISONS // padded))
     grid = grid_of(triton.cdiv(draws, block), num_classes)
-    with device_of(label):
+    with device_of(order):
         _draw_kernel[grid](
-            seed, class_probability, order, start, end, out, num_classes, draws, CLASSES=padded, BLOCK=block
+            seed, class_probability, order, start, out, num_classes, draws, CLASSES=padded, BLOCK=block
         )
     return out

@@ -14,6 +14,7 @@ from prcl_fast.losses.feature_bank import FeatureBank
 from prcl_fast.ops import (
     PrototypeStatistics,
     Purpose,
+    class_lists,
     mutual_likelihood_score,
     philox_normal,
     probabilistic_info_nce,
@@ -192,17 +193,20 @@ class ProbabilisticContrast(nn.Module):
         with torch.autocast(mu.device.type, enabled=False):
             hard = valid & (confidence < self.delta_s)
             with torch.no_grad():
+                lists = class_lists(label, valid, hard, self.num_classes)
                 inverse_norm = None
                 if self.normalize:
                     local, inverse_norm = prototype_statistics(
-                        mu, var, label, valid, self.num_classes, with_norms=True
+                        mu, var, label, valid, self.num_classes, lists=lists, with_norms=True
                     )
                 else:
-                    local = prototype_statistics(mu, var, label, valid, self.num_classes)
-                total = _start_adding_up(local, _count_per_class(label, hard, self.num_classes))
+                    local = prototype_statistics(mu, var, label, valid, self.num_classes, lists=lists)
+                total = _start_adding_up(local, lists.hard_start.diff().long())
                 before = self._kept_mean()
                 # Needs no other process: goes on while the numbers travel.
-                anchors = sample_anchors(label, valid, hard, self.num_classes, self.num_anchors, seed)
+                anchors = sample_anchors(
+                    label, valid, hard, self.num_classes, self.num_anchors, seed, lists=lists
+                )
                 batch = total()
                 positive = self._updated(batch.statistics)
                 negatives = sample_negatives(
@@ -213,12 +217,13 @@ class ProbabilisticContrast(nn.Module):
                     self.num_anchors // self.share,
                     self.num_negatives,
                     seed,
+                    lists=lists,
                 )
                 virtual_mu = None
                 if self.virtual_negatives:
                     virtual_mu = virtual_negatives(positive, self.virtual_negatives, self.beta, seed)
                 if self.bank is not None:
-                    self.bank.add(mu, label, valid, seed)
+                    self.bank.add(mu, label, valid, seed, lists=lists)
                     virtual_mu = self.bank.draw(self.bank_negatives, seed)
             loss = probabilistic_info_nce(
                 mu,
@@ -337,12 +342,6 @@ class _Total:
     statistics: PrototypeStatistics
     hard: Tensor  # [C] int64, hard pixels
     share: Tensor | None  # [C] float32: this process's hard pixels over the mean of all processes'
-
-
-def _count_per_class(label: Tensor, chosen: Tensor, num_classes: int) -> Tensor:
-    """[C] int64."""
-    classes = torch.arange(num_classes, device=label.device)
-    return ((label.flatten() == classes[:, None]) & chosen.flatten()).sum(1)
 
 
 # Counts travel as two float32 numbers, so that sums are exact up to 2^36 pixels on 4096 processes.

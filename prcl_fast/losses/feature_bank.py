@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.distributed import rank, start_sum, world_size
-from prcl_fast.ops import Purpose, philox_normal, sample_anchors
+from prcl_fast.ops import ClassLists, Purpose, philox_normal, sample_anchors
 
 # Draws for the bank must not be those of the anchors of the same step.
 _ADD, _DRAW = 0x42414E4B, 0x44524157
@@ -38,14 +38,17 @@ class FeatureBank(nn.Module):
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
 
     @torch.no_grad()
-    def add(self, features: Tensor, label: Tensor, valid: Tensor, seed: Tensor) -> None:
+    def add(
+        self, features: Tensor, label: Tensor, valid: Tensor, seed: Tensor, *, lists: ClassLists | None = None
+    ) -> None:
         """Adds features of pixels drawn uniformly, with replacement, from each class's valid ones.
 
         Args:
-            features: [B, D, h, w] floating.
+            features: [B, D, h, w] floating; only the rows that are drawn are converted.
             label: [B, h, w] integer; outside 0 .. C-1 means "none".
             valid: [B, h, w] bool.
             seed: int64 [2] = (seed, step), on the features' device.
+            lists: `class_lists` of the same label and valid.
         Raises:
             ValueError: the bank has less room than there are processes.
         """
@@ -55,7 +58,8 @@ class FeatureBank(nn.Module):
             raise ValueError(
                 f"size must be at least {world * own}, one row of every process; got {self.size}"
             )
-        index = sample_anchors(label, valid, valid, self.num_classes, own, seed ^ _ADD)  # [C, R]
+        lists = None if lists is None else lists.with_all_hard()
+        index = sample_anchors(label, valid, valid, self.num_classes, own, seed ^ _ADD, lists=lists)  # [C, R]
         dim = features.shape[1]
         pixels = features.permute(0, 2, 3, 1).reshape(-1, dim)
         found = index >= 0

@@ -1,6 +1,7 @@
 """The operations of the contrast, the losses and the network, and the choice of their implementation."""
 
 from prcl_fast.ops._backend import use_backend
+from prcl_fast.ops.class_lists import ClassLists, class_lists
 from prcl_fast.ops.mutual_likelihood_score import mutual_likelihood_score
 from prcl_fast.ops.philox_normal import philox_normal
 from prcl_fast.ops.probabilistic_info_nce import probabilistic_info_nce
@@ -14,9 +15,11 @@ from prcl_fast.ops.variance_head import Collectives, variance_head
 from prcl_fast.reference.philox import Purpose
 
 __all__ = [
+    "ClassLists",
     "Collectives",
     "PrototypeStatistics",
     "Purpose",
+    "class_lists",
     "mutual_likelihood_score",
     "philox_normal",
     "probabilistic_info_nce",

@@ -18,6 +18,7 @@ _PREFERENCE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "mutual_likelihood_score": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "mutual_likelihood_score_backward": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "prototype_statistics": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
+    "class_lists": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "sample_anchors": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "sample_negatives": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},
     "philox_normal": {"cpu": _NATIVE, "cuda": _NATIVE_FIRST},

@@ -11,6 +11,7 @@ from torch import Tensor
 from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import BOOL, INTEGER, check_count, check_features, check_tensor
 from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.class_lists import ClassLists, check_lists
 from prcl_fast.reference import prototype_statistics as reference
 
 
@@ -57,6 +58,7 @@ def prototype_statistics(
     valid: Tensor,
     num_classes: int,
     *,
+    lists: ClassLists | None = None,
     with_norms: Literal[False] = False,
 ) -> PrototypeStatistics: ...
 
@@ -69,6 +71,7 @@ def prototype_statistics(
     valid: Tensor,
     num_classes: int,
     *,
+    lists: ClassLists | None = None,
     with_norms: Literal[True],
 ) -> tuple[PrototypeStatistics, Tensor]: ...
 
@@ -80,6 +83,7 @@ def prototype_statistics(
     valid: Tensor,
     num_classes: int,
     *,
+    lists: ClassLists | None = None,
     with_norms: bool = False,
 ) -> PrototypeStatistics | tuple[PrototypeStatistics, Tensor]:
     """Sums of 1 / s and mu / s over each class's valid pixels, eq. (4) of the IJCV paper.
@@ -92,6 +96,7 @@ def prototype_statistics(
         label: [B, h, w] integer; outside 0 .. num_classes - 1 means "none".
         valid: [B, h, w] bool. What the other pixels hold, even NaN, does not matter.
         num_classes: C.
+        lists: `class_lists` of the same label, valid and num_classes, so that nothing is sorted again.
         with_norms: whether the inverse norms of the means are returned too, which costs no further pass.
     Returns:
         precision and weighted mean [C, D] float32, count [C] int64. With norms, beside them 1 / |mu|
@@ -105,7 +110,11 @@ def prototype_statistics(
     check_tensor("label", label, size, INTEGER, ("mu", mu))
     check_tensor("valid", valid, size, BOOL, ("mu", mu))
     check_count("num_classes", num_classes)
-    *sums, inverse_norm = _op(mu.detach(), var.detach(), label, valid, num_classes, with_norms)
+    order = start = None
+    if lists is not None:
+        check_lists(lists, label, num_classes)
+        order, start = lists.valid_order, lists.valid_start
+    *sums, inverse_norm = _op(mu.detach(), var.detach(), label, valid, order, start, num_classes, with_norms)
     statistics = PrototypeStatistics(*sums)
     return (statistics, inverse_norm) if with_norms else statistics
 
@@ -115,6 +124,8 @@ def _fake(
     var: Tensor,
     label: Tensor,
     valid: Tensor,
+    order: Tensor | None,
+    start: Tensor | None,
     num_classes: int,
     with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,26 +141,39 @@ def _prepared(
     var: Tensor,
     label: Tensor,
     valid: Tensor,
+    order: Tensor | None,
+    start: Tensor | None,
     *options: int | bool,
 ) -> tuple[Any, ...]:
     """What the kernels may trust: one memory format for mu and var, either of the two; a pair of dtypes."""
     if not (mu.is_contiguous() and var.is_contiguous()):
         mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
-    return mu, var, label.contiguous(), valid.contiguous(), *options
+    lists = [None if x is None else x.contiguous() for x in (order, start)]
+    return mu, var, label.contiguous(), valid.contiguous(), *lists, *options
+
+
+def _without_lists(
+    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, order: Any, start: Any, *options: int | bool
+) -> tuple[Any, ...]:
+    """For those that find a pixel's class where they meet it."""
+    return mu, var, label, valid, *options
 
 
 _op = define_op(
-    "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, SymInt num_classes,"
-    " bool with_norms) -> (Tensor precision, Tensor weighted_mean, Tensor count, Tensor inverse_norm)",
+    "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, Tensor? order, Tensor? start,"
+    " SymInt num_classes, bool with_norms)"
+    " -> (Tensor precision, Tensor weighted_mean, Tensor count, Tensor inverse_norm)",
     fake=_fake,
     implementations={
-        "torch": Implementation(reference.prototype_statistics),
+        "torch": Implementation(
+            lambda *arguments: reference.prototype_statistics(*_without_lists(*arguments))
+        ),
         "native": _native.implementation(
             lambda native, *arguments: native.prototype_statistics(*_prepared(*arguments))
         ),
         "triton": _triton.implementation(
             "prototype_statistics",
-            lambda kernels, *arguments: kernels.prototype_statistics(*_prepared(*arguments)),
+            lambda kernels, *arguments: kernels.prototype_statistics(*_without_lists(*_prepared(*arguments))),
         ),
     },
 )

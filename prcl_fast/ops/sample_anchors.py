@@ -10,7 +10,6 @@ from torch import Tensor
 from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import (
     BOOL,
-    FLOATING,
     INTEGER,
     check_count,
     check_draws,
@@ -19,11 +18,19 @@ from prcl_fast.ops._arguments import (
     check_tensor,
 )
 from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.class_lists import ClassLists, check_lists, class_lists
 from prcl_fast.reference import sample_anchors as reference
 
 
 def sample_anchors(
-    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int, num_anchors: int, seed: Tensor
+    label: Tensor,
+    valid: Tensor,
+    hard: Tensor,
+    num_classes: int,
+    num_anchors: int,
+    seed: Tensor,
+    *,
+    lists: ClassLists | None = None,
 ) -> Tensor:
     """Draws each class's anchors uniformly, with replacement, from its valid and hard pixels.
 
@@ -37,6 +44,7 @@ def sample_anchors(
         num_classes: C.
         num_anchors: A, per class; C * A < 2^32.
         seed: int64 [2] = (seed, step), on label's device.
+        lists: `class_lists` of the same label, valid, hard and num_classes, so that nothing is sorted again.
     Returns:
         [C, A] int64, flat indices into B*h*w, -1 where the class has no valid and hard pixel.
     Raises:
@@ -50,37 +58,32 @@ def sample_anchors(
     check_count("num_anchors", num_anchors)
     check_draws("num_classes * num_anchors", num_classes * num_anchors)
     check_seed(seed, ("label", label))
-    return _op(label, valid, hard, num_classes, num_anchors, seed)
+    if lists is None:
+        lists = class_lists(label, valid, hard, num_classes)
+    else:
+        check_lists(lists, label, num_classes)
+    return _op(lists.hard_order, lists.hard_start, num_anchors, seed)
 
 
-def _fake(
-    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int, num_anchors: int, seed: Tensor
-) -> Tensor:
-    return label.new_empty((num_classes, num_anchors), dtype=torch.int64)
+def _fake(order: Tensor, start: Tensor, num_anchors: int, seed: Tensor) -> Tensor:
+    return order.new_empty((start.numel() - 1, num_anchors), dtype=torch.int64)
 
 
-def _prepared(
-    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int, num_anchors: int, seed: Tensor
-) -> tuple[Any, ...]:
-    return (
-        label.contiguous(), valid.contiguous(), hard.contiguous(), num_classes, num_anchors, seed.contiguous()
-    )  # fmt: skip
+def _prepared(order: Tensor, start: Tensor, num_anchors: int, seed: Tensor) -> tuple[Any, ...]:
+    return order.contiguous(), start.contiguous(), num_anchors, seed.contiguous()
 
 
 _op = define_op(
-    "sample_anchors(Tensor label, Tensor valid, Tensor hard, SymInt num_classes, SymInt num_anchors,"
-    " Tensor seed) -> Tensor",
+    "sample_anchors(Tensor order, Tensor start, SymInt num_anchors, Tensor seed) -> Tensor",
     fake=_fake,
     implementations={
         "torch": Implementation(reference.sample_anchors),
         "native": _native.implementation(
             lambda native, *arguments: native.sample_anchors(*_prepared(*arguments)),
-            cuda_dtypes=FLOATING,
         ),
         "triton": _triton.implementation(
             "sample_anchors",
             lambda kernels, *arguments: kernels.sample_anchors(*_prepared(*arguments)),
-            dtypes=FLOATING,
         ),
     },
 )

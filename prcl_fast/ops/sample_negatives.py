@@ -19,6 +19,7 @@ from prcl_fast.ops._arguments import (
     check_tensor,
 )
 from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.class_lists import ClassLists, check_lists, class_lists
 from prcl_fast.reference import sample_negatives as reference
 
 
@@ -30,6 +31,8 @@ def sample_negatives(
     num_anchors: int,
     num_negatives: int,
     seed: Tensor,
+    *,
+    lists: ClassLists | None = None,
 ) -> Tensor:
     """Draws each negative's class from the anchor class's row, then one of that class's valid pixels.
 
@@ -46,6 +49,7 @@ def sample_negatives(
         num_anchors: A, per class.
         num_negatives: N, per anchor; C * A * N < 2^32.
         seed: int64 [2] = (seed, step), on label's device.
+        lists: `class_lists` of the same label, valid and num_classes, so that nothing is sorted again.
     Returns:
         [C, A, N] int64, flat indices into B*h*w, -1 where no other class can be drawn.
     Raises:
@@ -62,34 +66,40 @@ def sample_negatives(
         "class_probability", class_probability, (num_classes, num_classes), FLOATING, ("label", label)
     )
     check_seed(seed, ("label", label))
-    return _op(class_probability.detach(), label, valid, num_anchors, num_negatives, seed)
+    if lists is None:
+        lists = class_lists(label, valid, valid, num_classes)
+    else:
+        check_lists(lists, label, num_classes)
+    return _op(
+        class_probability.detach(), lists.valid_order, lists.valid_start, num_anchors, num_negatives, seed
+    )
 
 
 def _fake(
     class_probability: Tensor,
-    label: Tensor,
-    valid: Tensor,
+    order: Tensor,
+    start: Tensor,
     num_anchors: int,
     num_negatives: int,
     seed: Tensor,
 ) -> Tensor:
-    return label.new_empty((class_probability.shape[0], num_anchors, num_negatives), dtype=torch.int64)
+    return order.new_empty((class_probability.shape[0], num_anchors, num_negatives), dtype=torch.int64)
 
 
 def _prepared(
     class_probability: Tensor,
-    label: Tensor,
-    valid: Tensor,
+    order: Tensor,
+    start: Tensor,
     num_anchors: int,
     num_negatives: int,
     seed: Tensor,
 ) -> tuple[Any, ...]:
     probability = class_probability.double().contiguous()
-    return probability, label.contiguous(), valid.contiguous(), num_anchors, num_negatives, seed.contiguous()
+    return probability, order.contiguous(), start.contiguous(), num_anchors, num_negatives, seed.contiguous()
 
 
 _op = define_op(
-    "sample_negatives(Tensor class_probability, Tensor label, Tensor valid, SymInt num_anchors,"
+    "sample_negatives(Tensor class_probability, Tensor order, Tensor start, SymInt num_anchors,"
     " SymInt num_negatives, Tensor seed) -> Tensor",
     fake=_fake,
     implementations={

@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prcl_fast.reference.class_lists import class_lists
 from prcl_fast.reference.philox import Purpose, bounded, philox_words
 
 
-def sample_anchors(
-    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int, num_anchors: int, seed: Tensor
-) -> Tensor:
-    """[C, A] int64 flat indices into [B, h, w], -1 where the class has no valid and hard pixel."""
-    order, start, count = class_lists(label, valid & hard, num_classes)
-    element = torch.arange(num_classes * num_anchors, device=label.device).view(num_classes, num_anchors)
+def sample_anchors(order: Tensor, start: Tensor, num_anchors: int, seed: Tensor) -> Tensor:
+    """[C, A] int64 flat indices from the class lists of the hard pixels, -1 where a class has none."""
+    num_classes = start.numel() - 1
+    count = start.diff()
+    element = torch.arange(num_classes * num_anchors, device=order.device).view(num_classes, num_anchors)
     w0, w1, _, _ = philox_words(seed, element, Purpose.ANCHORS)
-    position = start[:, None] + bounded(w0, w1, count[:, None])
-    drawn = order[position.clamp(max=order.numel() - 1)]
+    position = start[:-1, None] + bounded(w0, w1, count[:, None].long())
+    drawn = order[position.clamp(max=order.numel() - 1)].long()
     return torch.where(count[:, None] > 0, drawn, -1)

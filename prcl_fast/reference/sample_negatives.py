@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prcl_fast.reference.class_lists import class_lists
 from prcl_fast.reference.philox import Purpose, bounded, philox_words
 
 # Draws per pass. On a CPU the working set should stay in the cache, on a GPU launches should be few.
@@ -15,24 +14,24 @@ _ONE = 1 << 31
 
 def sample_negatives(
     class_probability: Tensor,
-    label: Tensor,
-    valid: Tensor,
+    order: Tensor,
+    start: Tensor,
     num_anchors: int,
     num_negatives: int,
     seed: Tensor,
 ) -> Tensor:
-    """[C, A, N] int64 flat indices into [B, h, w], -1 where no other class can be drawn."""
+    """[C, A, N] int64 flat indices from the class lists of the valid pixels, -1 where none can be drawn."""
     num_classes = class_probability.shape[0]
-    order, start, count = class_lists(label, valid, num_classes)
+    start, count = start[:-1].long(), start.diff().long()
     cumulative = cumulative_weights(class_probability, count)  # [C, C]
 
     per_class = num_anchors * num_negatives
-    index = torch.empty(num_classes, per_class, dtype=torch.int64, device=label.device)
-    step = max(1, _CHUNK.get(label.device.type, 1 << 22) // num_classes)
-    first = torch.arange(num_classes, device=label.device)[:, None] * per_class
+    index = torch.empty(num_classes, per_class, dtype=torch.int64, device=order.device)
+    step = max(1, _CHUNK.get(order.device.type, 1 << 22) // num_classes)
+    first = torch.arange(num_classes, device=order.device)[:, None] * per_class
     for begin in range(0, per_class, step):
         end = min(begin + step, per_class)
-        element = first + torch.arange(begin, end, device=label.device)  # [C, chunk]
+        element = first + torch.arange(begin, end, device=order.device)  # [C, chunk]
         w0, w1, w2, w3 = philox_words(seed, element, Purpose.NEGATIVES)
         x = bounded(w0, w1, cumulative[:, -1:])
         drawn_class = torch.searchsorted(cumulative, x, right=True).clamp_(max=num_classes - 1)

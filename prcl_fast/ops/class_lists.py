@@ -1,0 +1,97 @@
+"""Class lists: the pixels of each class as ranges of one list, made once a step for all their readers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from prcl_fast.ops import _native, _triton
+from prcl_fast.ops._arguments import BOOL, INTEGER, check_count, check_pixels, check_tensor
+from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.reference import class_lists as reference
+
+
+@dataclass(frozen=True)
+class ClassLists:
+    """Pixels sorted by class, ascending within a class: class c owns order[start[c] : start[c + 1]].
+
+    P is the number of pixels, B*h*w. Behind the last class an order is -1.
+
+    Attributes:
+        valid_order: [P] int32, flat indices of the valid pixels.
+        valid_start: [C + 1] int32.
+        hard_order: [P] int32, likewise of the valid pixels that are hard.
+        hard_start: [C + 1] int32.
+    """
+
+    valid_order: Tensor
+    valid_start: Tensor
+    hard_order: Tensor
+    hard_start: Tensor
+
+    def with_all_hard(self) -> ClassLists:
+        """The lists where every valid pixel is hard."""
+        return replace(self, hard_order=self.valid_order, hard_start=self.valid_start)
+
+
+def class_lists(label: Tensor, valid: Tensor, hard: Tensor, num_classes: int) -> ClassLists:
+    """Sorts the valid pixels, and those of them that are hard, by class.
+
+    Args:
+        label: [B, h, w] integer; outside 0 .. num_classes - 1 means "none".
+        valid: [B, h, w] bool.
+        hard: [B, h, w] bool.
+        num_classes: C.
+    Returns:
+        both lists, the same bits on every backend.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range; the message names it.
+    """
+    check_tensor("label", label, ("B", "h", "w"), INTEGER)
+    check_tensor("valid", valid, label.shape, BOOL, ("label", label))
+    check_tensor("hard", hard, label.shape, BOOL, ("label", label))
+    check_pixels("label", label.numel())
+    check_count("num_classes", num_classes)
+    return ClassLists(*_op(label, valid, hard, num_classes))
+
+
+def check_lists(lists: ClassLists, label: Tensor, num_classes: int) -> None:
+    """Whether the lists may be those of `label` and `num_classes`; raises TypeError or ValueError if not."""
+    if not isinstance(lists, ClassLists):
+        raise TypeError(f"lists must be ClassLists; got {type(lists).__name__}")
+    for name in ("valid", "hard"):
+        order, start = getattr(lists, f"{name}_order"), getattr(lists, f"{name}_start")
+        check_tensor(f"lists.{name}_order", order, (label.numel(),), (torch.int32,), ("label", label))
+        check_tensor(f"lists.{name}_start", start, (num_classes + 1,), (torch.int32,), ("label", label))
+
+
+def _fake(
+    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    orders = [label.new_empty((label.numel(),), dtype=torch.int32) for _ in range(2)]
+    starts = [label.new_empty((num_classes + 1,), dtype=torch.int32) for _ in range(2)]
+    return orders[0], starts[0], orders[1], starts[1]
+
+
+def _prepared(
+    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    return label.contiguous(), valid.contiguous(), hard.contiguous(), num_classes
+
+
+_op = define_op(
+    "class_lists(Tensor label, Tensor valid, Tensor hard, SymInt num_classes)"
+    " -> (Tensor valid_order, Tensor valid_start, Tensor hard_order, Tensor hard_start)",
+    fake=_fake,
+    implementations={
+        "torch": Implementation(reference.class_lists),
+        "native": _native.implementation(
+            lambda native, *arguments: native.class_lists(*_prepared(*arguments))
+        ),
+        "triton": _triton.implementation(
+            "class_lists", lambda kernels, *arguments: kernels.class_lists(*_prepared(*arguments))
+        ),
+    },
+)
