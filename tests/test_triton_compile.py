@@ -22,7 +22,7 @@ import pytest
 ARCHITECTURE = 90
 # What each kernel is launched with for 21 classes and 256 dimensions. `types` has the pointers' element
 # types, where "x" stands for the features', or for the means' beside "s" for the variances'; other arguments
-# are 32-bit integers, or float32 if in `floats`.
+# are 32-bit integers, multiples of 16 if in `aligned`, or float32 if in `floats`.
 # `others` are compile-time constants of other launches.
 KERNELS: dict[str, dict[str, Any]] = {
     "class_lists._count_kernel": {
@@ -94,6 +94,7 @@ KERNELS: dict[str, dict[str, Any]] = {
             {"DIMS": 16},
             {"DIMS": 512},
         ),
+        "aligned": ("dims",),
         "num_warps": 1,
     },
     "probabilistic_info_nce._scatter_kernel": {
@@ -113,14 +114,27 @@ KERNELS: dict[str, dict[str, Any]] = {
         "types": {
             "mu": "x",
             "var": "s",
-            "label": "i64",
-            "valid": "u8",
+            "order": "i32",
+            "start": "i64",
+            "end": "i64",
             "sums": "fp32",
-            "counts": "i32",
             "squares": "fp32",
         },
-        "meta": {"NORMS": True, "SPAN": 1024, "PIXELS": 32, "DIMS": 64, "CLASSES": 32},
-        "others": ({"NORMS": False},),
+        "meta": {"NORMS": True, "PIXELS": 512, "ROWS": 16, "DIMS": 256, "CLASSES": 32},
+        "aligned": ("dims",),
+        "others": ({"NORMS": False}, {"ROWS": 128, "DIMS": 32}, {"CLASSES": 256}),
+    },
+    "prototype_statistics._merge_kernel": {
+        "types": {
+            "sums": "fp32",
+            "start": "i64",
+            "end": "i64",
+            "precision": "fp32",
+            "weighted_mean": "fp32",
+            "count": "i64",
+        },
+        "meta": {"PIXELS": 512, "ROWS": 32, "DIMS": 32, "CLASSES": 32},
+        "aligned": ("dims",),
     },
     "pseudo_label._label_kernel": {
         "types": {"logits": "x", "label": "u8", "confidence": "fp32"},
@@ -161,7 +175,6 @@ KERNELS: dict[str, dict[str, Any]] = {
             "target": "u8",
             "weight": "fp32",
             "losses": "fp32",
-            "counts": "i32",
             "log_sums": "fp32",
         },
         "floats": ("scale_y", "scale_x"),
@@ -174,7 +187,11 @@ KERNELS: dict[str, dict[str, Any]] = {
         "meta": {"ALIGN": False, "BLOCK": 64},
         "others": ({"ALIGN": True},),
     },
-    "upsample_cross_entropy._gradient_kernel": {
+    "upsample_cross_entropy._count_kernel": {
+        "types": {"target": "u8", "counts": "i32"},
+        "meta": {"BLOCK": 4096},
+    },
+    "upsample_cross_entropy._tile_kernel": {
         "types": {
             "logits": "x",
             "target": "u8",
@@ -186,9 +203,20 @@ KERNELS: dict[str, dict[str, Any]] = {
             "starts_x": "i32",
             "lows_x": "i32",
             "fractions_x": "fp32",
+            "losses": "fp32",
             "grad": "fp32",
         },
-        "meta": {"CLASSES": 4, "ROWS": 16, "COLUMNS": 8, "SPAN": 16},
+        "meta": {
+            "CLASSES": 21,
+            "PADDED": 32,
+            "ALL": True,
+            "NEEDS_GRAD": True,
+            "ROWS": 16,
+            "COLUMNS": 16,
+            "SPAN": 64,
+        },
+        "others": ({"NEEDS_GRAD": False}, {"ALL": False, "CLASSES": 16, "PADDED": 16}),
+        "num_warps": 2,
     },
     "variance_head._moments_kernel": {
         "types": {"x": "x", "mean_out": "fp32", "squares_out": "fp32"},
@@ -226,11 +254,18 @@ FUNCTIONS = {
     "interpolation.position_of",
     "interpolation.taps",
     "launch.at_least",
+    "launch.log2",
+    "launch.reciprocal",
     "philox.bounded",
     "philox.philox_words",
     "probabilistic_info_nce._add",
+    "probabilistic_info_nce._candidates",
     "probabilistic_info_nce._log1p",
     "probabilistic_info_nce._pairs",
+    "prototype_statistics._programs",
+    "upsample_cross_entropy._across",
+    "upsample_cross_entropy._load",
+    "upsample_cross_entropy._split",
     "upsample_bilinear._between",
     "variance_head._sigmoid",
 }
@@ -308,8 +343,8 @@ def compile_all() -> list[dict[str, Any]]:
                 constants |= {argument: 1} if ones else {}
         aligned = {
             (i,): [["tt.divisibility", 16]]
-            for i, kind in enumerate(signature.values())
-            if kind.startswith("*")
+            for i, (argument, kind) in enumerate(signature.items())
+            if kind.startswith("*") or (argument in case.get("aligned", ()) and not ones)
         }
         result: dict[str, Any] = {"case": [name, dtype, launch], "error": None, "report": None}
         try:

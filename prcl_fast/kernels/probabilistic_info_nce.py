@@ -3,10 +3,10 @@
 Forward: a program of one warp owns an anchor, whose row stays in registers. It reads its prototype, then its
 negatives and the virtual ones, four rows at a time, each once. With r = 1 / (s_i + s_j) and
 t = (mu_j - mu_i) r they give the scores and, weighted with exp(score - maximum), running sums of t and of
-t^2 - r, rescaled where the maximum rises. Rows are added in ascending order. The positive stays out of the
+t^2 - r, rescaled where the maximum rises. Rows are added in ascending order. Scores are in powers of two. The positive stays out of the
 sums: its weight less one is minus the sum of the others', so nothing cancels where it prevails. One logarithm
-is taken of the product of two sums s, which must stay below 1e19. Quotients are right to 2 units in the last
-place.
+is taken of the product of two sums s, which must stay below 1e19. Reciprocals are right to 1 unit in the
+last place.
 
 Backward: the anchors are sorted by pixel, stably. The program of a pixel's first anchor adds the rows of all
 that share the pixel, in ascending order, and writes the pixel; nothing else is written but zeros. No atomics.
@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prcl_fast.kernels.launch import INTERPRETED, at_least, device_of, grid_of
+from prcl_fast.kernels.launch import INTERPRETED, at_least, device_of, grid_of, log2, reciprocal
 from prcl_fast.reference.norm import MIN_NORM
 
 _MIN_SUM = tl.constexpr(1e-12)  # s_i + s_j is clamped here; its gradient is zero where it was
 _MIN_NORM = tl.constexpr(MIN_NORM)
+_LOG_2 = tl.constexpr(0.6931471805599453)
 _ROWS = 16 if INTERPRETED else 4
 _DIMS_OF_A_WARP = 256
 _SCATTER_DIMS = 256
@@ -77,42 +78,21 @@ def _anchor_kernel(
         else:
             inverse_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(mu_i * mu_i, 0)), _MIN_NORM)
         mu_i *= inverse_norm
-    mu_p = tl.load(positive_mean + c * dims + dim, mask=inside & counts, other=0.0)
-    s_p = tl.load(positive_variance + c * dims + dim, mask=inside & counts, other=0.0)
-    score_p, t_p, slope_p = _pairs(mu_i, s_i, mu_p[None, :], s_p[None, :], scale, NORMALIZE, 1, DIMS)
-    positive = tl.max(score_p, 0)
-
-    peak = positive
-    total = positive * 0.0  # sum of exp(score - peak) over all but the positive
-    sum_mu = tl.full((DIMS,), 0.0, tl.float32)
-    sum_var = tl.full((DIMS,), 0.0, tl.float32)
-    drawn = negative_index + (row // anchors_per_group) * num_negatives
-    for first in range(0, tl.where(counts, num_negatives, 0), ROWS):
-        j = first + tl.arange(0, ROWS)
-        other = tl.load(drawn + j, mask=j < num_negatives, other=-1)
-        kept = other >= 0
-        read = kept[:, None] & inside[None, :]
-        place = other[:, None] * dims + dim[None, :]
-        mu_j = tl.load(mu + place, mask=read, other=0.0).to(tl.float32)
-        s_j = tl.load(var + place, mask=read, other=0.0).to(tl.float32)
-        if HAS_NORMS:
-            mu_j *= tl.load(norms + other, mask=kept, other=0.0)[:, None]
-        score, t, slope = _pairs(mu_i, s_i, mu_j, s_j, scale, NORMALIZE and not HAS_NORMS, ROWS, DIMS)
-        peak, total, sum_mu, sum_var = _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD)
-    for first in range(0, tl.where(counts, num_classes * num_virtual, 0), ROWS):
-        j = first + tl.arange(0, ROWS)
-        owner = j // num_virtual
-        kept = (owner < num_classes) & (owner != c)
-        kept = kept & (tl.load(positive_count + owner, mask=kept, other=0) > 0)
-        read = kept[:, None] & inside[None, :]
-        place = j.to(tl.int64)[:, None] * dims + dim[None, :]
-        mu_j = tl.load(virtual_mu + place, mask=read, other=0.0)
-        s_j = tl.full((ROWS, DIMS), 0.0, tl.float32)
-        score, t, slope = _pairs(mu_i, s_i, mu_j, s_j, scale, NORMALIZE, ROWS, DIMS)
-        peak, total, sum_mu, sum_var = _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD)
-
-    at_positive = tl.exp(positive - peak)
-    value = (peak - positive + _log1p(total + (at_positive - 1.0))) * weight
+    # All variances are positive: if the anchor's are above the clamp, no sum is at it.
+    if tl.min(s_i, 0) > _MIN_SUM:
+        positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
+            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i,
+            s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
+            False, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
+        )  # fmt: skip
+    else:
+        positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
+            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i,
+            s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
+            True, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
+        )  # fmt: skip
+    at_positive = tl.exp2(positive - peak)
+    value = ((peak - positive) * _LOG_2 + _log1p(total + (at_positive - 1.0))) * weight
     tl.store(loss + row, tl.where(counts, value, 0.0))
     if NEEDS_GRAD:
         factor = weight * scale / (total + at_positive)
@@ -127,20 +107,73 @@ def _anchor_kernel(
 
 
 @triton.jit
-def _pairs(mu_i, s_i, mu_j, s_j, scale, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
+def _candidates(
+    mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i, s_i,
+    row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
+    MAY_CLAMP: tl.constexpr, NORMALIZE: tl.constexpr, HAS_NORMS: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """The positive's score, t and t^2 - r; the largest score of all; the sums over all others."""
+    dim = tl.arange(0, DIMS)
+    inside = dim < dims
+    mu_p = tl.load(positive_mean + c * dims + dim, mask=inside & counts, other=0.0)
+    s_p = tl.load(positive_variance + c * dims + dim, mask=inside & counts, other=0.0)
+    score_p, t_p, slope_p = _pairs(
+        mu_i, s_i, mu_p[None, :], s_p[None, :], scale, MAY_CLAMP, NORMALIZE, 1, DIMS
+    )
+    positive = tl.max(score_p, 0)
+    peak = positive
+    total = positive * 0.0  # sum of exp(score - peak) over all but the positive
+    sum_mu = tl.full((DIMS,), 0.0, tl.float32)
+    sum_var = tl.full((DIMS,), 0.0, tl.float32)
+    drawn = negative_index + (row // anchors_per_group) * num_negatives
+    for first in range(0, tl.where(counts, num_negatives, 0), ROWS):
+        j = first + tl.arange(0, ROWS)
+        other = tl.load(drawn + j, mask=j < num_negatives, other=-1)
+        kept = other >= 0
+        read = kept[:, None] & inside[None, :]
+        place = (other * dims)[:, None] + dim[None, :]
+        mu_j = tl.load(mu + place, mask=read, other=0.0).to(tl.float32)
+        s_j = tl.load(var + place, mask=read, other=0.0).to(tl.float32)
+        if HAS_NORMS:
+            mu_j *= tl.load(norms + other, mask=kept, other=0.0)[:, None]
+        score, t, slope = _pairs(
+            mu_i, s_i, mu_j, s_j, scale, MAY_CLAMP, NORMALIZE and not HAS_NORMS, ROWS, DIMS
+        )
+        peak, total, sum_mu, sum_var = _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD)
+    for first in range(0, tl.where(counts, num_classes * num_virtual, 0), ROWS):
+        j = first + tl.arange(0, ROWS)
+        owner = j // num_virtual
+        kept = (owner < num_classes) & (owner != c)
+        kept = kept & (tl.load(positive_count + owner, mask=kept, other=0) > 0)
+        read = kept[:, None] & inside[None, :]
+        place = (j.to(tl.int64) * dims)[:, None] + dim[None, :]
+        mu_j = tl.load(virtual_mu + place, mask=read, other=0.0)
+        s_j = tl.full((ROWS, DIMS), 0.0, tl.float32)
+        score, t, slope = _pairs(mu_i, s_i, mu_j, s_j, scale, MAY_CLAMP, NORMALIZE, ROWS, DIMS)
+        peak, total, sum_mu, sum_var = _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD)
+    return positive, t_p, slope_p, peak, total, sum_mu, sum_var
+
+
+@triton.jit
+def _pairs(
+    mu_i, s_i, mu_j, s_j, scale,
+    MAY_CLAMP: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
     """Scaled scores [ROWS], t and t^2 - r [ROWS, DIMS] of an anchor and rows. Padding has s_i + s_j = 1."""
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(mu_j * mu_j, 1))
         mu_j *= (1.0 / tl.maximum(norm, _MIN_NORM))[:, None]
     s = s_i[None, :] + s_j
-    clamped = at_least(s, _MIN_SUM)
+    clamped = at_least(s, _MIN_SUM) if MAY_CLAMP else s
     d = mu_j - mu_i[None, :]
-    r = 1.0 / clamped
+    r = reciprocal(clamped)
     t = d * r
-    even, odd = tl.split(tl.reshape(clamped, (ROWS, DIMS // 2, 2)))
-    distance_even, distance_odd = tl.split(tl.reshape(d * t, (ROWS, DIMS // 2, 2)))
-    score = tl.sum(distance_even + distance_odd + tl.log(even * odd), 1) * (-0.5 * scale)
-    return score, t, tl.where(s <= _MIN_SUM, 0.0, t * t - r)
+    slope = t * t - r
+    if MAY_CLAMP:
+        slope = tl.where(s <= _MIN_SUM, 0.0, slope)
+    score = tl.sum(d * t + log2(clamped) * _LOG_2, 1) * (-0.5 / _LOG_2 * scale)
+    return score, t, slope
 
 
 @triton.jit
@@ -148,8 +181,8 @@ def _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD: tl.con
     """The running maximum and sums with some rows added."""
     score = tl.where(kept, score, float("-inf"))
     higher = tl.maximum(peak, tl.max(score, 0))
-    rescale = tl.exp(peak - higher)
-    w = tl.exp(score - higher)
+    rescale = tl.exp2(peak - higher)
+    w = tl.exp2(score - higher)
     total = total * rescale + tl.sum(w, 0)
     if NEEDS_GRAD:
         sum_mu = sum_mu * rescale + tl.sum(w[:, None] * t, 0)

@@ -1,13 +1,13 @@
 """Prototype statistics in Triton.
 
-A program owns 1024 neighbouring pixels of one image, 64 dimensions and 32 classes. It reads its part of the
-features once, 32 pixels at a time (pixels that do not count are not read), and adds the product of the
-one-hot matrix [classes, pixels] with 1 / s and mu / s [pixels, dimensions] to sums in registers: float32
-multiply-adds, exact on the one-hot side, pixels ascending. Both memory formats differ in strides only.
+The pixels are first sorted by class (class_lists). A program owns up to 512 neighbours in the list of one
+class and up to 1024 dimensions; which neighbours, it finds in the table of the lists' ends. It reads their
+rows of the features once, 4096 values at a time, and adds 1 / s and mu / s to sums in registers, one for each
+row of that tile. Pixels that do not count are never read. Features that are not channels_last are copied.
 
-Each program writes its sums into a table [programs, C, 2 D] of its own; the tables are added in float64, in a
-fixed order, without atomics. A quotient is right to 2 units in the last place. Where the norms of the means
-are asked for, each program also writes the sums of squares of its part, which are added in the same manner.
+Each program writes its sums into a row of a table [programs, 2, D]. A second kernel adds each class's rows in
+float64. All sums have a fixed order, without atomics. A reciprocal is right to 1 unit in the last place. Where
+the norms of the means are asked for, each program also writes the sums of squares of its part of each row.
 """
 
 from __future__ import annotations
@@ -17,56 +17,81 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prcl_fast.kernels.launch import device_of, grid_of
+from prcl_fast.kernels.class_lists import class_lists
+from prcl_fast.kernels.launch import device_of, grid_of, reciprocal
 from prcl_fast.reference.norm import MIN_NORM
 
-_SPAN = 1024
-_PIXELS = 32
-_CLASSES = 32
+_PIXELS = 512
+_TILE = 4096
+_MOST_DIMS = 1024
+_MERGED_ROWS, _MERGED_DIMS = 32, 32
 
 
 @triton.jit
 def _sum_kernel(
-    mu, var, label, valid, sums, counts, squares, area, dims, num_classes, spans, pixel_stride, dim_stride,
-    NORMS: tl.constexpr, SPAN: tl.constexpr, PIXELS: tl.constexpr, DIMS: tl.constexpr, CLASSES: tl.constexpr,
+    mu, var, order, start, end, sums, squares, pixels, dims, num_classes,
+    NORMS: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    span = tl.program_id(0)
-    image = (span // spans).to(tl.int64)
-    first = (span % spans) * SPAN
-    dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
-    owner = tl.program_id(2) * CLASSES + tl.arange(0, CLASSES)
-    mu += image * area * dims
-    var += image * area * dims
-    label += image * area
-    valid += image * area
-    precision = tl.zeros((CLASSES, DIMS), tl.float32)
-    weighted_mean = tl.zeros((CLASSES, DIMS), tl.float32)
-    count = tl.zeros((CLASSES,), tl.int32)
-    for begin in range(first, tl.minimum(first + SPAN, area), PIXELS):
-        pixel = begin + tl.arange(0, PIXELS)
-        kept = tl.load(valid + pixel, mask=pixel < area, other=0) != 0
-        value = tl.load(label + pixel, mask=kept, other=0).to(tl.int64)
-        kept = kept & (value >= 0) & (value < num_classes)
-        member = kept[None, :] & (value[None, :] == owner[:, None])
-        place = pixel.to(tl.int64)[:, None] * pixel_stride + dim.to(tl.int64)[None, :] * dim_stride
-        read = kept[:, None] & (dim < dims)[None, :]
-        r = 1.0 / tl.load(var + place, mask=read, other=1.0).to(tl.float32)
-        m = tl.load(mu + place, mask=read, other=0.0).to(tl.float32)
-        t = m * r
-        one_hot = member.to(tl.float32)
-        precision = tl.dot(one_hot, r, precision, input_precision="ieee")
-        weighted_mean = tl.dot(one_hot, t, weighted_mean, input_precision="ieee")
-        count += tl.sum(member.to(tl.int32), 1)
+    squares += tl.program_id(1).to(tl.int64) * pixels
+    program = tl.program_id(0)
+    begin, after, first = _programs(start, end, num_classes, PIXELS, CLASSES)
+    mine = (first <= program) & (program < first + tl.cdiv(after - begin, PIXELS))
+    position = tl.sum(tl.where(mine, begin + (program - first) * PIXELS, 0), 0)
+    stop = tl.minimum(position + PIXELS, tl.sum(tl.where(mine, after, 0), 0))
+    dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)[None, :]
+    precision = tl.zeros((ROWS, DIMS), tl.float32)
+    weighted_mean = tl.zeros((ROWS, DIMS), tl.float32)
+    for i in range(position, stop, ROWS):
+        listed = i + tl.arange(0, ROWS)
+        kept = listed < stop
+        pixel = tl.load(order + listed, mask=kept, other=0).to(tl.int64)
+        place = (pixel * dims)[:, None] + dim
+        read = kept[:, None] & (dim < dims)
+        r = reciprocal(tl.load(var + place, mask=read, other=float("inf")).to(tl.float32))
+        precision += r
+        mean = tl.load(mu + place, mask=read, other=0.0).to(tl.float32)
+        weighted_mean += mean * r
         if NORMS:
-            at = (tl.program_id(1) * (tl.num_programs(0) // spans) + image) * area + pixel
-            once = (pixel < area) & (tl.program_id(2) == 0)
-            tl.store(squares + at, tl.where(kept, tl.sum(m * m, 1), -1.0), mask=once)
-    row = span.to(tl.int64) * num_classes + owner
-    at = sums + row[:, None] * 2 * dims + dim[None, :]
-    inside = (owner < num_classes)[:, None] & (dim < dims)[None, :]
-    tl.store(at, precision, mask=inside)
-    tl.store(at + dims, weighted_mean, mask=inside)
-    tl.store(counts + row, count, mask=(owner < num_classes) & (tl.program_id(1) == 0))
+            tl.store(squares + pixel, tl.sum(mean * mean, 1), mask=kept)
+    at = sums + program.to(tl.int64) * 2 * dims + dim
+    tl.store(at, tl.sum(precision, 0)[None, :], mask=dim < dims)
+    tl.store(at + dims, tl.sum(weighted_mean, 0)[None, :], mask=dim < dims)
+
+
+@triton.jit
+def _merge_kernel(
+    sums, start, end, precision, weighted_mean, count, dims, num_classes,
+    PIXELS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    begin, after, first = _programs(start, end, num_classes, PIXELS, CLASSES)
+    mine = tl.arange(0, CLASSES) == c
+    pixels = tl.sum(tl.where(mine, after - begin, 0), 0)
+    program = tl.sum(tl.where(mine, first, 0), 0)
+    stop = program + tl.cdiv(pixels, PIXELS)
+    dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)[None, :]
+    of_precision = tl.zeros((ROWS, DIMS), tl.float64)
+    of_mean = tl.zeros((ROWS, DIMS), tl.float64)
+    for i in range(program, stop, ROWS):
+        row = i + tl.arange(0, ROWS)[:, None]
+        read = (row < stop) & (dim < dims)
+        place = row.to(tl.int64) * 2 * dims + dim
+        of_precision += tl.load(sums + place, mask=read, other=0.0).to(tl.float64)
+        of_mean += tl.load(sums + place + dims, mask=read, other=0.0).to(tl.float64)
+    at = c * dims + dim
+    tl.store(precision + at, tl.sum(of_precision, 0)[None, :].to(tl.float32), mask=dim < dims)
+    tl.store(weighted_mean + at, tl.sum(of_mean, 0)[None, :].to(tl.float32), mask=dim < dims)
+    tl.store(count + c, pixels.to(tl.int64), mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def _programs(start, end, num_classes, PIXELS: tl.constexpr, CLASSES: tl.constexpr):
+    """Where each class begins and ends in the list, and its first program."""
+    c = tl.arange(0, CLASSES)
+    begin = tl.load(start + c, mask=c < num_classes, other=0).to(tl.int32)
+    after = tl.load(end + c, mask=c < num_classes, other=0).to(tl.int32)
+    programs = tl.cdiv(after - begin, PIXELS)
+    return begin, after, tl.cumsum(programs, 0) - programs
 
 
 def prototype_statistics(
@@ -74,27 +99,32 @@ def prototype_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Precision and weighted mean [C, D] float32, count [C] int64, inverse norm [B, h, w] float32 or [0].
 
-    mu and var are [B, D, h, w], both contiguous or both channels_last.
+    mu and var are [B, D, h, w].
     """
+    mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
     batch, dims, height, width = mu.shape
-    area = height * width
-    spans = triton.cdiv(area, _SPAN)
-    sums = torch.empty(batch * spans, num_classes, 2, dims, dtype=torch.float32, device=mu.device)
-    counts = torch.empty(batch * spans, num_classes, dtype=torch.int32, device=mu.device)
-    strides = (1, area) if mu.is_contiguous() and var.is_contiguous() else (dims, 1)
-    dims_block = min(64, max(16, triton.next_power_of_2(dims)))
-    grid = grid_of(batch * spans, triton.cdiv(dims, dims_block), triton.cdiv(num_classes, _CLASSES))
-    shape = (grid[1], batch, height, width) if with_norms else (0,)
-    squares = torch.empty(shape, dtype=torch.float32, device=mu.device)
+    pixels = batch * height * width
+    order, start, end = class_lists(label, valid, num_classes)
+    programs = triton.cdiv(pixels, _PIXELS) + num_classes  # as many as may be needed
+    sums = torch.empty(programs, 2, dims, dtype=torch.float32, device=mu.device)
+    precision = sums.new_empty(num_classes, dims)
+    weighted_mean = torch.empty_like(precision)
+    count = torch.empty(num_classes, dtype=torch.int64, device=mu.device)
+    classes = triton.next_power_of_2(num_classes)
+    dims_block = min(_MOST_DIMS, max(32, triton.next_power_of_2(dims)))
+    grid = grid_of(programs, triton.cdiv(dims, dims_block))
+    # A negative sum is a pixel that does not count.
+    squares = sums.new_full((grid[1], batch, height, width) if with_norms else (0,), -1.0)
     with device_of(mu):
         _sum_kernel[grid](
-            mu, var, label, valid.view(torch.uint8), sums, counts, squares, area, dims, num_classes, spans,
-            *strides, NORMS=with_norms, SPAN=_SPAN, PIXELS=_PIXELS, DIMS=dims_block, CLASSES=_CLASSES,
+            mu, var, order, start, end, sums, squares, pixels, dims, num_classes, NORMS=with_norms,
+            PIXELS=_PIXELS, ROWS=_TILE // dims_block, DIMS=dims_block, CLASSES=classes,
         )  # fmt: skip
-    precision, weighted_mean = sums.sum(0, dtype=torch.float64).float().unbind(1)
+        _merge_kernel[grid_of(num_classes, triton.cdiv(dims, _MERGED_DIMS))](
+            sums, start, end, precision, weighted_mean, count, dims, num_classes,
+            PIXELS=_PIXELS, ROWS=_MERGED_ROWS, DIMS=_MERGED_DIMS, CLASSES=classes,
+        )  # fmt: skip
     if with_norms:
-        # A negative sum is a pixel that does not count.
         square = squares.sum(0)
-        inverse_norm = square.sqrt().clamp(min=MIN_NORM).reciprocal()
-        squares = torch.where(square < 0, 0.0, inverse_norm)
-    return precision.contiguous(), weighted_mean.contiguous(), counts.sum(0), squares
+        squares = torch.where(square < 0, 0.0, square.sqrt().clamp(min=MIN_NORM).reciprocal())
+    return precision, weighted_mean, count, squares

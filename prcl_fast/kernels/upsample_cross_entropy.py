@@ -1,15 +1,19 @@
 """Cross-entropy of bilinearly upsampled logits in Triton.
 
-Loss: a program owns 512 neighbouring pixels of one output image and walks over the classes, interpolating
-each logit where it is needed. It keeps the running sum of exp(logit - largest) and the target's logit, and
-writes the sum of its losses to a slot of its own; for the gradient it leaves log-sum-exp, [B, H, W].
+A program of two warps owns at most 16 neighbouring columns of 16 input rows and walks down them, a thread to
+an output column. A row and the next one form a strip; each output pixel lies in one strip, between two
+columns. The thread interpolates both rows of a strip at its column once, and each logit between them with one
+multiply-add. It holds all classes of a pixel in registers: one visit gives the softmax, the loss and the
+gradient by each logit, which adds to the strip's upper row and, weighted otherwise, to its lower row, which
+is kept for the next strip. A finished row goes from output to input columns by a product with the matrix
+[outputs, columns] of the interpolation's weights, on tensor cores. Both factors are split into two numbers of
+11 bits; only the product of the two smaller parts, 2^-22 of the whole, is left out.
 
-Gradient: a program owns 8 neighbouring columns of 16 input rows of four classes and walks down those rows. A
-row and the next one form a strip; each output pixel lies in one strip, between two columns. The program
-interpolates the logits of every output pixel that touches its columns, makes their gradients from
-log-sum-exp, and adds them to the strip's upper row and, weighted otherwise, to the lower row, which it keeps
-for the next strip. So each input value is written once, by its owner, after sums in a fixed order, without
-atomics; an output pixel is worked out twice, by the owners of both its columns.
+Each input value is written once, by its owner, after sums in a fixed order, without atomics. A pixel that
+touches two programs is worked out by both; the owner of its upper left neighbour counts its loss.
+
+More than 21 classes do not fit in registers. Then a kernel that walks over the classes makes the loss and
+log-sum-exp of each pixel, and the walk above is made for 16 classes at a time. Logits are in units of log 2.
 """
 
 from __future__ import annotations
@@ -20,18 +24,31 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.interpolation import axis_scale, bilinear, corners, taps
-from prcl_fast.kernels.launch import INTERPRETED, device_of, grid_of
+from prcl_fast.kernels.launch import INTERPRETED, device_of, grid_of, log2, reciprocal
 
-_BLOCK = 512
-_CLASSES, _COLUMNS = (32, 32) if INTERPRETED else (4, 8)
+_LOG2_E, _LOG_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# Classes whose logits and gradients a thread keeps in registers: all, if they are no more than the first.
+_MOST_CLASSES, _CLASSES = 21, 16
 _ROWS = 16
+# Output columns at a time, and the most input columns of a program.
+_SPAN, _COLUMNS = (512, 128) if INTERPRETED else (64, 16)
+_BLOCK = 512
+_COUNT_BLOCK = 2**16 if INTERPRETED else 4096
 _AXIS_BLOCK = 64
-_SPAN = 16  # output columns of one input column that are worked on at a time
+
+
+@triton.jit
+def _count_kernel(target, counts, pixels, ignore_index, BLOCK: tl.constexpr):
+    """The number of pixels that are not ignored."""
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < pixels
+    wanted = tl.load(target + pixel, mask=inside, other=0).to(tl.int64)
+    tl.store(counts + tl.program_id(0), tl.sum((inside & (wanted != ignore_index)).to(tl.int32), 0))
 
 
 @triton.jit
 def _loss_kernel(
-    logits, target, weight, losses, counts, log_sums, ignore_index, num_classes, height, width, area_out,
+    logits, target, weight, losses, log_sums, ignore_index, num_classes, height, width, area_out,
     width_out, scale_y, scale_x, stride_b, stride_c, stride_y, stride_x, weight_stride_b, weight_stride_pixel,
     NEEDS_GRAD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -44,24 +61,23 @@ def _loss_kernel(
     wanted = tl.load(target + image * area_out + pixel, mask=inside, other=0).to(tl.int64)
     kept = inside & (wanted != ignore_index)
     plane = logits + image * stride_b
-    largest = bilinear(plane, at_00, at_01, at_10, at_11, fraction_y, fraction_x)
+    largest = bilinear(plane, at_00, at_01, at_10, at_11, fraction_y, fraction_x) * _LOG2_E
     picked = largest
     total = tl.full((BLOCK,), 1.0, tl.float32)
     for c in range(1, num_classes):
         plane += stride_c
-        logit = bilinear(plane, at_00, at_01, at_10, at_11, fraction_y, fraction_x)
+        logit = bilinear(plane, at_00, at_01, at_10, at_11, fraction_y, fraction_x) * _LOG2_E
         higher = logit > largest
-        ratio = tl.exp(-tl.abs(logit - largest))
+        ratio = tl.exp2(-tl.abs(logit - largest))
         total = tl.where(higher, total * ratio + 1.0, total + ratio)
         largest = tl.where(higher, logit, largest)
         picked = tl.where(wanted == c, logit, picked)
     factor = tl.load(weight + image * weight_stride_b + pixel * weight_stride_pixel, mask=kept, other=0.0)
-    loss = (largest - picked + tl.log(total)) * factor
+    log_sum = largest + log2(total)
     slot = image * tl.num_programs(0) + tl.program_id(0)
-    tl.store(losses + slot, tl.sum(tl.where(kept, loss, 0.0), 0))
-    tl.store(counts + slot, tl.sum(kept.to(tl.int32), 0))
+    tl.store(losses + slot, tl.sum(tl.where(kept, (log_sum - picked) * factor, 0.0), 0) * _LOG_2)
     if NEEDS_GRAD:
-        tl.store(log_sums + image * area_out + pixel, largest + tl.log(total), mask=inside)
+        tl.store(log_sums + image * area_out + pixel, log_sum, mask=inside)
 
 
 @triton.jit
@@ -83,74 +99,124 @@ def _axis_kernel(starts, lows, fractions, size_in, size_out, scale, ALIGN: tl.co
 
 
 @triton.jit
-def _gradient_kernel(
-    logits, target, weight, log_sums, scale, starts_y, fractions_y, starts_x, lows_x, fractions_x, grad,
-    ignore_index, num_classes, groups, height, width, height_out, width_out, most_columns,
+def _tile_kernel(
+    logits, target, weight, log_sums, scale, starts_y, fractions_y, starts_x, lows_x, fractions_x,
+    losses, grad, ignore_index, num_classes, height, width, height_out, width_out, columns,
     stride_b, stride_c, stride_y, stride_x, weight_stride_b, weight_stride_pixel,
-    CLASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
+    CLASSES: tl.constexpr, PADDED: tl.constexpr, ALL: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
+    groups = tl.cdiv(num_classes, CLASSES)
     image = (tl.program_id(0) // groups).to(tl.int64)
-    c = (tl.program_id(0) % groups) * CLASSES + tl.arange(0, CLASSES)
+    first_class = (tl.program_id(0) % groups) * CLASSES
+    c = first_class + tl.arange(0, PADDED)[:, None]
+    real = tl.arange(0, PADDED)[:, None] < CLASSES
     first_row = tl.program_id(1) * ROWS
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    real = c < num_classes
-    owned = column < width
-    image_plane = logits + image * stride_b
-    to_class = c.to(tl.int64)[:, None, None] * stride_c
+    first_column = tl.program_id(2) * columns
+    last_column = tl.minimum(first_column + columns, width) - 1
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
     target += image * height_out * width_out
     log_sums += image * height_out * width_out
     weight += image * weight_stride_b
-    mean_scale = tl.load(scale)
-    # The output columns that touch a column: those between it and its neighbours on both sides.
-    begin = tl.load(starts_x + tl.maximum(column - 1, 0), mask=owned, other=0)
-    end = tl.load(starts_x + column + 1, mask=owned, other=0)
-    carried = tl.full((CLASSES, COLUMNS), 0.0, tl.float32)
+    to_class = tl.arange(0, PADDED)[:, None]
+    if not ALL:
+        to_class = tl.minimum(to_class, num_classes - 1 - first_class)
+    to_class = to_class.to(tl.int64) * stride_c
     halo = tl.maximum(first_row - 1, 0)
-    top_row = image_plane + halo.to(tl.int64) * stride_y
-    for row in range(halo, tl.minimum(first_row + ROWS, height)):
-        last = row == height - 1
-        bottom_row = top_row + tl.where(last, 0, stride_y)
-        to_upper = tl.full((CLASSES, COLUMNS), 0.0, tl.float32)
-        to_lower = tl.full((CLASSES, COLUMNS), 0.0, tl.float32)
-        for offset in range(0, most_columns, SPAN):
-            x = begin[:, None] + offset + tl.arange(0, SPAN)[None, :]  # [COLUMNS, SPAN]
-            touches = x < end[:, None]
-            low = tl.load(lows_x + x, mask=touches, other=0)
-            high = tl.minimum(low + 1, width - 1)
-            fraction = tl.load(fractions_x + x, mask=touches, other=0.0)
-            share = tl.where(low == column[:, None], 1.0 - fraction, 0.0)
-            share += tl.where(high == column[:, None], fraction, 0.0)
-            left = to_class + (low.to(tl.int64) * stride_x)[None, :, :]
-            right = to_class + (high.to(tl.int64) * stride_x)[None, :, :]
-            read = real[:, None, None] & touches[None, :, :]
-            across = fraction[None, :, :]
-            top = tl.load(top_row + left, mask=read, other=0.0).to(tl.float32)
-            top += across * (tl.load(top_row + right, mask=read, other=0.0).to(tl.float32) - top)
-            bottom = tl.load(bottom_row + left, mask=read, other=0.0).to(tl.float32)
-            bottom += across * (tl.load(bottom_row + right, mask=read, other=0.0).to(tl.float32) - bottom)
-            difference = bottom - top
-            upper = tl.full((CLASSES, COLUMNS, SPAN), 0.0, tl.float32)
-            lower = tl.full((CLASSES, COLUMNS, SPAN), 0.0, tl.float32)
+    first_row_at = (
+        logits + image * stride_b + first_class.to(tl.int64) * stride_c + halo.to(tl.int64) * stride_y
+    )
+    # The output columns that touch a column: those between it and its neighbours on both sides.
+    begin = tl.load(starts_x + tl.maximum(first_column - 1, 0))
+    end = tl.load(starts_x + last_column + 1)
+    loss = tl.zeros((SPAN,), tl.float32)
+    for first in range(begin, tl.maximum(end, begin + 1), SPAN):  # where none does, zeros are written
+        x = first + tl.arange(0, SPAN)
+        touches = x < end
+        low = tl.load(lows_x + x, mask=touches, other=0)
+        high = tl.minimum(low + 1, width - 1)
+        fraction = tl.load(fractions_x + x, mask=touches, other=0.0)
+        owned = touches & (low >= first_column) & (low <= last_column)
+        shares = tl.where(low[:, None] == column, 1.0 - fraction[:, None], 0.0)
+        shares += tl.where(high[:, None] == column, fraction[:, None], 0.0)
+        left = low.to(tl.int64) * stride_x
+        right = high.to(tl.int64) * stride_x
+        row_at = first_row_at
+        top = _across(row_at + left, row_at + right, fraction, to_class, real)
+        upper = tl.zeros((PADDED, SPAN), tl.float32)
+        for row in range(halo, tl.minimum(first_row + ROWS, height)):
+            last = row == height - 1  # below the last row lies itself
+            row_at += tl.where(last, 0, stride_y)
+            difference = _across(row_at + left, row_at + right, fraction, to_class, real) - top
+            lower = tl.zeros((PADDED, SPAN), tl.float32)
             for y in range(tl.load(starts_y + row), tl.load(starts_y + row + 1)):
                 depth = tl.load(fractions_y + y)
                 pixel = y * width_out + x
-                wanted = tl.load(target + pixel, mask=touches, other=0).to(tl.int64)
-                kept = touches & (wanted != ignore_index)
-                # Infinite, it makes the probability 0 where nothing was read or counts.
-                log_sum = tl.load(log_sums + pixel, mask=kept, other=float("inf"))
+                wanted = tl.load(target + pixel, mask=touches, other=0)
+                kept = touches & (wanted.to(tl.int64) != ignore_index)
                 factor = tl.load(weight + pixel * weight_stride_pixel, mask=kept, other=0.0)
-                probability = tl.exp(top + depth * difference - log_sum[None, :, :])
-                hit = wanted[None, :, :] == c[:, None, None]
-                slope = (probability - hit.to(tl.float32)) * factor[None, :, :]
-                upper += (1.0 - depth) * slope
-                lower += depth * slope
-            to_upper += tl.sum(upper * share[None, :, :], 2)
-            to_lower += tl.sum(lower * share[None, :, :], 2)
-        value = carried + tl.where(last, to_upper + to_lower, to_upper)  # below the last row lies itself
-        carried = to_lower
-        top_row = bottom_row
-        at = ((image * num_classes + c[:, None]) * height + row) * width + column[None, :]
-        tl.store(grad + at, value * mean_scale, mask=real[:, None] & owned[None, :] & (row >= first_row))
+                hit = real & (wanted.to(tl.int32)[None, :] == c)
+                logit = top + depth * difference
+                if ALL:
+                    peak = tl.max(tl.where(real, logit, float("-inf")), 0)
+                    probability = tl.where(real, tl.exp2(logit - peak[None, :]), 0.0)
+                    total = tl.sum(probability, 0)
+                    picked = tl.sum(tl.where(hit, logit, 0.0), 0)
+                    value = (peak - picked + log2(total)) * factor
+                    loss += tl.where(kept & owned & (row >= first_row), value, 0.0)
+                    share = factor * reciprocal(total)
+                else:
+                    log_sum = tl.load(log_sums + pixel, mask=kept, other=float("inf"))
+                    probability = tl.exp2(logit - log_sum[None, :])
+                    share = factor
+                if NEEDS_GRAD:
+                    slope = probability * share[None, :] - tl.where(hit, factor[None, :], 0.0)
+                    upper += slope
+                    lower += depth * slope
+            top += difference
+            if NEEDS_GRAD:
+                value = upper - tl.where(last, 0.0, lower)
+                upper = lower
+                # Made anew for each row: the two would hold 64 registers in a tensor core's layout.
+                shares_high, shares_low = _split(shares * tl.load(scale))
+                value_high, value_low = _split(value)
+                gathered = tl.dot(value_low, shares_high, input_precision="tf32")
+                gathered = tl.dot(value_high, shares_low, gathered, input_precision="tf32")
+                gathered = tl.dot(value_high, shares_high, gathered, input_precision="tf32")
+                at = grad + ((image * num_classes + c) * height + row) * width + column
+                inside = real & (c < num_classes) & (column <= last_column) & (row >= first_row)
+                if first != begin:  # more outputs touch the columns than a program has threads
+                    tl.debug_barrier()
+                    gathered += tl.load(at, mask=inside, other=0.0)
+                tl.store(at, gathered, mask=inside)
+    if ALL:
+        slot = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(losses + slot, tl.sum(loss, 0) * _LOG_2)
+
+
+@triton.jit
+def _split(x):
+    """x as a sum of what a tensor core reads of a float32, its first 11 bits, and the rest."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _across(left, right, fraction, to_class, real):
+    """One input row at each output column, all classes."""
+    at_left = _load(left[None, :] + to_class, real) * _LOG2_E
+    at_right = _load(right[None, :] + to_class, real) * _LOG2_E
+    return at_left + fraction[None, :] * (at_right - at_left)
+
+
+@triton.jit
+def _load(at, real):
+    """Values [classes, outputs], read as one list: so all classes of an output are one thread's.
+
+    Read as a matrix, Triton may give neighbouring classes to a warp's lanes, and sums over classes shuffle.
+    """
+    listed = tl.load(tl.ravel(at), mask=tl.ravel(tl.broadcast_to(real, at.shape)), other=0.0)
+    return tl.reshape(listed, at.shape).to(tl.float32)
 
 
 def upsample_cross_entropy(
@@ -174,31 +240,55 @@ def upsample_cross_entropy(
         weight_strides = (0, 0)
     else:
         weight_strides = (1, 0) if weight.dim() == 1 else (area_out, 1)
+    at_once = num_classes <= _MOST_CLASSES
+    columns = _columns(width, scale_x)
+    tiles = (triton.cdiv(height, _ROWS), triton.cdiv(width, columns))
     blocks = triton.cdiv(area_out, _BLOCK)
-    losses = torch.empty(batch * blocks, dtype=torch.float32, device=device)
-    counts = torch.empty(batch * blocks, dtype=torch.int32, device=device)
-    log_sums = torch.empty(target.shape if needs_grad else (0,), dtype=torch.float32, device=device)
+    losses = torch.empty(
+        batch * (tiles[0] * tiles[1] if at_once else blocks), dtype=torch.float32, device=device
+    )
+    log_sums = torch.empty(
+        target.shape if needs_grad and not at_once else (0,), dtype=torch.float32, device=device
+    )
     grad = torch.empty(logits.shape if needs_grad else (0,), dtype=torch.float32, device=device)
     with device_of(logits):
-        _loss_kernel[grid_of(blocks, batch)](
-            logits, target, weight, losses, counts, log_sums, ignore_index, num_classes, height, width,
-            area_out, width_out, scale_y, scale_x, *logits.stride(), *weight_strides,
-            NEEDS_GRAD=needs_grad, ALIGN=align_corners, BLOCK=_BLOCK,
-        )  # fmt: skip
-        loss = losses.sum()
-        scale = counts.sum().clamp(min=1).float().reciprocal() if mean else torch.ones_like(loss)
-        if needs_grad:
+        scale = _scale(target, ignore_index, mean)
+        if not at_once:
+            _loss_kernel[grid_of(blocks, batch)](
+                logits, target, weight, losses, log_sums, ignore_index, num_classes, height, width,
+                area_out, width_out, scale_y, scale_x, *logits.stride(), *weight_strides,
+                NEEDS_GRAD=needs_grad, ALIGN=align_corners, BLOCK=_BLOCK,
+            )  # fmt: skip
+        if at_once or needs_grad:
             starts_y, _, fractions_y = _axis(height, height_out, scale_y, align_corners, device)
             axis_x = _axis(width, width_out, scale_x, align_corners, device)
-            groups = triton.cdiv(num_classes, _CLASSES)
-            grid = grid_of(batch * groups, triton.cdiv(height, _ROWS), triton.cdiv(width, _COLUMNS))
-            _gradient_kernel[grid](
-                logits, target, weight, log_sums, scale, starts_y, fractions_y, *axis_x, grad,
-                ignore_index, num_classes, groups, height, width, height_out, width_out,
-                _most_columns(width, width_out, scale_x), *logits.stride(), *weight_strides,
-                CLASSES=_CLASSES, ROWS=_ROWS, COLUMNS=_COLUMNS, SPAN=_SPAN,
+            classes = num_classes if at_once else _CLASSES
+            _tile_kernel[grid_of(batch * triton.cdiv(num_classes, classes), *tiles)](
+                logits, target, weight, log_sums, scale, starts_y, fractions_y, *axis_x, losses, grad,
+                ignore_index, num_classes, height, width, height_out, width_out, columns,
+                *logits.stride(), *weight_strides,
+                CLASSES=classes, PADDED=max(16, triton.next_power_of_2(classes)), ALL=at_once,
+                NEEDS_GRAD=needs_grad, ROWS=_ROWS, COLUMNS=_COLUMNS, SPAN=_SPAN, num_warps=_SPAN // 32,
             )  # fmt: skip
-    return loss * scale, grad
+        loss = losses.sum() * scale
+    return loss, grad
+
+
+def _columns(width: int, scale: float) -> int:
+    """Input columns of a program, at most _COLUMNS: as many as its threads have outputs for, if any."""
+    fitting = int(_SPAN * scale) - 1  # n columns are touched by the outputs of n + 1 steps between inputs
+    most = max(1, min(_COLUMNS, width, fitting))
+    return triton.cdiv(width, triton.cdiv(width, most))
+
+
+def _scale(target: Tensor, ignore_index: int, mean: bool) -> Tensor:
+    """What the sum of the losses is multiplied with, a scalar."""
+    if not mean:
+        return torch.ones((), dtype=torch.float32, device=target.device)
+    blocks = triton.cdiv(target.numel(), _COUNT_BLOCK)
+    counts = torch.empty(blocks, dtype=torch.int32, device=target.device)
+    _count_kernel[(blocks,)](target, counts, target.numel(), ignore_index, BLOCK=_COUNT_BLOCK)
+    return counts.sum().clamp(min=1).float().reciprocal()
 
 
 def _axis(
@@ -212,8 +302,3 @@ def _axis(
         starts, lows, fractions, size_in, size_out, scale, ALIGN=align_corners, BLOCK=_AXIS_BLOCK
     )
     return starts, lows, fractions
-
-
-def _most_columns(size_in: int, size_out: int, scale: float) -> int:
-    """At least as many as the outputs between an input's two neighbours, or beyond the edge."""
-    return size_out if size_in <= 2 or scale == 0 else min(size_out, int(2.5 / scale) + 2)
