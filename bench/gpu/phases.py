@@ -23,7 +23,10 @@ _FOUND_SOMETHING = 9  # exit status asked of compute-sanitizer
 _PYTEST = ("-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=line", "-rf", "--timeout=60")
 # One file whose package is missing shall not keep the others from running.
 _WITHOUT_SOME = "--continue-on-collection-errors"
-_SMALL_STEP = ("train.threads=1", "method.anchors=16", "method.negatives=16")
+_SMALL_STEP = (
+    "train.threads=1", "train.batch_labeled=2", "train.batch_unlabeled=2", "model.width=16", "model.dim=8",
+    "method.anchors=16", "method.negatives=16",
+)  # fmt: skip
 _ON_CPU = {"OMP_NUM_THREADS": "1"}  # threads that wait for each other are slow on a shared machine
 
 
@@ -166,8 +169,8 @@ class _Phases:
         """Tests, of which one at least must not have been skipped."""
         pytest = (_PYTHON, *_PYTEST, f"--junitxml={self.folder / name}.xml")
         phase = self.phase(
-            name, box, settles, (*pytest, "-m", "gpu", *run), on_cpu=(*pytest, "-m", "not gpu", *small), lines=12,
-            **environment,
+            name, box, settles, (*pytest, "-m", "gpu", *run), on_cpu=(*pytest, "-m", "not gpu", *small),
+            lines=12, **environment,
         )  # fmt: skip
         return replace(phase, says=" passed")
 
