@@ -23,7 +23,10 @@ _FOUND_SOMETHING = 9  # exit status asked of compute-sanitizer
 _PYTEST = ("-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=line", "-rf", "--timeout=60")
 # One file whose package is missing shall not keep the others from running.
 _WITHOUT_SOME = "--continue-on-collection-errors"
-_SMALL_STEP = ("train.threads=1", "method.anchors=16", "method.negatives=16")
+_SMALL_STEP = (
+    "train.threads=1", "train.batch_labeled=2", "train.batch_unlabeled=2", "model.width=16", "model.dim=8",
+    "method.anchors=16", "method.negatives=16",
+)  # fmt: skip
 _ON_CPU = {"OMP_NUM_THREADS": "1"}  # threads that wait for each other are slow on a shared machine
 
 
