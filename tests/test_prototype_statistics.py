@@ -7,7 +7,13 @@ import torch
 from backends import run_everywhere, skip_on_one_thread
 from torch import Tensor
 
-from prcl_fast.ops import PrototypeStatistics, class_lists, prototype_statistics
+from prcl_fast.ops import (
+    ClassLists,
+    PrototypeStatistics,
+    class_lists,
+    prototype_statistics,
+    use_backend,
+)
 
 place = run_everywhere("prototype_statistics")
 
@@ -48,6 +54,12 @@ def by_hand(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor) -> tuple[Tens
         s, m = var.double().movedim(1, -1)[member], mu.double().movedim(1, -1)[member]
         precision[c], weighted_mean[c], count[c] = (1 / s).sum(0), (m / s).sum(0), member.sum()
     return precision, weighted_mean, count
+
+
+def lists_of(label: Tensor, valid: Tensor, hard: Tensor, classes: int) -> ClassLists:
+    """Made by the reference, where the tensors lie."""
+    with use_backend("torch"):
+        return class_lists(label, valid, hard, classes)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -195,7 +207,7 @@ def test_given_lists_give_the_same(memory_format: torch.memory_format) -> None:
     mu, var, label, valid = scene()
     mu, var = mu.contiguous(memory_format=memory_format), var.contiguous(memory_format=memory_format)
     expected, norms = prototype_statistics(mu, var, label, valid, C, with_norms=True)
-    lists = class_lists(label, valid, label == 0, C)
+    lists = lists_of(label, valid, label == 0, C)
     got, given_norms = prototype_statistics(mu, var, label, valid, C, lists=lists, with_norms=True)
     assert torch.equal(got.precision, expected.precision)
     assert torch.equal(got.weighted_mean, expected.weighted_mean)
@@ -247,7 +259,7 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_opcheck_and_compile() -> None:
     mu, var, label, valid = scene()
-    lists = class_lists(label, valid, valid, C)
+    lists = lists_of(label, valid, valid, C)
     for order, start, with_norms in ((None, None, False), (lists.valid_order, lists.valid_start, True)):
         arguments = (mu.bfloat16(), var, label, valid, order, start, C, with_norms)
         torch.library.opcheck(torch.ops.prcl_fast.prototype_statistics.default, arguments)

@@ -9,12 +9,18 @@ from backends import run_everywhere
 from scipy.stats import chi2
 from torch import Tensor
 
-from prcl_fast.ops import class_lists, sample_anchors
+from prcl_fast.ops import ClassLists, class_lists, sample_anchors, use_backend
 from prcl_fast.reference.philox import philox_4x32
 
 place = run_everywhere("sample_anchors")
 
 C, A = 5, 64
+
+
+def lists_of(label: Tensor, valid: Tensor, hard: Tensor, classes: int) -> ClassLists:
+    """Made by the reference, where the tensors lie."""
+    with use_backend("torch"):
+        return class_lists(label, valid, hard, classes)
 
 
 def scene(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +90,7 @@ def test_steps_and_seeds_draw_differently_and_label_dtype_does_not_matter() -> N
 def test_given_lists_draw_the_same() -> None:
     label, valid, hard = scene()
     seed = torch.tensor([1, 2])
-    lists = class_lists(label, valid, hard, C)
+    lists = lists_of(label, valid, hard, C)
     expected = sample_anchors(label, valid, hard, C, A, seed)
     assert torch.equal(sample_anchors(label, valid, hard, C, A, seed, lists=lists), expected)
     whole = sample_anchors(label, valid, valid, C, A, seed)
@@ -105,7 +111,7 @@ def test_wrong_arguments_are_named() -> None:
         sample_anchors(label, valid, hard, C, 0, seed)
     with pytest.raises(ValueError, match=r"below 2\^32"):
         sample_anchors(label, valid, hard, 1 << 16, 1 << 16, seed)
-    lists = class_lists(label, valid, hard, C + 1)
+    lists = lists_of(label, valid, hard, C + 1)
     with pytest.raises(ValueError, match=r"lists.valid_start must have shape \[6\]; got \[7\]"):
         sample_anchors(label, valid, hard, C, A, seed, lists=lists)
     with pytest.raises(TypeError, match="lists must be ClassLists; got tuple"):
@@ -117,7 +123,7 @@ def test_wrong_arguments_are_named() -> None:
 def test_opcheck_and_compile() -> None:
     label, valid, hard = scene()
     seed = torch.tensor([4, 5])
-    lists = class_lists(label, valid, hard, C)
+    lists = lists_of(label, valid, hard, C)
     arguments = (lists.hard_order, lists.hard_start, A, seed)
     torch.library.opcheck(torch.ops.prcl_fast.sample_anchors.default, arguments)
     compiled = torch.compile(sample_anchors, fullgraph=True, backend="aot_eager")

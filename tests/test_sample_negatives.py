@@ -9,13 +9,19 @@ from backends import run_everywhere
 from scipy.stats import chi2
 from torch import Tensor
 
-from prcl_fast.ops import class_lists, sample_negatives
+from prcl_fast.ops import ClassLists, class_lists, sample_negatives, use_backend
 from prcl_fast.reference.philox import philox_4x32
 
 place = run_everywhere("sample_negatives")
 
 C, A, N = 5, 6, 40
 ONE = 1 << 31
+
+
+def lists_of(label: Tensor, valid: Tensor, hard: Tensor, classes: int) -> ClassLists:
+    """Made by the reference, where the tensors lie."""
+    with use_backend("torch"):
+        return class_lists(label, valid, hard, classes)
 
 
 def scene() -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +128,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     from prcl_fast.reference import sample_negatives as reference
 
     probability, label, valid = scene()
-    lists = class_lists(label, valid, valid, C)
+    lists = lists_of(label, valid, valid, C)
     arguments = (probability, lists.valid_order, lists.valid_start, A, N, torch.tensor([1, 2]))
     whole = reference.sample_negatives(*arguments)
     monkeypatch.setitem(reference._CHUNK, "cpu", 37)
@@ -132,7 +138,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_given_lists_draw_the_same() -> None:
     probability, label, valid = scene()
     seed = torch.tensor([1, 2])
-    lists = class_lists(label, valid, label == 0, C)
+    lists = lists_of(label, valid, label == 0, C)
     expected = sample_negatives(probability, label, valid, C, A, N, seed)
     assert torch.equal(sample_negatives(probability, label, valid, C, A, N, seed, lists=lists), expected)
 
@@ -153,7 +159,7 @@ def test_wrong_arguments_are_named() -> None:
 def test_opcheck_and_compile() -> None:
     probability, label, valid = scene()
     seed = torch.tensor([4, 5])
-    lists = class_lists(label, valid, valid, C)
+    lists = lists_of(label, valid, valid, C)
     arguments = (probability, lists.valid_order, lists.valid_start, A, N, seed)
     torch.library.opcheck(torch.ops.prcl_fast.sample_negatives.default, arguments)
     compiled = torch.compile(sample_negatives, fullgraph=True, backend="aot_eager")
