@@ -33,45 +33,12 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _batch_norm(rank: int, rows: list[slice] | None, affine: bool) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    norm = nn.BatchNorm2d(5, affine=affine)
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter)
-    x, weight = 3 + 2 * draw(6, 5, 4, 3), draw(6, 5, 4, 3, seed=1)
-    if rows is not None:
-        synchronize_batch_norm(norm)
-        x, weight = x[rows[rank]], weight[rows[rank]]
-    x = x.clone().requires_grad_()
-    y = norm(x)
-    (y * weight).sum().backward()
-    assert x.grad is not None
-    found = {"y": y.detach(), "x": x.grad} | dict(norm.state_dict())
-    gradients = {f"{name} gradient": p.grad for name, p in norm.named_parameters() if p.grad is not None}
-    return found | gradients
-
-
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_runs_over_the_images_of_all_processes(two: Pair, affine: bool) -> None:
-    whole = _batch_norm(0, None, affine)
-    parts = two(_batch_norm, [slice(0, 4), slice(4, 6)], affine)
-    for name, value in whole.items():
-        found = parts[0][name]
-        if name in ("y", "x"):
-            found = torch.cat([part[name] for part in parts])
-        elif name.endswith("gradient"):
-            found = parts[0][name] + parts[1][name]
-        else:
-            assert torch.equal(parts[0][name], parts[1][name]), name
-        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
-
-
 def _variance_head(rank: int, rows: list[slice] | None, compiled: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
     head = ProbabilityHead(5, 7)
     x, weight = 3 + 2 * draw(6, 5, 4, 3), draw(6, 7, 4, 3, seed=1)
     if rows is not None:
-        synchronize_batch_norm(head, CPU)
+        synchronize_batch_norm(head)
         x, weight = x[rows[rank]], weight[rows[rank]]
     x = x.clone().requires_grad_()
     y = (torch.compile(head, backend="aot_eager") if compiled else head)(x)
