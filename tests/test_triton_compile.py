@@ -96,6 +96,7 @@ KERNELS: dict[str, dict[str, Any]] = {
         ),
         "aligned": ("dims",),
         "num_warps": 1,
+        "maxnreg": 176,
     },
     "probabilistic_info_nce._scatter_kernel": {
         "types": {
@@ -259,8 +260,8 @@ FUNCTIONS = {
     "philox.bounded",
     "philox.philox_words",
     "probabilistic_info_nce._add",
-    "probabilistic_info_nce._candidates",
     "probabilistic_info_nce._log1p",
+    "probabilistic_info_nce._candidates",
     "probabilistic_info_nce._pairs",
     "prototype_statistics._programs",
     "upsample_cross_entropy._across",
@@ -351,7 +352,7 @@ def compile_all() -> list[dict[str, Any]]:
             compiled = triton_compile(
                 ASTSource(kernel, signature, constants, aligned),
                 target=GPUTarget("cuda", ARCHITECTURE, 32),
-                options={"num_warps": case.get("num_warps", 4)},
+                options={"num_warps": case.get("num_warps", 4), "maxnreg": case.get("maxnreg")},
             )
             assert compiled.asm["cubin"]
             if ptxas and not launch:

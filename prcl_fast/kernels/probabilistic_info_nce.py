@@ -3,10 +3,9 @@
 Forward: a program of one warp owns an anchor, whose row stays in registers. It reads its prototype, then its
 negatives and the virtual ones, four rows at a time, each once. With r = 1 / (s_i + s_j) and
 t = (mu_j - mu_i) r they give the scores and, weighted with exp(score - maximum), running sums of t and of
-t^2 - r, rescaled where the maximum rises. Rows are added in ascending order. Scores are in powers of two. The positive stays out of the
-sums: its weight less one is minus the sum of the others', so nothing cancels where it prevails. One logarithm
-is taken of the product of two sums s, which must stay below 1e19. Reciprocals are right to 1 unit in the
-last place.
+t^2 - r, rescaled where the maximum rises. Rows are added in ascending order. The positive stays out of the
+sums: its weight less one is minus the sum of the others', so nothing cancels where it prevails. Scores are in
+powers of two; reciprocals are right to 1 unit in the last place, logarithms to 2^-22.
 
 Backward: the anchors are sorted by pixel, stably. The program of a pixel's first anchor adds the rows of all
 that share the pixel, in ascending order, and writes the pixel; nothing else is written but zeros. No atomics.
@@ -27,6 +26,7 @@ _MIN_NORM = tl.constexpr(MIN_NORM)
 _LOG_2 = tl.constexpr(0.6931471805599453)
 _ROWS = 16 if INTERPRETED else 4
 _DIMS_OF_A_WARP = 256
+_REGISTERS = 176  # of a thread: without a limit ptxas takes 168 and spills
 _SCATTER_DIMS = 256
 
 
@@ -81,15 +81,15 @@ def _anchor_kernel(
     # All variances are positive: if the anchor's are above the clamp, no sum is at it.
     if tl.min(s_i, 0) > _MIN_SUM:
         positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
-            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i,
-            s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
-            False, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
+            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms,
+            mu_i, s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims,
+            scale, False, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
         )  # fmt: skip
     else:
         positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
-            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i,
-            s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
-            True, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
+            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms,
+            mu_i, s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims,
+            scale, True, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
         )  # fmt: skip
     at_positive = tl.exp2(positive - peak)
     value = ((peak - positive) * _LOG_2 + _log1p(total + (at_positive - 1.0))) * weight
@@ -227,6 +227,7 @@ def probabilistic_info_nce(
     grad_var = torch.empty_like(grad_mu)
     weights = positive_mean.new_empty(num_classes)
     dims_block = max(16, triton.next_power_of_2(dims))
+    warps = min(16, max(1, dims_block // _DIMS_OF_A_WARP))
     with device_of(mu):
         _weight_kernel[(num_classes,)](
             anchor_index, positive_count, positive_mean if class_factor is None else class_factor, weights,
@@ -240,7 +241,7 @@ def probabilistic_info_nce(
             0 if virtual_mu is None else virtual_mu.shape[1], dims, 1.0 / (tau * dims if mean else tau),
             NORMALIZE=normalize, HAS_NORMS=inverse_norm is not None, NEEDS_GRAD=needs_grad, ROWS=_ROWS,
             DIMS=dims_block,
-            num_warps=min(16, max(1, dims_block // _DIMS_OF_A_WARP)),
+            num_warps=warps, maxnreg=_REGISTERS if warps <= 8 else None,
         )  # fmt: skip
     return losses.sum(), grad_mu, grad_var
 

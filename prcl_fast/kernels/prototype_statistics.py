@@ -5,9 +5,9 @@ class and up to 1024 dimensions; which neighbours, it finds in the table of the 
 rows of the features once, 4096 values at a time, and adds 1 / s and mu / s to sums in registers, one for each
 row of that tile. Pixels that do not count are never read. Features that are not channels_last are copied.
 
-Each program writes its sums into a row of a table [programs, 2, D]. A second kernel adds each class's rows in
-float64. All sums have a fixed order, without atomics. A reciprocal is right to 1 unit in the last place. Where
-the norms of the means are asked for, each program also writes the sums of squares of its part of each row.
+Each program writes its sums into a row of a table [programs, 2, D]. A second kernel adds each class's rows
+in float64. All sums have a fixed order, without atomics. A reciprocal is right to 1 unit in the last place.
+Where the norms of the means are asked for, each program also writes the sum of squares of its part of a row.
 """
 
 from __future__ import annotations
