@@ -116,8 +116,7 @@ KERNELS: dict[str, dict[str, Any]] = {
             "mu": "x",
             "var": "s",
             "order": "i32",
-            "start": "i64",
-            "end": "i64",
+            "start": "i32",
             "sums": "fp32",
             "squares": "fp32",
         },
@@ -128,8 +127,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "prototype_statistics._merge_kernel": {
         "types": {
             "sums": "fp32",
-            "start": "i64",
-            "end": "i64",
+            "start": "i32",
             "precision": "fp32",
             "weighted_mean": "fp32",
             "count": "i64",

@@ -1,9 +1,10 @@
 """Prototype statistics in Triton.
 
-The pixels are first sorted by class (class_lists). A program owns up to 512 neighbours in the list of one
-class and up to 1024 dimensions; which neighbours, it finds in the table of the lists' ends. It reads their
-rows of the features once, 4096 values at a time, and adds 1 / s and mu / s to sums in registers, one for each
-row of that tile. Pixels that do not count are never read. Features that are not channels_last are copied.
+The pixels are sorted by class (class_lists), by the caller or here. A program owns up to 512 neighbours in
+the list of one class and up to 1024 dimensions; which neighbours, it finds in the table of the lists' starts.
+It reads their rows of the features once, 4096 values at a time, and adds 1 / s and mu / s to sums in
+registers, one for each row of that tile. Pixels that do not count are never read. Features that are not
+channels_last are copied.
 
 Each program writes its sums into a row of a table [programs, 2, D]. A second kernel adds each class's rows
 in float64. All sums have a fixed order, without atomics. A reciprocal is right to 1 unit in the last place.
@@ -29,12 +30,12 @@ _MERGED_ROWS, _MERGED_DIMS = 32, 32
 
 @triton.jit
 def _sum_kernel(
-    mu, var, order, start, end, sums, squares, pixels, dims, num_classes,
+    mu, var, order, start, sums, squares, pixels, dims, num_classes,
     NORMS: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     squares += tl.program_id(1).to(tl.int64) * pixels
     program = tl.program_id(0)
-    begin, after, first = _programs(start, end, num_classes, PIXELS, CLASSES)
+    begin, after, first = _programs(start, num_classes, PIXELS, CLASSES)
     mine = (first <= program) & (program < first + tl.cdiv(after - begin, PIXELS))
     position = tl.sum(tl.where(mine, begin + (program - first) * PIXELS, 0), 0)
     stop = tl.minimum(position + PIXELS, tl.sum(tl.where(mine, after, 0), 0))
@@ -60,11 +61,11 @@ def _sum_kernel(
 
 @triton.jit
 def _merge_kernel(
-    sums, start, end, precision, weighted_mean, count, dims, num_classes,
+    sums, start, precision, weighted_mean, count, dims, num_classes,
     PIXELS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
-    begin, after, first = _programs(start, end, num_classes, PIXELS, CLASSES)
+    begin, after, first = _programs(start, num_classes, PIXELS, CLASSES)
     mine = tl.arange(0, CLASSES) == c
     pixels = tl.sum(tl.where(mine, after - begin, 0), 0)
     program = tl.sum(tl.where(mine, first, 0), 0)
@@ -85,26 +86,35 @@ def _merge_kernel(
 
 
 @triton.jit
-def _programs(start, end, num_classes, PIXELS: tl.constexpr, CLASSES: tl.constexpr):
+def _programs(start, num_classes, PIXELS: tl.constexpr, CLASSES: tl.constexpr):
     """Where each class begins and ends in the list, and its first program."""
     c = tl.arange(0, CLASSES)
-    begin = tl.load(start + c, mask=c < num_classes, other=0).to(tl.int32)
-    after = tl.load(end + c, mask=c < num_classes, other=0).to(tl.int32)
+    begin = tl.load(start + c, mask=c < num_classes, other=0)
+    after = tl.load(start + c + 1, mask=c < num_classes, other=0)
     programs = tl.cdiv(after - begin, PIXELS)
     return begin, after, tl.cumsum(programs, 0) - programs
 
 
 def prototype_statistics(
-    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int, with_norms: bool
+    mu: Tensor,
+    var: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    order: Tensor | None,
+    start: Tensor | None,
+    num_classes: int,
+    with_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Precision and weighted mean [C, D] float32, count [C] int64, inverse norm [B, h, w] float32 or [0].
 
-    mu and var are [B, D, h, w].
+    mu and var are [B, D, h, w]; order and start are the class lists of the valid pixels, None where they are
+    to be made.
     """
     mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
     batch, dims, height, width = mu.shape
     pixels = batch * height * width
-    order, start, end = class_lists(label, valid, num_classes)
+    if order is None or start is None:
+        order, start, _, _ = class_lists(label, valid, valid, num_classes)
     programs = triton.cdiv(pixels, _PIXELS) + num_classes  # as many as may be needed
     sums = torch.empty(programs, 2, dims, dtype=torch.float32, device=mu.device)
     precision = sums.new_empty(num_classes, dims)
@@ -117,11 +127,11 @@ def prototype_statistics(
     squares = sums.new_full((grid[1], batch, height, width) if with_norms else (0,), -1.0)
     with device_of(mu):
         _sum_kernel[grid](
-            mu, var, order, start, end, sums, squares, pixels, dims, num_classes, NORMS=with_norms,
+            mu, var, order, start, sums, squares, pixels, dims, num_classes, NORMS=with_norms,
             PIXELS=_PIXELS, ROWS=_TILE // dims_block, DIMS=dims_block, CLASSES=classes,
         )  # fmt: skip
         _merge_kernel[grid_of(num_classes, triton.cdiv(dims, _MERGED_DIMS))](
-            sums, start, end, precision, weighted_mean, count, dims, num_classes,
+            sums, start, precision, weighted_mean, count, dims, num_classes,
             PIXELS=_PIXELS, ROWS=_MERGED_ROWS, DIMS=_MERGED_DIMS, CLASSES=classes,
         )  # fmt: skip
     if with_norms:

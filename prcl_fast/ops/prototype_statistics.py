@@ -173,7 +173,7 @@ _op = define_op(
         ),
         "triton": _triton.implementation(
             "prototype_statistics",
-            lambda kernels, *arguments: kernels.prototype_statistics(*_without_lists(*_prepared(*arguments))),
+            lambda kernels, *arguments: kernels.prototype_statistics(*_prepared(*arguments)),
         ),
     },
 )
