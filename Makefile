@@ -4,12 +4,16 @@
 #   make test       the tests             make lint    all style and type checks
 #   make bench      the benchmarks        make clean   remove what was built (the virtual environment stays)
 #   make format     apply the styles      make schema  write configs/schema.json anew
+#   make wheel      dist/*.whl, with CUDA code for all architectures
 #   make gpu-check  tests, memory checks and benchmarks on a machine with a GPU
+#   make gpu-bundle one file that does the same on a machine without a network: tar xf FILE; bash gpu_check.sh first
 #
-# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`. For gpu-check, ARGS="--out DIR" says where it
-# leaves its results, and ARGS="--set step" checks the whole training step instead of the ops; OFFLINE=1 runs it in
-# PYTHON, with the PyTorch that it has, and installs nothing.
+# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`. gpu-check runs two sets of under six minutes
+# each; ARGS="first --out DIR" runs one and says where its archive goes. For gpu-bundle, ARGS="--without numpy" leaves
+# out a package that the machine has.
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
+# TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures of the CUDA code. Without it `make wheel` compiles for all,
+# and every other target for the GPU that is there, or for 9.0, in a third of the time.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,17 +22,20 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES) $(shell find tests/cuda_emulation -type f))
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+  grep -E '^([89]|1[0-9])[.][0-9]$$' | sort -u | paste -s -d ';' -)
+ARCHITECTURES = $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test lint format schema bench gpu-check install clean
+.PHONY: demo test lint format schema bench gpu-check gpu-bundle install wheel clean
 .DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/prcl demo
 
 test: install
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
@@ -48,13 +55,11 @@ schema: install
 bench: install
 	$(BIN)/prcl bench --json bench/results/local/bench.json $(ARGS)
 
-ifdef OFFLINE
-gpu-check:
-	$(PYTHON) -m bench.gpu_check $(ARGS)
-else
 gpu-check: install
-	$(BIN)/python -m bench.gpu_check $(ARGS)
-endif
+	$(BIN)/python -m bench.gpu_check $(or $(ARGS),first second)
+
+gpu-bundle: install
+	$(BIN)/python -m bench.gpu.bundle $(ARGS)
 
 install: $(VENV)/.built
 
@@ -73,9 +78,14 @@ $(VENV)/.requirements: constraints.txt | $(BIN)/python
 
 # The library is built before pip runs, because pip hides what a build prints; its own build then has nothing left to do.
 $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(NATIVE_SOURCES)
-	$(BIN)/python -W ignore setup.py -q build_ext --inplace
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	TORCH_CUDA_ARCH_LIST='$(ARCHITECTURES)' $(BIN)/python -W ignore setup.py -q build_ext --inplace
+	TORCH_CUDA_ARCH_LIST='$(ARCHITECTURES)' $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
+
+# In folders of its own: what was built for this machine stays, and no module that is gone gets into the wheel.
+wheel: $(VENV)/.requirements
+	rm -rf build/wheel
+	$(BIN)/python -W ignore setup.py -q build --build-base build/wheel bdist_wheel --bdist-dir build/wheel/contents
 
 clean:
 	rm -rf build dist *.egg-info prcl_fast/_native.so prcl_fast/_native_cuda.so $(VENV)/.built

@@ -8,7 +8,8 @@ Environment:
     PRCL_NO_NATIVE=1       build nothing; every op runs on the torch backend.
     FORCE_CUDA=1           a missing nvcc is an error instead of one line.
     TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; by default 8.0, 9.0, 10.0 and PTX of the last one.
-    CUDA_HOME, CXX         where nvcc is (else on PATH), and the C++ compiler.
+    CUDA_HOME              where nvcc is; else it is looked for on PATH and in /usr/local/cuda.
+    CXX                    the C++ compiler.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHES = "8.0;9.0;10.0+PTX"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest PyTorch that the libraries load in
+DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
+NO_NVCC = f"nvcc was not found in CUDA_HOME, on PATH or in {DEFAULT_CUDA_HOME}"
 MISSING_NVCC = (
-    "prcl_fast: nvcc was not found on PATH or in CUDA_HOME, so only the CPU library is built "
+    f"prcl_fast: {NO_NVCC}, so only the CPU library is built "
     "(CUDA tensors will use the triton or torch backend)"
 )
 
@@ -56,10 +59,11 @@ def enabled(name: str) -> bool:
 
 
 def find_nvcc() -> str | None:
+    """Looks in CUDA_HOME and on PATH, and where CUDA_HOME is not set also in the toolkit's usual folder."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home and (Path(home) / "bin" / "nvcc").is_file():
-        return str(Path(home) / "bin" / "nvcc")
-    return shutil.which("nvcc")
+    in_home = shutil.which("nvcc", path=str(Path(home or DEFAULT_CUDA_HOME) / "bin"))
+    on_path = shutil.which("nvcc")
+    return in_home or on_path if home else on_path or in_home
 
 
 def architecture_flags(arches: str, known: set[str]) -> list[str]:
@@ -137,7 +141,7 @@ def extensions() -> list[Extension]:
         cuda = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
         found.append(Extension("prcl_fast._native_cuda", cuda))
     elif enabled("FORCE_CUDA"):
-        raise BuildError("prcl_fast: FORCE_CUDA=1, but nvcc was not found on PATH or in CUDA_HOME")
+        raise BuildError(f"prcl_fast: FORCE_CUDA=1, but {NO_NVCC}")
     return found
 
 
@@ -199,12 +203,13 @@ def ninja_command() -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Runs ninja in build/native, or --build-temp, and puts each library beside the package's modules."""
+    """Runs ninja in build/native, --build-base/native or --build-temp; the libraries go into the package."""
 
     def finalize_options(self) -> None:
         # Only what was asked for on the command line: an editable install sets a fresh temporary folder each
         # time, in which everything would be compiled anew.
-        self.native_dir = Path(self.build_temp or ROOT / "build" / "native").resolve()
+        base = self.get_finalized_command("build").build_base
+        self.native_dir = Path(self.build_temp or ROOT / base / "native").resolve()
         super().finalize_options()
 
     def run(self) -> None:

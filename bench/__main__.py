@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 
-import typer
+from bench.packages import needed
 
-from prcl_fast.cli.bench import bench_command
-from prcl_fast.errors import InputError
+with needed("bench" if __name__ == "__main__" else None):
+    import typer
+
+    from prcl_fast.cli.bench import bench_command
+    from prcl_fast.errors import InputError
 
 
 def main() -> None:

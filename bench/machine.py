@@ -1,12 +1,8 @@
-"""What a number depends on: device, driver, versions, commit, threads.
-
-python -m bench.machine FILE writes it for this machine's GPU, with the backends that cannot run there.
-"""
+"""What a number depends on: device, driver, versions, commit, threads."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -20,9 +16,7 @@ import torch
 
 from prcl_fast import __version__
 from prcl_fast.analysis.provenance import commit, cpu_name
-from prcl_fast.data.atomic import write_text
 from prcl_fast.memory import available_memory
-from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
 
 _SHARE_OF_MEMORY = 0.7
 
@@ -79,23 +73,3 @@ def output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def main() -> None:
-    missing: dict[str, None] = {}
-    for backend in BACKENDS:
-        for op in op_names():
-            reason = unavailable(op, backend, "cuda")
-            if reason is not None:
-                missing[f"{backend}: {reason}"] = None
-    facts = describe("cuda") | {
-        "cuda": torch.version.cuda,
-        "capability": torch.cuda.get_device_capability(),
-        "not available": list(missing),
-        "nvidia-smi": output("nvidia-smi").splitlines(),
-    }
-    write_text(Path(sys.argv[1]), json.dumps(facts, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

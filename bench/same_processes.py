@@ -19,20 +19,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from rich.console import Console
-from torch import Tensor
+from bench.packages import needed
 
-import prcl_fast.engine.evaluate as evaluation
-from bench import machine
-from prcl_fast.config import Config, load_config, override_config
-from prcl_fast.data.atomic import write_text
-from prcl_fast.engine.replicas import check_alike
-from prcl_fast.engine.trainer import Trainer
-from prcl_fast.errors import InputError
-from prcl_fast.methods import Method
+with needed("bench.same_processes" if __name__ == "__main__" else None):
+    import torch
+    import torch.distributed as dist
+    import torch.multiprocessing as mp
+    from rich.console import Console
+    from torch import Tensor
+
+    import prcl_fast.engine.evaluate as evaluation
+    from bench import machine
+    from prcl_fast.config import Config, load_config, override_config
+    from prcl_fast.data.atomic import write_text
+    from prcl_fast.engine.replicas import check_alike
+    from prcl_fast.engine.trainer import Trainer
+    from prcl_fast.errors import InputError
+    from prcl_fast.methods import Method
 
 BOUND = 1e-5  # largest relative difference of a loss or prototype
 SETTINGS = (

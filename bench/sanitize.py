@@ -29,8 +29,10 @@ from prcl_fast.ops import (
     pseudo_label,
     sample_anchors,
     sample_negatives,
+    upsample_bilinear,
     upsample_cross_entropy,
     use_backend,
+    variance_head,
 )
 from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
 
@@ -88,8 +90,19 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
                     strict=True,
                 )
             )
-            for name, call in _of_features(x, mu, var):
+            head = functools.partial(
+                variance_head,
+                running_mean=torch.zeros(dim).to(device),
+                running_var=torch.ones(dim).to(device),
+                training=True,
+            )
+            scalars = [torch.ones(1).to(device), torch.zeros(1).to(device)]
+            of_head = "variance_head", _with_gradients(head, [mu, *scalars])
+            for name, call in (*_of_features(x, mu, var), of_head):
                 yield f"{name} D={dim} {'/'.join(map(_short, dtypes))} {_short(layout)}", call
+            upsampled = functools.partial(upsample_bilinear, size=x.target.shape[1:])
+            name = f"upsample_bilinear C={dim} {_short(dtypes[0])} {_short(layout)}"
+            yield name, _with_gradients(upsampled, [mu])
     for dtype in _DTYPES:
         logits = torch.randn(_BATCH, _CLASSES, 9, 7, generator=generator).to(device, dtype)
         loss = functools.partial(upsample_cross_entropy, target=x.target, weight=x.weight)

@@ -20,29 +20,32 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import typer
-from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
+from bench.packages import needed
 
-from bench import machine
-from bench.run import read_result, write_result
-from bench.scaling_run import measure, measure_contrast, simulate
-from bench.scaling_traffic import (
-    GRADIENTS,
-    NETWORKS,
-    NORM_BACKWARD,
-    NORM_FORWARD,
-    PURPOSES,
-    STATISTICS,
-    shape_of,
-    table,
-)
-from prcl_fast.analysis.style import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure, styled
-from prcl_fast.cli.choices import check_known
-from prcl_fast.cli.tables import print_table
-from prcl_fast.config import load_config
-from prcl_fast.errors import InputError
+with needed("bench.scaling" if __name__ == "__main__" else None):
+    import torch
+    import typer
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import NullLocator
+
+    from bench import machine
+    from bench.run import read_result, write_result
+    from bench.scaling_run import measure, measure_contrast, simulate
+    from bench.scaling_traffic import (
+        GRADIENTS,
+        NETWORKS,
+        NORM_BACKWARD,
+        NORM_FORWARD,
+        PURPOSES,
+        STATISTICS,
+        shape_of,
+        table,
+    )
+    from prcl_fast.analysis.style import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure, styled
+    from prcl_fast.cli.choices import check_known
+    from prcl_fast.cli.tables import print_table
+    from prcl_fast.config import load_config
+    from prcl_fast.errors import InputError
 
 KIND = "bench.scaling 1"
 PROCESSES = (1, 2, 4, 8, 16, 64, 256, 1024)

@@ -23,21 +23,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from bench.packages import needed
 
-from bench.run import read_result, write_result
-from bench.step_data import SIZES, file_config, size_config
-from bench.step_plot import write_figures
-from bench.step_run import KIND, Plan, measure
-from bench.step_worker import CANDIDATES
-from prcl_fast.cli.choices import check_known
-from prcl_fast.cli.tables import print_table
-from prcl_fast.device import choose_device, prepare_device
-from prcl_fast.errors import InputError
+with needed("bench.step" if __name__ == "__main__" else None):
+    import typer
 
+    from bench.run import read_result, write_result
+    from bench.step_data import SIZES, file_config, size_config
+    from bench.step_run import KIND, PUBLISHED_SECONDS, Plan, measure
+    from bench.step_worker import CANDIDATES
+    from prcl_fast.cli.choices import check_known
+    from prcl_fast.cli.tables import print_table
+    from prcl_fast.device import choose_device, prepare_device
+    from prcl_fast.errors import InputError
+
+# In the order of the rows.
 _DEFAULT = {
     "cpu": ("published", "eager", "ours"),
-    "cuda": tuple(name for name in CANDIDATES if name != "eager-bf16"),
+    "cuda": (
+        *("published", "eager", "compile"),
+        *("ours", "ours-graph", "ours-compile", "ours-graph-compile", "ours-shared16"),
+    ),
 }
 _COLUMNS = (
     "candidate", "median ms", "20 to 80 %", "vs published", "vs eager", "images/s", "contrast %", "busy %",
@@ -61,11 +67,16 @@ def step_command(
         bool,
         typer.Option(
             "--one-at-a-time",
-            help="No two candidates in memory at once: each makes half of its rounds, then all begin anew. "
-            "Always so on CUDA, and with data workers.",
+            help="No two candidates in memory at once: each makes half of its rounds, then all begin anew; "
+            "`published` comes last and once. Always so on CUDA, and with data workers.",
         ),
     ] = False,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there.")] = None,
+    published_seconds: Annotated[
+        float, typer.Option(min=0, help="With candidates one at a time: how long `published` is timed.")
+    ] = PUBLISHED_SECONDS,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result there, anew after each candidate.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures of a result.")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: where to.")] = Path("."),
 ) -> None:
@@ -74,6 +85,9 @@ def step_command(
     Exit status 1: a candidate could not run.
     """
     if plot is not None:
+        # Here, because a machine that only measures may lack matplotlib.
+        from bench.step_plot import write_figures
+
         for path in write_figures(read_result(plot, KIND), out, plot.stem):
             print(path)
         return
@@ -99,10 +113,14 @@ def step_command(
             # The first steps set libraries up, and find images that were prepared while nobody waited.
             warmup=2 * chosen.data.workers + (5 if on_cuda else 2),
             one_at_a_time=one_at_a_time or on_cuda or chosen.data.workers > 0,
+            published_seconds=published_seconds,
         )
-        result = measure(plan, lambda text: print(text, file=sys.stderr, flush=True))
-    if json is not None:
-        write_result(result, json)
+
+        def finished(result: Mapping[str, Any]) -> None:
+            if json is not None:
+                write_result(result, json)
+
+        result = measure(plan, lambda text: print(text, file=sys.stderr, flush=True), finished)
     _print(result)
     if any(row["ms"] is None for row in result["rows"]):
         raise typer.Exit(1)

@@ -6,10 +6,11 @@ answers with a Report. Anything that goes wrong comes back as a Failure.
 
 from __future__ import annotations
 
+import math
 import textwrap
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -51,17 +52,17 @@ class OurTraining:
         self.batches.close()
 
 
-# Each with what it changes of the configuration.
+# Each with what it changes of the configuration; in the order in which they run, the most telling first.
 CANDIDATES: dict[str, tuple[Callable[[Config], Training], tuple[str, ...]]] = {
-    "published": (PublishedTraining, ("train.amp=off",)),
-    "eager": (PlainTraining, ()),
-    "eager-bf16": (PlainTraining, ("train.amp=bf16",)),
-    "compile": (PlainTraining, ("train.compile=true",)),
     "ours": (OurTraining, ()),
+    "eager": (PlainTraining, ()),
     "ours-graph": (OurTraining, ("train.graph=true",)),
+    "ours-shared16": (OurTraining, ("method.share=16",)),
     "ours-compile": (OurTraining, ("train.compile=true",)),
     "ours-graph-compile": (OurTraining, ("train.graph=true", "train.compile=true")),
-    "ours-shared16": (OurTraining, ("method.share=16",)),
+    "compile": (PlainTraining, ("train.compile=true",)),
+    "eager-bf16": (PlainTraining, ("train.amp=bf16",)),
+    "published": (PublishedTraining, ("train.amp=off",)),
 }
 
 
@@ -78,6 +79,7 @@ class Report:
         busy: CUDA: share of the time in which a kernel ran, of the package's candidates.
         reserved_bytes: CUDA: the largest amount that PyTorch held for them.
         base_bytes: on the CPU, resident before the candidate was built.
+        warmup_steps: made before the first turn.
     """
 
     parameters: int
@@ -87,6 +89,7 @@ class Report:
     busy: float | None = None
     reserved_bytes: int | None = None
     base_bytes: int | None = None
+    warmup_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,15 @@ class Worker:
     times: list[float] = field(default_factory=list)
 
     @classmethod
-    def start(cls, name: str, config: Config, warmup: int) -> Worker:
-        """Starts a candidate and waits until it has made `warmup` steps; `failure` says why it could not."""
+    def start(cls, name: str, config: Config, warmup: int, seconds: float = math.inf) -> Worker:
+        """Starts a candidate and waits until it has made `warmup` steps; `failure` says why it could not.
+
+        Args:
+            seconds: the warm-up's last step is the one that ends after them.
+        """
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = (theirs, name, dump_config(config), warmup)
+        arguments = (theirs, name, dump_config(config), warmup, seconds)
         process = context.Process(target=_serve, args=arguments, name=f"bench.step {name}")
         process.start()
         theirs.close()
@@ -165,9 +172,9 @@ class Worker:
         return message
 
 
-def _serve(connection: Connection, name: str, tree: dict[str, Any], warmup: int) -> None:
+def _serve(connection: Connection, name: str, tree: dict[str, Any], warmup: int, seconds: float) -> None:
     try:
-        _work(connection, name, parse_config(tree, name), warmup)
+        _work(connection, name, parse_config(tree, name), warmup, seconds)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass  # the parent is gone
     except Exception as error:
@@ -176,7 +183,7 @@ def _serve(connection: Connection, name: str, tree: dict[str, Any], warmup: int)
         connection.send(Failure(textwrap.shorten(text, _MESSAGE_LENGTH)))
 
 
-def _work(connection: Connection, name: str, config: Config, warmup: int) -> None:
+def _work(connection: Connection, name: str, config: Config, warmup: int, seconds: float) -> None:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     if config.data.kind == "synthetic":
@@ -186,9 +193,11 @@ def _work(connection: Connection, name: str, config: Config, warmup: int) -> Non
     losses: Mapping[str, torch.Tensor | float] = {}
     timer = None if config.train.graph else PartTimer(choose_device(config.train.device))
     try:
-        for _ in range(warmup):
+        warmed_up, end = 0, time.perf_counter() + seconds
+        while warmed_up < warmup and time.perf_counter() < end:
             losses = training.step()
-        _synchronize()
+            _synchronize()
+            warmed_up += 1
         connection.send("ready")
         while (steps := connection.recv()) is not None:
             _synchronize()
@@ -203,7 +212,8 @@ def _work(connection: Connection, name: str, config: Config, warmup: int) -> Non
                 _synchronize()
             connection.send(milliseconds)  # the next candidate's turn begins
         parts = {} if timer is None else timer.medians()
-        connection.send(_report(training, losses, parts, base))
+        report = _report(training, losses, parts, base)
+        connection.send(replace(report, warmup_steps=warmed_up))
     finally:
         training.close()
 

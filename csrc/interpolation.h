@@ -29,18 +29,23 @@ struct Axis {
     }
   }
 
-  PRCL_HOST_DEVICE Tap<T> tap(int64_t i) const {
+  // Where output i lies, in inputs: 0 at the first one or before it; it may lie beyond the last one.
+  PRCL_HOST_DEVICE T position(T i) const {
 #ifdef __CUDA_ARCH__
     // One rounding wherever this is inlined: a search for an output and that output's own position have to
     // agree.
-    T position = align_corners ? scale * T(i) : fma(scale, T(i) + T(0.5), T(-0.5));
+    const T position = align_corners ? scale * i : fma(scale, i + T(0.5), T(-0.5));
 #else
-    T position = align_corners ? scale * T(i) : scale * (T(i) + T(0.5)) - T(0.5);
+    const T position = align_corners ? scale * i : scale * (i + T(0.5)) - T(0.5);
 #endif
-    if (position < T(0)) position = T(0);
-    int64_t low = int64_t(position);
+    return position < T(0) ? T(0) : position;
+  }
+
+  PRCL_HOST_DEVICE Tap<T> tap(int64_t i) const {
+    const T at = position(T(i));
+    int64_t low = int64_t(at);
     if (low > input - 1) low = input - 1;
-    return {low, low < input - 1 ? low + 1 : low, position - T(low)};
+    return {low, low < input - 1 ? low + 1 : low, at - T(low)};
   }
 };
 

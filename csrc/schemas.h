@@ -35,8 +35,23 @@ void define_schemas(Library& m) {
       "bool mu_channels_last, bool var_channels_last) -> (Tensor, Tensor)");
   m.def("pseudo_label(Tensor logits, int height, int width, bool align_corners) -> (Tensor, Tensor)");
   m.def(
+      "upsample_bilinear(Tensor x, int height, int width, bool align_corners, bool channels_last) -> Tensor");
+  m.def(
+      "upsample_bilinear_backward(Tensor grad, int height, int width, bool align_corners, "
+      "bool channels_last) -> Tensor");
+  m.def(
       "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
       "bool align_corners, bool mean, bool needs_grad) -> (Tensor, Tensor)");
+  m.def("variance_head_moments(Tensor x) -> (Tensor, Tensor)");
+  m.def(
+      "variance_head(Tensor x, Tensor mean, Tensor var, Tensor gamma, Tensor beta, float eps, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "variance_head_backward_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor gamma, "
+      "Tensor beta, float eps) -> Tensor");
+  m.def(
+      "variance_head_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor gamma, Tensor beta, "
+      "Tensor? means, float eps) -> Tensor");
 }
 
 }  // namespace prcl

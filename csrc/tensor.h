@@ -27,6 +27,14 @@ inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> s
                                   dtype);
 }
 
+// A map [B, C, height, width] with the batch, channels, dtype and device of the map `like`.
+inline Tensor map_like(const Tensor& like, int64_t height, int64_t width, bool channels_last) {
+  const int64_t size[] = {like.size(0), like.size(1), height, width};
+  return torch::stable::empty({size, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                            : torch::headeronly::MemoryFormat::Contiguous);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls f(T{}) with the tensor's type, float or double; the Python side has cast everything else.
@@ -73,6 +81,17 @@ void dispatch_features(const Tensor& mu, const Tensor& var, const F& f) {
       if (var.scalar_type() == ScalarType::Float) return f(zero, float{});
     }
     STD_TORCH_CHECK(false, "expected variances of the means' type, or float32 ones beside 16-bit means");
+  });
+}
+
+// Calls f(S{}, O{}) with the tensor's floating-point type and `other`, which is its work type or the same.
+template <class F>
+void dispatch_floating_with(const Tensor& tensor, ScalarType other, const F& f) {
+  dispatch_floating(tensor, [&](auto zero) {
+    using S = decltype(zero);
+    if (other == kWorkType<S>) return f(zero, Work<S>{});
+    STD_TORCH_CHECK(other == tensor.scalar_type(), "expected the tensor's own type or its work type");
+    f(zero, zero);
   });
 }
 

@@ -14,6 +14,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def backend(device: str) -> str:
+    """What carries the processes' tensors on "cpu" or "cuda": "gloo", "nccl", ..."""
+    pairs = (pair.split(":") for pair in dist.get_backend_config().split(","))
+    return dict(pairs)[device]
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
@@ -36,6 +42,18 @@ def start_sum(values: Tensor) -> Callable[[], Tensor]:
         return values
 
     return wait
+
+
+def gathered(values: Tensor) -> Tensor:
+    """[W, ...]: the values of every process by rank, the same bits on all; every process must call it."""
+    found = values.new_empty(world_size(), *values.shape)
+    if not values.is_cuda:
+        dist.all_gather(list(found.unbind()), values)
+    elif hasattr(dist, "all_gather_single"):  # PyTorch 2.13's name
+        dist.all_gather_single(found, values)
+    else:
+        dist.all_gather_into_tensor(found, values)
+    return found
 
 
 def first_says(text: str) -> str:

@@ -41,15 +41,12 @@ def everywhere(op: str) -> Any:
     return pytest.mark.parametrize(("device", "backend"), places)
 
 
-def run_everywhere(op: str, *, float64: tuple[str, ...] = ("torch", "native")) -> Any:
+def run_everywhere(op: str) -> Any:
     """A fixture that repeats all tests of its module at every place of `op`.
 
     The module's function of that name is wrapped: tensors go to the place's device and come back, so that the
-    tests need not know where they run.
-
-    Args:
-        float64: backends that take float64; on others a test whose first floating-point tensor is of that
-            dtype skips.
+    tests need not know where they run. A test skips, saying why, where the place has no code for the dtype of
+    its first floating-point tensor.
     """
 
     places = [pytest.param(place, marks=_marks(op, place), id="-".join(place)) for place in _PLACES]
@@ -58,7 +55,7 @@ def run_everywhere(op: str, *, float64: tuple[str, ...] = ("torch", "native")) -
     def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
         device, backend = request.param
         function = getattr(request.module, op)
-        monkeypatch.setattr(request.module, op, _moved(function, device, backend, float64))
+        monkeypatch.setattr(request.module, op, _moved(function, op, device, backend))
         with on_backend(backend):
             yield device, backend
 
@@ -102,9 +99,7 @@ def rerun(files: Sequence[str], place: str, **environment: str) -> None:
     assert " passed" in result.stdout
 
 
-def _moved(
-    function: Callable[..., Any], device: str, backend: str, float64: tuple[str, ...]
-) -> Callable[..., Any]:
+def _moved(function: Callable[..., Any], op: str, device: str, backend: str) -> Callable[..., Any]:
     def move(values: Any, to: str) -> Any:
         if dataclasses.is_dataclass(values) and not isinstance(values, type):
             fields = dataclasses.fields(values)
@@ -113,9 +108,10 @@ def _moved(
 
     def moved(*args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in tree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        dtype = next((value.dtype for value in tensors if value.is_floating_point()), None)
-        if dtype == torch.float64 and backend not in float64:
-            pytest.skip(f"no float64 on {backend}")
+        dtype = next((value.dtype for value in tensors if value.is_floating_point()), torch.float32)
+        reason = _missing_dtype(op, device, backend, dtype)
+        if reason is not None:
+            pytest.skip(reason)
         if device == "cpu":
             return function(*args, **kwargs)
         args, kwargs = tree.tree_map(lambda value: move(value, device), (args, kwargs))
@@ -128,6 +124,14 @@ def _marks(op: str, place: tuple[str, str]) -> list[pytest.MarkDecorator]:
     reason = _reason(op, *place) if _ONLY in (None, "-".join(place)) else f"this process tests {_ONLY}"
     gpu = [pytest.mark.gpu] if place[0] == "cuda" else []
     return [*gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
+
+
+def _missing_dtype(op: str, device: str, backend: str, dtype: torch.dtype) -> str | None:
+    """Why a place has no code for a dtype, or None; what keeps it from running float32 is no such reason."""
+    if backend == "emulated":  # the same code, compiled for the CPU
+        device, backend = "cuda", "native"
+    reason = _backend.unavailable(op, backend, device, dtype)
+    return None if reason == _backend.unavailable(op, backend, device) else reason
 
 
 def _reason(op: str, device: str, backend: str) -> str | None:

@@ -1,23 +1,42 @@
-"""A run small enough for a test: generated images, the smallest network, a few steps."""
+"""A run small enough for a test: generated images, the smallest network, a few steps.
+
+The tests of ops and kernels need PyTorch, NumPy and pytest alone: nothing here imports another package before
+a test asks for it, and a test file whose imports need one that is missing is skipped.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from processes import Pair, pair
 
-from prcl_fast.config import Config, parse_config
+if TYPE_CHECKING:
+    from prcl_fast.config import Config
+
+# What the package depends on and its ops do without.
+_NOT_FOR_OPS = ("pydantic", "typer", "rich", "yaml", "PIL", "matplotlib", "sklearn", "scipy", "tensorboard")
 
 torch.set_num_threads(1)
 os.environ.setdefault("COLUMNS", "200")  # so that tables are not cut where there is no terminal
 if not torch.cuda.is_available():
     # Before any kernel is imported: without a GPU, Triton kernels are tested in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, pytest.CollectReport]:
+    """Skips a test file whose imports end at a package of `_NOT_FOR_OPS` that is not installed."""
+    report: Any = yield
+    error = None if report.call.excinfo is None else report.call.excinfo.value.__cause__
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _NOT_FOR_OPS:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 1, f"Skipped: the package {error.name} is not installed")
+    return report
 
 
 def tiny_tree(output: Path, **method: Any) -> dict[str, Any]:
@@ -56,6 +75,8 @@ def shared_tree(output: Path, **train: Any) -> dict[str, Any]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Config:
     """A six-step PRCL run into tmp_path/run."""
+    from prcl_fast.config import parse_config
+
     return parse_config(tiny_tree(tmp_path / "run"), "tiny")
 
 

@@ -1,4 +1,4 @@
-"""Two processes in one group, for tests: they stay, and run one function after the other."""
+"""Processes in one group, for tests: they stay, and run one function after the other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECONDS = 120
 
 
 class Pair:
-    """Calls `function(rank, *arguments)` on both processes at once; the results by rank."""
+    """Calls `function(rank, *arguments)` on all processes at once, mostly two; the results by rank."""
 
     def __init__(self, connections: list[Connection]) -> None:
         self._connections = connections
@@ -30,22 +30,22 @@ class Pair:
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         for connection in self._connections:
             connection.send((function, arguments))
-        results = []
+        answers = []
         for connection in self._connections:
             assert connection.poll(_SECONDS), f"{function.__name__} hangs"
-            failure, result = connection.recv()
+            answers.append(connection.recv())
+        for failure, _ in answers:
             assert failure is None, failure
-            results.append(result)
-        return results
+        return [result for _, result in answers]
 
 
 @contextmanager
-def pair(folder: Path) -> Iterator[Pair]:
+def pair(folder: Path, world: int = WORLD) -> Iterator[Pair]:
     """Starts the processes, and ends them with the block."""
     context = mp.get_context("spawn")
-    ends = [context.Pipe() for _ in range(WORLD)]
+    ends = [context.Pipe() for _ in range(world)]
     workers = [
-        context.Process(target=_serve, args=(rank, str(folder / "store"), child), daemon=True)
+        context.Process(target=_serve, args=(rank, world, str(folder / "store"), child), daemon=True)
         for rank, (_, child) in enumerate(ends)
     ]
     for worker in workers:
@@ -58,9 +58,9 @@ def pair(folder: Path) -> Iterator[Pair]:
             worker.join()
 
 
-def _serve(rank: int, store: str, connection: Connection) -> None:
+def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while True:
         function, arguments = connection.recv()
         try:

@@ -76,7 +76,9 @@ class PixelNetwork(nn.Module):
             "bcnd,bdhw->bcnhw", F.normalize(prototypes, dim=-1), F.normalize(features, dim=1)
         )
         scores = cosines / self.tau
-        return NetworkOutput(scores.amax(2), None, None, features, PrototypeScores(scores, prototypes))
+        return NetworkOutput(
+            scores.amax(2), None, None, features, PrototypeScores(scores.flatten(1, 2), prototypes)
+        )
 
 
 def small_batch(classes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Batch:

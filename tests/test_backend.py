@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import backends
 import pytest
 import torch
 
@@ -114,6 +115,16 @@ def test_a_library_that_does_not_load_gives_the_loaders_reason(nothing_built: No
     assert "invalid ELF header" in reason or "file too short" in reason
 
 
+def test_a_cuda_library_that_does_not_load_is_told_from_one_that_is_not_there(
+    nothing_built: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(_native.cuda_library_error()).startswith("_native_cuda.so was not built: ")
+    _native.cuda_library_error.cache_clear()
+    (tmp_path / "_native_cuda.so").write_bytes(b"not a library")
+    assert str(_native.cuda_library_error()).startswith("_native_cuda.so did not load: ")
+
+
 def test_an_older_pytorch_is_named(
     nothing_built: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,3 +137,30 @@ def test_every_op_has_every_backend() -> None:
     """A loss made of several ops must run as a whole on the backend that was chosen."""
     for name in _backend.op_names():
         assert tuple(_backend._implementations[name]) == _backend.BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        (("cpu", "torch"), None),
+        (("cpu", "native"), None),
+        (("cuda", "torch"), None),
+        (("cuda", "native"), "there is no native CUDA code for float64"),
+        (("cpu", "emulated"), "there is no native CUDA code for float64"),
+        (("cuda", "triton"), "there is no Triton kernel for float64"),
+    ],
+)
+def test_tests_in_float64_skip_by_name_at_places_without_it(
+    monkeypatch: pytest.MonkeyPatch, place: tuple[str, str], reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)  # there may be no such device
+    called = backends._moved(lambda logits: logits, "upsample_cross_entropy", *place)
+    assert torch.equal(called(torch.ones(2)), torch.ones(2))
+    values = torch.ones(2, dtype=torch.float64)
+    if reason is None:
+        assert called(values) is values
+        return
+    with pytest.raises(pytest.skip.Exception, match=reason):
+        called(values)
+    # The samplers read no floating-point values but for probabilities, which they take as they come.
+    assert backends._missing_dtype("sample_negatives", *place, torch.float64) is None

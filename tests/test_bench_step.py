@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from conftest import tiny_tree
 from PIL import Image
 
-from bench import step, step_data, step_run
+from bench import step, step_data, step_run, step_worker
 from bench.eager import random_anchors, random_negatives
 from bench.plain_step import PlainTraining
 from bench.published_pil import classmix, geometric, photometric, to_picture, to_tensor
@@ -277,14 +278,14 @@ def test_what_the_caller_asks_for_goes_before_what_is_common(tmp_path: Path) -> 
 class _Recorded:
     """A worker that writes down its turns."""
 
-    def __init__(self, name: str, log: list[str], alive: set[str]) -> None:
+    def __init__(self, name: str, log: list[tuple[str, int]], alive: set[str]) -> None:
         self.name, self.log, self.alive = name, log, alive
         self.times: list[float] = []
         self.report = self.failure = None
         alive.add(name)
 
     def run(self, steps: int) -> None:
-        self.log.append(self.name)
+        self.log.append((self.name, len(self.alive)))
         self.times.append(1.0)
 
     def finish(self) -> None:
@@ -294,30 +295,66 @@ class _Recorded:
         self.alive.discard(self.name)
 
 
-@pytest.mark.parametrize("one_at_a_time", [False, True])
-def test_turns_are_fair(config: Config, monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool) -> None:
-    log: list[str] = []
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The turns of workers that only write them down: candidate, and how many candidates were alive."""
+    log: list[tuple[str, int]] = []
     alive: set[str] = set()
-    together: list[int] = []
+    monkeypatch.setattr(step_run, "_start", lambda plan, name: _Recorded(name, log, alive))
+    return log
 
-    def start(plan: Plan, name: str) -> _Recorded:
-        worker = _Recorded(name, log, alive)
-        together.append(len(alive))
-        return worker
 
-    monkeypatch.setattr(step_run, "_start", start)
-    plan = Plan("test", config, "cpu", ("published", "eager", "ours"), 4, 1, 0, one_at_a_time)
-    measure(plan, lambda text: None)
-    assert sorted(log) == ["eager"] * 4 + ["ours"] * 4 + ["published"] * 4
-    assert not alive
-    if one_at_a_time:
-        assert together == [1] * 6
-        assert log[:6] == log[6:] == ["published"] * 2 + ["eager"] * 2 + ["ours"] * 2
-    else:
-        assert together == [1, 2, 3]
-        rounds = [log[start : start + 3] for start in range(0, 12, 3)]
-        assert all(len(set(names)) == 3 for names in rounds)
-        assert {names[0] for names in rounds} == {"published", "eager", "ours"}
+def test_candidates_take_turns_and_each_comes_first(config: Config, turns: list[tuple[str, int]]) -> None:
+    plan = Plan("test", config, "cpu", ("published", "eager", "ours"), 4, 1, 0, one_at_a_time=False)
+    result = measure(plan, lambda text: None)
+    assert [alive for _, alive in turns] == [3] * 12
+    rounds = [[name for name, _ in turns[start : start + 3]] for start in range(0, 12, 3)]
+    assert rounds[0] == ["ours", "eager", "published"]
+    assert all(len(set(names)) == 3 for names in rounds)
+    assert {names[0] for names in rounds} == {"published", "eager", "ours"}
+    assert [row["candidate"] for row in result["rows"]] == ["published", "eager", "ours"]
+
+
+def test_one_at_a_time_ours_is_first_and_the_published_step_last_and_short(
+    config: Config, turns: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(step_run.time, "monotonic", lambda: next(clock))  # two seconds a turn
+    plan = Plan("test", config, "cpu", ("published", "eager", "ours"), 4, 5, 0, True, published_seconds=5.0)
+    result = measure(plan, lambda text: None)
+    halves = [("ours", 1)] * 2 + [("eager", 1)] * 2
+    assert turns == [*halves, *halves, *[("published", 1)] * 3]
+    assert [row["steps_a_round"] for row in result["rows"]] == [1, 5, 5]
+    assert any("published is timed after all others, for 5 s at most" in x for x in result["same_for_all"])
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_the_result_so_far_is_there_after_every_candidate(
+    config: Config, turns: list[tuple[str, int]], one_at_a_time: bool
+) -> None:
+    written: list[list[str]] = []
+
+    def finished(result: dict[str, Any]) -> None:
+        json.dumps(result, allow_nan=False)
+        written.append([row["candidate"] for row in result["rows"] if row["note"] != "not run yet"])
+
+    plan = Plan("test", config, "cpu", ("published", "eager", "ours"), 1, 1, 0, one_at_a_time)
+    measure(plan, lambda text: None, finished)
+    assert written == [["ours"], ["eager", "ours"], ["published", "eager", "ours"]]
+
+
+def test_a_file_holds_the_candidates_that_ran_before_the_benchmark_was_stopped(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "result.json"
+
+    def stopped(plan: Plan, progress: Any, finished: Callable[[dict[str, Any]], None]) -> None:
+        finished({"kind": KIND, "rows": []})
+        assert read_result(file, KIND)["rows"] == []
+        sys.exit(143)
+
+    monkeypatch.setattr(step, "measure", stopped)
+    assert run("--json", str(file))[0] == 143
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +371,7 @@ def test_a_result_says_times_memory_and_why_a_candidate_has_none(measured: dict[
     assert eager["candidate"] == "eager"
     assert eager["note"] == ""
     assert eager["ms_20"] <= eager["ms"] <= eager["ms_80"]
-    assert eager["rounds"] == 3
+    assert (eager["rounds"], eager["steps_a_round"], eager["warmup_steps"]) == (3, 1, 1)
     assert eager["images_per_second"] == pytest.approx(4000 / eager["ms"])
     assert eager["peak_bytes"] > eager["base_bytes"] > 0
     assert all(math.isfinite(value) for value in eager["losses"].values())
@@ -356,6 +393,30 @@ def test_the_figure_of_a_result_is_drawn(run: Any, measured: dict[str, Any], tmp
     assert out.split() == [str(file) for file in files]
     for file in files:
         assert (np.asarray(Image.open(file).convert("L")) < 100).mean() > 0.002
+
+
+def test_a_warm_up_ends_when_its_time_is_over(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting:
+        student = torch.nn.Linear(1, 1)
+        steps = 0
+
+        def step(self) -> dict[str, float]:
+            self.steps += 1
+            return dict.fromkeys(LOSSES, 0.0)
+
+        def close(self) -> None:
+            pass
+
+    sent: list[Any] = []
+    training, clock = Counting(), iter(range(0, 1000, 2))
+    monkeypatch.setitem(CANDIDATES, "published", (lambda config: training, ()))
+    monkeypatch.setattr(step_worker.time, "perf_counter", lambda: next(clock))  # two seconds a step
+    asked = iter((1, None))  # one turn of one step
+    connection: Any = SimpleNamespace(send=sent.append, recv=lambda: next(asked))
+    step_worker._work(connection, "published", config, warmup=100, seconds=5.0)
+    assert sent[0] == "ready"
+    assert sent[-1].warmup_steps == 2
+    assert training.steps == 4  # and one more for the times of its parts
 
 
 def test_a_worker_that_dies_is_a_failure_with_its_status(config: Config) -> None:

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +20,7 @@ from prcl_fast.ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(prcl_fast.__file__).parent
+BUILD_FILE = ROOT / "build" / "native" / "build.ninja"
 NO_NATIVE = os.environ.get("PRCL_NO_NATIVE", "0") not in ("", "0")
 
 
@@ -51,10 +54,18 @@ def program(path: Path, text: str) -> None:
 
 def build(tmp_path: Path, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`setup.py build_ext` into tmp_path/lib with only `path` on PATH."""
-    names = ("CUDA_HOME", "CUDA_PATH", "PRCL_NO_NATIVE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    return setup(tmp_path, path, "build_ext", *folders, **environment)
+
+
+def setup(
+    tmp_path: Path, path: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`setup.py ARGUMENTS` with only `path` on PATH."""
+    names = ("CUDA_PATH", "PRCL_NO_NATIVE", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")
     clean = {name: value for name, value in os.environ.items() if name not in names}
-    command = [sys.executable, "setup.py", "-q", "build_ext"]
-    command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    clean["CUDA_HOME"] = str(tmp_path)  # where there is no nvcc: then /usr/local/cuda is not looked at
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", *arguments]
     environment = clean | {"PATH": str(path), "CXX": str(path / "c++")} | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -68,11 +79,14 @@ def test_the_cpu_library_is_built_and_loads() -> None:
     assert _native.cpu_library_error() is None
 
 
-@pytest.mark.skipif(NO_NATIVE or shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_the_cuda_library_holds_code_for_all_default_architectures() -> None:
+@pytest.mark.skipif(not BUILD_FILE.is_file(), reason="the libraries were not built here")
+def test_the_cuda_library_holds_code_for_all_architectures_that_it_was_built_for() -> None:
+    wanted = set(re.findall(r"code=(sm_\w+)", BUILD_FILE.read_text()))
+    if not wanted:
+        pytest.skip("the build file has no CUDA sources")
     binary = (PACKAGE / "_native_cuda.so").read_bytes()
-    for architecture in (b"sm_80", b"sm_90", b"sm_100"):
-        assert re.search(architecture + rb"\b", binary), architecture
+    for architecture in wanted:
+        assert re.search(architecture.encode() + rb"\b", binary), architecture
 
 
 @pytest.mark.skipif(NO_NATIVE or shutil.which("nm") is None, reason="nm is not here")
@@ -101,6 +115,87 @@ def test_force_cuda_makes_a_missing_nvcc_an_error(tmp_path: Path, tools: Path) -
     assert result.returncode != 0
     assert result.stderr.splitlines()[-1].startswith("prcl_fast: FORCE_CUDA=1, but nvcc was not found")
     assert built(tmp_path) == []
+
+
+def test_nvcc_is_looked_for_in_cuda_home_on_path_and_in_the_usual_folder(
+    tmp_path: Path, recipe: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {}
+    for name in ("home", "path", "toolkit"):
+        places[name] = tmp_path / name / "bin" / "nvcc"
+        places[name].parent.mkdir(parents=True)
+        program(places[name], "")
+    monkeypatch.setattr(recipe, "DEFAULT_CUDA_HOME", tmp_path / "toolkit")
+    monkeypatch.setenv("PATH", str(places["path"].parent))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert recipe.find_nvcc() == str(places["home"])
+    monkeypatch.delenv("CUDA_HOME")
+    assert recipe.find_nvcc() == str(places["path"])
+    places["path"].unlink()
+    assert recipe.find_nvcc() == str(places["toolkit"])
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "elsewhere"))
+    assert recipe.find_nvcc() is None
+
+
+@pytest.fixture
+def dry_run(tmp_path: Path) -> Callable[..., str]:
+    """The commands that `make ARGUMENTS` would run for a new virtual environment, on a machine with GPUs."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def run(*arguments: str, gpus: str, **environment: str) -> str:
+        program(folder / "nvidia-smi", f"printf '{gpus}'")
+        clean = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+        path = os.pathsep.join((str(folder), os.environ["PATH"]))
+        result = subprocess.run(
+            ["make", "--dry-run", f"VENV={tmp_path / 'venv'}", *arguments],
+            cwd=ROOT,
+            env=clean | {"PATH": path} | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return result.stdout
+
+    return run
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "expected"),
+    [
+        ("8.6\\n", {}, "8.6"),
+        ("9.0\\n10.0\\n9.0\\n", {}, "10.0;9.0"),
+        ("", {}, "9.0"),
+        ("NVIDIA-SMI has failed\\n", {}, "9.0"),
+        ("6.1\\n", {}, "9.0"),  # too old for the kernels, which then run elsewhere or not at all
+        ("8.6\\n", {"TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}, "8.0;9.0+PTX"),
+    ],
+)
+def test_make_compiles_for_the_gpu_that_is_there(
+    dry_run: Callable[..., str], gpus: str, wanted: dict[str, str], expected: str
+) -> None:
+    lines = [line for line in dry_run("test", gpus=gpus, **wanted).splitlines() if "ARCH_LIST" in line]
+    assert len(lines) == 2  # the library, then the package, whose own build must find nothing to do
+    assert all(line.startswith(f"TORCH_CUDA_ARCH_LIST='{expected}' ") for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+def test_make_wheel_leaves_the_architectures_to_setup_py(dry_run: Callable[..., str]) -> None:
+    said = dry_run("wheel", gpus="8.6\\n")
+    assert "setup.py -q build --build-base build/wheel bdist_wheel" in said
+    assert "ARCH_LIST" not in said
+
+
+def test_a_wheel_is_compiled_in_the_build_folder_that_it_is_given(tmp_path: Path, tools: Path) -> None:
+    commands = f"""build --build-base {tmp_path}/base egg_info --egg-base {tmp_path}
+        bdist_wheel --bdist-dir {tmp_path}/contents --dist-dir {tmp_path}/dist"""
+    result = setup(tmp_path, tools, *commands.split())
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "base" / "native" / "build.ninja").is_file()
+    (wheel,) = tmp_path.glob("dist/*-py3-none-*.whl")
+    assert "prcl_fast/_native.so" in zipfile.ZipFile(wheel).namelist()
 
 
 def test_no_native_builds_nothing(tmp_path: Path, tools: Path) -> None:

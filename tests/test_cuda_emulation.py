@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +88,29 @@ def test_source_that_does_not_compile_is_an_error_with_the_compilers_text(tmp_pa
     wrong.write_text("int value = undeclared;")
     with pytest.raises(RuntimeError, match=r"undeclared.* was not declared"):
         cuda_emulation._library(cuda_emulation._build_flags(), [wrong])
+
+
+def test_processes_that_want_the_same_library_build_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(cuda_emulation, "_ROOT", tmp_path)
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> str:
+        if "-o" in command:
+            time.sleep(0.01)
+            commands.append(command)
+            Path(command[command.index("-o") + 1]).touch()
+        return ""
+
+    monkeypatch.setattr(cuda_emulation, "_run", run)
+    flags = SimpleNamespace(cxx="c++", compile=[], link=[])
+    with ThreadPoolExecutor(3) as pool:
+        libraries = list(pool.map(lambda _: cuda_emulation._library(flags, []), range(3)))
+    assert len(set(libraries)) == 1
+    assert libraries[0].is_file()
+    assert len(commands) == 3  # two sources and the link
 
 
 def test_missing_compiler_is_a_reason_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:

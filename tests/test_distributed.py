@@ -21,6 +21,7 @@ from prcl_fast.engine.trainer import Trainer
 from prcl_fast.losses import ProbabilisticContrast, start_counting, supervised_loss, unsupervised_loss
 from prcl_fast.methods import PCR
 from prcl_fast.methods.pcr import cluster_centers
+from prcl_fast.models.heads import ProbabilityHead
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
 from prcl_fast.ops import prototype_statistics
 
@@ -32,28 +33,26 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _batch_norm(rank: int, rows: list[slice] | None, affine: bool) -> dict[str, Tensor]:
+def _variance_head(rank: int, rows: list[slice] | None, compiled: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(5, affine=affine)
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter)
-    x, weight = 3 + 2 * draw(6, 5, 4, 3), draw(6, 5, 4, 3, seed=1)
+    head = ProbabilityHead(5, 7)
+    x, weight = 3 + 2 * draw(6, 5, 4, 3), draw(6, 7, 4, 3, seed=1)
     if rows is not None:
-        synchronize_batch_norm(norm, CPU)
+        synchronize_batch_norm(head)
         x, weight = x[rows[rank]], weight[rows[rank]]
     x = x.clone().requires_grad_()
-    y = norm(x)
+    y = (torch.compile(head, backend="aot_eager") if compiled else head)(x)
     (y * weight).sum().backward()
     assert x.grad is not None
-    found = {"y": y.detach(), "x": x.grad} | dict(norm.state_dict())
-    gradients = {f"{name} gradient": p.grad for name, p in norm.named_parameters() if p.grad is not None}
+    found = {"y": y.detach(), "x": x.grad} | dict(head.state_dict())
+    gradients = {f"{name} gradient": p.grad for name, p in head.named_parameters() if p.grad is not None}
     return found | gradients
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_runs_over_the_images_of_all_processes(two: Pair, affine: bool) -> None:
-    whole = _batch_norm(0, None, affine)
-    parts = two(_batch_norm, [slice(0, 4), slice(4, 6)], affine)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_probability_head_runs_over_the_images_of_all_processes(two: Pair, compiled: bool) -> None:
+    whole = _variance_head(0, None, False)
+    parts = two(_variance_head, [slice(0, 4), slice(4, 6)], compiled)
     for name, value in whole.items():
         found = parts[0][name]
         if name in ("y", "x"):

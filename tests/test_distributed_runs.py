@@ -137,9 +137,7 @@ def test_a_mistake_in_the_configuration_is_said_once(tmp_path: Path) -> None:
 
 def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(
-        yaml.safe_dump(shared_tree(tmp_path / "run", iterations=500, eval_every=500, save_every=1))
-    )
+    file.write_text(yaml.safe_dump(_small_tree(tmp_path / "run", iterations=500, eval_every=500)))
     processes = launch("train", str(file))
     _await_file(tmp_path / "run" / "last.pt", processes[0])
     for process in processes:
@@ -155,7 +153,7 @@ def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_torchrun_starts_all_anew_after_one_was_killed_and_the_run_completes(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(shared_tree(tmp_path / "run", iterations=6, eval_every=6, save_every=1)))
+    file.write_text(yaml.safe_dump(_small_tree(tmp_path / "run", iterations=6, eval_every=6)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "-m", "prcl_fast.cli.main", "train", str(file)]
     run = subprocess.Popen(
@@ -172,6 +170,13 @@ def test_torchrun_starts_all_anew_after_one_was_killed_and_the_run_completes(tmp
     assert run.returncode == 0, error
     assert json.loads(out.splitlines()[-1])["iterations"] == 6
     assert "going on from iteration" in error
+
+
+def _small_tree(output: Path, **train: int) -> dict[str, Any]:
+    """A run on small crops that is saved after every step."""
+    config = shared_tree(output, save_every=1, **train)
+    config["data"]["crop"] = [32, 32]
+    return config
 
 
 def _await_file(path: Path, process: subprocess.Popen[str]) -> None:

@@ -59,3 +59,17 @@ def test_two_types_are_refused() -> None:
     mixed[2].half()
     with pytest.raises(TypeError, match="one type"):
         FlatState(mixed)
+
+
+def test_a_network_in_one_tensor_is_compiled_for_training_as_any_other() -> None:
+    flat_network, plain = network().train(), network().train()
+    FlatState(flat_network)
+    compiled = torch.compile(lambda image: flat_network(image), backend="aot_eager", fullgraph=True)
+    for images in (2, 3):  # another shape is compiled anew
+        image = torch.randn(images, 3, 6, 6)
+        for one in (compiled, plain):
+            one(image).square().sum().backward()
+    for found, expected in zip(flat_network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+    for found, expected in zip(flat_network.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)

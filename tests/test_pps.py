@@ -20,6 +20,7 @@ from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.losses import activation_regularization, prototypical, prototypical_contrast
 from prcl_fast.methods import PPS, Step, build_method
+from prcl_fast.models.network import NetworkOutput
 from prcl_fast.models.query_head import QueryHead
 
 C, N, D = 3, 2, 4
@@ -88,11 +89,16 @@ def plain_activation(scores: Tensor, label: Tensor) -> Tensor:
     return total / max(present, 1)
 
 
+def activation(scores: Tensor, label: Tensor) -> Tensor:
+    """Of scores [B, C, n, h, w]."""
+    return activation_regularization(scores.flatten(1, 2), label, scores.shape[1])
+
+
 def test_activation_regularization_is_the_divergence_from_even_use() -> None:
     scores = (3 * draw(2, C, N, 3, 4)).requires_grad_()
     label = torch.tensor([0, 1, 255, 0]).expand(2, 3, 4).clone()  # class 2 is absent
     label[1, 0] = C  # no class either
-    loss, expected = activation_regularization(scores, label), plain_activation(scores, label)
+    loss, expected = activation(scores, label), plain_activation(scores, label)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     got, want = (torch.autograd.grad(value, scores)[0] for value in (loss, expected))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
@@ -106,26 +112,26 @@ def test_autocast_does_not_change_the_losses_on_prototypes(dtype: torch.dtype) -
     scores[:, :, 0] = 20
     label = torch.zeros(1, 300, 300, dtype=torch.uint8)
     own, other = draw(2, C, N, D, dtype=torch.float32), draw(2, C, N, D, seed=1, dtype=torch.float32)
-    expected = activation_regularization(scores, label), prototypical_contrast(own, other, 0.1)
+    expected = activation(scores, label), prototypical_contrast(own, other, 0.1)
     with torch.autocast("cpu", dtype=dtype):
-        got = activation_regularization(scores, label), prototypical_contrast(own, other, 0.1)
+        got = activation(scores, label), prototypical_contrast(own, other, 0.1)
     assert got == expected
 
 
 def test_activation_regularization_is_0_for_even_use_and_log_n_where_one_does_everything() -> None:
     label = torch.zeros(1, 2, 4, dtype=torch.uint8)
     scores = torch.zeros(1, C, 4, 2, 4)
-    assert float(activation_regularization(scores, label)) == pytest.approx(0.0, abs=1e-7)
+    assert float(activation(scores, label)) == pytest.approx(0.0, abs=1e-7)
     # Even over the class, though each pixel has its own prototype.
     scores[0, 0, torch.arange(8) % 4, torch.arange(8) // 4, torch.arange(8) % 4] = 100.0
-    assert float(activation_regularization(scores, label)) == pytest.approx(0.0, abs=1e-7)
+    assert float(activation(scores, label)) == pytest.approx(0.0, abs=1e-7)
     scores[0, 0, 1] = 200.0
-    assert float(activation_regularization(scores, label)) == pytest.approx(math.log(4), abs=1e-6)
+    assert float(activation(scores, label)) == pytest.approx(math.log(4), abs=1e-6)
 
 
 def test_activation_regularization_without_a_labeled_pixel_is_a_zero_in_the_graph() -> None:
     scores = draw(1, C, N, 3, 4).requires_grad_()
-    loss = activation_regularization(scores, torch.full((1, 3, 4), 255))
+    loss = activation(scores, torch.full((1, 3, 4), 255))
     loss.backward()
     assert loss == 0
     assert scores.grad is not None
@@ -139,16 +145,16 @@ def test_activation_regularization_of_split_pixels_averages_to_that_of_all(
     label = torch.randint(0, C + 1, (4, 3, 4), generator=torch.Generator().manual_seed(1))
     label[1:][label[1:] == 1] = 0  # class 1 on the first process alone
     whole = scores.clone().requires_grad_()
-    expected = activation_regularization(whole, label)
+    expected = activation(whole, label)
     expected.backward()
     parts = [(scores[rows].clone().requires_grad_(), label[rows]) for rows in (slice(0, 1), slice(1, 4))]
     sent: list[Tensor] = []
     monkeypatch.setattr(prototypical, "world_size", lambda: 2)
     monkeypatch.setattr(prototypical, "summed", lambda values: sent.append(values) or values)
     for part in parts:
-        activation_regularization(*part)
+        activation(*part)
     monkeypatch.setattr(prototypical, "summed", lambda _: sent[0] + sent[1])
-    losses = [activation_regularization(*part) for part in parts]
+    losses = [activation(*part) for part in parts]
     mean = (losses[0] + losses[1]) / 2
     mean.backward()
     torch.testing.assert_close(mean, expected)
@@ -162,7 +168,8 @@ def test_a_class_scores_as_its_nearest_prototype() -> None:
     torch.manual_seed(0)
     head = QueryHead(5, 8, D, C, per_class=N, layers=2, heads=2, tau=0.2).double().eval()
     features = draw(2, 5, 6, 7)
-    logits, (scores, prototypes) = head(features)
+    logits, (flat_scores, prototypes) = head(features)
+    scores = flat_scores.unflatten(1, (C, N))
     embedding = head.embedding(features)
     for b in range(2):
         for y in range(6):
@@ -177,7 +184,7 @@ def test_a_class_scores_as_its_nearest_prototype() -> None:
                 )
                 torch.testing.assert_close(scores[b, :, :, y, x], plain)
                 torch.testing.assert_close(logits[b, :, y, x], plain.amax(1))
-    assert torch.equal(logits.argmax(1), scores.flatten(1, 2).argmax(1) // N)
+    assert torch.equal(logits.argmax(1), flat_scores.argmax(1) // N)
 
 
 def test_prototypes_are_made_for_each_image_from_its_own_pixels() -> None:
@@ -202,6 +209,12 @@ def with_stubs(**settings: Any) -> PPS:
     return method.double()
 
 
+def scores_of(output: NetworkOutput) -> Tensor:
+    """[B, C, n, h, w]."""
+    assert output.prototypes is not None
+    return output.prototypes.scores.unflatten(1, (C, N))
+
+
 def plain_losses(pps: PPS, batch: Batch) -> dict[str, Tensor]:
     networks = (pps.student, pps.second)
     assert batch.unlabeled_image is not None
@@ -218,7 +231,7 @@ def plain_losses(pps: PPS, batch: Batch) -> dict[str, Tensor]:
 
     labeled = [network(pps.normalize(batch.labeled_image)) for network in networks]
     weak = [network(pps.normalize(batch.unlabeled_image)) for network in networks]
-    labels = [said(output.prototypes.scores, batch.inside) for output in weak]
+    labels = [said(scores_of(output), batch.inside) for output in weak]
     image = batch.unlabeled_image
     if pps.mix == "cutmix":
         labels = [cut_mixed(label, batch.strong) for label in labels]
@@ -226,18 +239,18 @@ def plain_losses(pps: PPS, batch: Batch) -> dict[str, Tensor]:
     unlabeled = [network(pps.normalize(image)) for network in networks]
     terms = {name: torch.zeros((), dtype=torch.float64) for name in ("s", "cross", "contrast", "activation")}
     for own, other in ((0, 1), (1, 0)):
-        terms["s"] += cross_entropy(labeled[own].prototypes.scores.amax(2), batch.label)
-        terms["cross"] += cross_entropy(categories(unlabeled[own].prototypes.scores), labels[other])
+        terms["s"] += cross_entropy(scores_of(labeled[own]).amax(2), batch.label)
+        terms["cross"] += cross_entropy(categories(scores_of(unlabeled[own])), labels[other])
         if pps.mix == "none":
             known = batch.label != IGNORE
-            label = said(labeled[other].prototypes.scores, known)
-            terms["cross"] += cross_entropy(categories(labeled[own].prototypes.scores), label)
+            label = said(scores_of(labeled[other]), known)
+            terms["cross"] += cross_entropy(categories(scores_of(labeled[own])), label)
         found = [
             torch.cat([labeled[k].prototypes.prototypes, unlabeled[k].prototypes.prototypes])
             for k in range(2)
         ]
         terms["contrast"] += plain_contrast(found[own], found[other].detach(), 0.3)
-        terms["activation"] += plain_activation(labeled[own].prototypes.scores, batch.label[:, ::2, ::2])
+        terms["activation"] += plain_activation(scores_of(labeled[own]), batch.label[:, ::2, ::2])
     return terms
 
 

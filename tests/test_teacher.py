@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import tiny_tree
+from rich.console import Console
+from stub_networks import small_backbones
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from prcl_fast.config import parse_config
+from prcl_fast.engine.trainer import Trainer
 from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.teacher import EMATeacher
 
@@ -106,3 +116,25 @@ def test_teacher_keeps_the_memory_format(student):
     teacher.update(torch.tensor(4))
     weight = teacher.network.backbone.layer1[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_tensor_moves_and_nothing_is_compiled_anew_after_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_network = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_network(self, backend=counter))
+    tree = tiny_tree(tmp_path / "run", name="mean_teacher")
+    tree["train"]["compile"] = compiled
+    with small_backbones():
+        trainer = Trainer(parse_config(tree, "tiny"), Console(quiet=True))
+    state = [*trainer.method.parameters(), *trainer.method.buffers()]
+    before = [tensor.data_ptr() for tensor in state]
+    counts = []
+    with contextlib.closing(trainer.batches()) as batches:
+        for _ in range(3):
+            trainer.step(batches)
+            counts.append(counter.frame_count)
+    assert [tensor.data_ptr() for tensor in state] == before
+    assert counts == ([2] * 3 if compiled else [0] * 3)  # the student and the teacher

@@ -163,6 +163,18 @@ KERNELS: dict[str, dict[str, Any]] = {
         "meta": {"CLASSES": 32, "BLOCK": 128},
         "others": ({"CLASSES": 1}, {"CLASSES": 256}),
     },
+    "upsample_bilinear._upsample_kernel": {
+        "types": {"x": "x", "out": "x"},
+        "floats": ("scale_y", "scale_x"),
+        "meta": {"ALIGN": True, "ROWS": 8, "COLUMNS": 8, "CHANNELS": 128},
+        "others": ({"ALIGN": False}, {"COLUMNS": 64, "CHANNELS": 4}),
+    },
+    "upsample_bilinear._gather_kernel": {
+        "types": {"grad": "x", "out": "x"},
+        "floats": ("scale_y", "scale_x"),
+        "meta": {"ALIGN": True, "ROWS": 8, "COLUMNS": 8, "CHANNELS": 128},
+        "others": ({"ALIGN": False}, {"COLUMNS": 64, "CHANNELS": 4}),
+    },
     "upsample_cross_entropy._loss_kernel": {
         "types": {
             "logits": "x",
@@ -212,6 +224,31 @@ KERNELS: dict[str, dict[str, Any]] = {
         "others": ({"NEEDS_GRAD": False}, {"ALL": False, "CLASSES": 16, "PADDED": 16}),
         "num_warps": 2,
     },
+    "variance_head._moments_kernel": {
+        "types": {"x": "x", "mean_out": "fp32", "squares_out": "fp32"},
+        "meta": {"SPAN": 512, "ROWS": 32, "DIMS": 128},
+        "others": ({"ROWS": 512, "DIMS": 1},),
+    },
+    "variance_head._forward_kernel": {
+        "types": {"x": "x", "y": "fp32"} | dict.fromkeys(("mean", "var", "gamma", "beta"), "fp32"),
+        "floats": ("eps",),
+        "meta": {"ROWS": 32, "DIMS": 128},
+        "others": ({"ROWS": 512, "DIMS": 1},),
+    },
+    "variance_head._sums_kernel": {
+        "types": {"x": "x", "grad": "fp32", "sums": "fp32"}
+        | dict.fromkeys(("mean", "var", "gamma", "beta"), "fp32"),
+        "floats": ("eps",),
+        "meta": {"SPAN": 512, "ROWS": 32, "DIMS": 128},
+        "others": ({"ROWS": 512, "DIMS": 1},),
+    },
+    "variance_head._backward_kernel": {
+        "types": {"x": "x", "grad_x": "x", "grad": "fp32"}
+        | dict.fromkeys(("mean", "var", "gamma", "beta", "means"), "fp32"),
+        "floats": ("eps",),
+        "meta": {"HAS_MEANS": True, "ROWS": 32, "DIMS": 128},
+        "others": ({"HAS_MEANS": False}, {"ROWS": 512, "DIMS": 1}),
+    },
 }
 # What kernels call; compiled with them.
 FUNCTIONS = {
@@ -219,6 +256,8 @@ FUNCTIONS = {
     "class_lists._place",
     "interpolation.bilinear",
     "interpolation.corners",
+    "interpolation.first_output",
+    "interpolation.position_of",
     "interpolation.taps",
     "launch.at_least",
     "launch.log2",
@@ -233,6 +272,8 @@ FUNCTIONS = {
     "upsample_cross_entropy._across",
     "upsample_cross_entropy._load",
     "upsample_cross_entropy._split",
+    "upsample_bilinear._between",
+    "variance_head._sigmoid",
 }
 
 

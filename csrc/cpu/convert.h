@@ -1,4 +1,4 @@
-// Reads a vector of float or double from memory of any floating-point type.
+// Reads and writes vectors of float or double in memory of any floating-point type.
 #pragma once
 
 #include "cpu/isa.h"
@@ -41,6 +41,49 @@ PRCL_INLINE V load_as(const Half* from) {
   const V scaled = (V)(magnitude << 13) * 0x1p112f;
   const Bits special = (magnitude >= 0x7c00) & 0x7f800000;
   return (V)((Bits)scaled | special | ((bits & 0x8000) << 16));
+}
+
+template <class V, class T>
+PRCL_INLINE void store_as(T* to, const V& value) {
+  store(to, value);
+}
+
+// To the nearest, to even between two.
+template <class V>
+PRCL_INLINE void store_as(BFloat16* to, const V& value) {
+  constexpr int kLanes = sizeof(V) / sizeof(float);
+  typedef uint32_t Words __attribute__((vector_size(sizeof(V))));
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words word = value == value ? rounded : Words{} + 0x7fc0;
+  store(to, __builtin_convertvector(word, typename Narrow<kLanes>::Type));
+}
+
+template <class V>
+PRCL_INLINE void store_as(Half* to, const V& value) {
+  constexpr int kLanes = sizeof(V) / sizeof(float);
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int i = 0; i < kLanes; ++i) to[i] = Half(lanes[i]);
+}
+
+// The first `count` lanes, at least one; the others are zero, and are not written.
+template <class V, class S>
+PRCL_INLINE V load_lanes(const S* from, int64_t count) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(V{}[0]);
+  if (count == kLanes) return load_as<V>(from);
+  S part[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) part[i] = i < count ? from[i] : S(0);
+  return load_as<V>(part);
+}
+
+template <class V, class S>
+PRCL_INLINE void store_lanes(S* to, int64_t count, const V& value) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(V{}[0]);
+  if (count == kLanes) return store_as(to, value);
+  S part[kLanes];
+  store_as(part, value);
+  for (int64_t i = 0; i < count; ++i) to[i] = part[i];
 }
 
 // Converts `count` values; the rest up to `width`, a multiple of the vector's lanes, is `fill`.

@@ -98,20 +98,6 @@ __global__ void __launch_bounds__(kStatisticsThreads, 4)
   if (threadIdx.x == 0) partial_loss[blockIdx.x] = loss;
 }
 
-// The first output position whose lower input is `low` or more.
-__device__ inline int first_at(const FloatAxis& axis, int low) {
-  int begin = 0, end = int(axis.output);
-  while (begin < end) {
-    const int middle = begin + (end - begin) / 2;
-    if (axis.tap(middle).low < low) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
 // Shared memory of a block: the sums of the upper row as [class][output column], spread so that every fourth
 // output column lies in another bank; the fraction of each output column; the first output column of each
 // input column.

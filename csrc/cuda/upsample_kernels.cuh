@@ -42,6 +42,20 @@ __device__ __forceinline__ Position position_of(const FloatAxis& axis, int outpu
   return {int(tap.low), int(tap.high), tap.high == tap.low ? 0.0f : tap.fraction};
 }
 
+// The first output position whose lower input is `low` or more.
+__device__ inline int first_at(const FloatAxis& axis, int low) {
+  int begin = 0, end = int(axis.output);
+  while (begin < end) {
+    const int middle = begin + (end - begin) / 2;
+    if (axis.tap(middle).low < low) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
 // The positions of output rows first, first + 1, ...: each lane works out every 32nd, and all lanes of the
 // warp must walk down together.
 class RowPositions {

@@ -1,4 +1,5 @@
-// Rows of float32, bfloat16 or float16 values, read 16 bytes at a time and computed with as float32.
+// Rows of float32, bfloat16 or float16 values, read and written 16 bytes at a time and computed with as
+// float32.
 //
 // A Vector holds kVector<S> consecutive values as they lie in memory, so that several loads can be in flight
 // before the first conversion. The masked load is for rows that are not a multiple of 16 bytes long or do not
@@ -125,6 +126,23 @@ __device__ __forceinline__ void unpack(const Values<S, kCount>& values, float (&
 #pragma unroll
     for (int j = 0; j < kVector<S>; ++j) to[i + j] = some[j];
   }
+}
+
+// The inverse of unpack; rounds to the nearest.
+template <class S>
+__device__ __forceinline__ Vector<S> pack(const float (&from)[kVector<S>]) {
+  constexpr int kPerWord = 4 / int(sizeof(S));
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < kVector<S>; ++i) {
+    words[i / kPerWord] |= detail::bits_of(S(from[i])) << (i % kPerWord * 8 * int(sizeof(S)) % 32);
+  }
+  return {make_uint4(words[0], words[1], words[2], words[3])};
+}
+
+template <class S>
+__device__ __forceinline__ void store(S* aligned, const Vector<S>& vector) {
+  *reinterpret_cast<uint4*>(aligned) = vector.bits;
 }
 
 }  // namespace prcl::cuda

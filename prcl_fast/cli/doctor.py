@@ -20,6 +20,7 @@ from prcl_fast.ops import _backend, _native
 from prcl_fast.ops._preference import preference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
 _OPTIONAL = ("native", "triton")  # torch runs everywhere
 
 
@@ -102,11 +103,13 @@ def _package(name: str) -> str:
 
 
 def _nvcc() -> str:
+    """The compiler that setup.py takes."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    in_home = Path(home) / "bin" / "nvcc" if home else None
-    path = str(in_home) if in_home is not None and in_home.is_file() else shutil.which("nvcc")
+    in_home = shutil.which("nvcc", path=str(Path(home or _DEFAULT_CUDA_HOME) / "bin"))
+    on_path = shutil.which("nvcc")
+    path = in_home or on_path if home else on_path or in_home
     if path is None:
-        return "not found on PATH or in CUDA_HOME"
+        return f"not found in CUDA_HOME, on PATH or in {_DEFAULT_CUDA_HOME}"
     found = re.search(r"release (\S+),", _output(path, "--version"))
     return f"{found[1] if found else 'of unknown version'} ({path})"
 

@@ -44,6 +44,7 @@ def session(
     load: Callable[[], Loaded],
     device: Callable[[Loaded], str],
     stall_timeout: Callable[[Loaded], float | None] = lambda _: None,
+    captures: Callable[[Loaded], bool] = lambda _: False,
 ) -> Iterator[Session[Loaded]]:
     """Joins the processes of the run, if there are several, and watches over them until the block ends.
 
@@ -51,7 +52,8 @@ def session(
 
     Args:
         load: reads what the command needs.
-        device, stall_timeout: the name of the device, and the seconds without progress, that it asks for.
+        device, stall_timeout, captures: the name of the device, the seconds without progress, and whether
+            CUDA graphs are captured, that it asks for.
 
     Raises:
         InputError: a wrong environment, device, or whatever `load` says.
@@ -71,7 +73,8 @@ def session(
         if launch is not None:
             if here.type == "cuda":
                 torch.cuda.set_device(here)
-            store = stack.enter_context(join(launch, here, (stall or _A_DAY) + _MARGIN)).store
+            group = join(launch, here, (stall or _A_DAY) + _MARGIN, captures=captures(loaded))
+            store = stack.enter_context(group).store
         watchdog = stack.enter_context(Watchdog(own, world, store, stall, _say))
         yield Session(loaded, here, watchdog, Console(stderr=True, quiet=own > 0))
 

@@ -32,6 +32,7 @@ def train_command(
         lambda: load_config(config, overrides or []),
         lambda loaded: loaded.train.device,
         lambda loaded: loaded.train.stall_timeout,
+        lambda loaded: loaded.train.graph,
     ) as run:
         run.result(json.dumps(train(run.loaded, run)))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -11,10 +12,18 @@ from torch import Tensor
 
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.prefetch import tensors_of
+from prcl_fast.distributed import world_size
 from prcl_fast.errors import RunError
 
-# Real steps before the capture: libraries make their handles, compilers their code, the optimiser its state.
-WARM_UP = 3
+_WARM_UP = 3
+# DistributedDataParallel lays out its buckets in the first two steps, and the host waits for its times in the
+# first ten. PyTorch's notes on CUDA graphs ask for eleven.
+_WARM_UP_OF_SEVERAL = 11
+
+
+def warm_up_steps() -> int:
+    """Real steps before a capture: libraries make handles, compilers code, the optimiser its state."""
+    return _WARM_UP if world_size() == 1 else _WARM_UP_OF_SEVERAL
 
 
 class GraphCaptureError(RunError):
@@ -29,12 +38,15 @@ class CapturedStep:
 
     Args:
         step: a function of micro-batches that changes nothing but tensors on the device, in place.
+        stream: of the eager steps and of the capture. What holds on to the gradients' accumulation, as
+            DistributedDataParallel does from its start, must have been made on it.
     """
 
-    def __init__(self, step: Callable[[Sequence[Batch]], dict[str, Tensor]]) -> None:
-        self._step = step
+    def __init__(
+        self, step: Callable[[Sequence[Batch]], dict[str, Tensor]], stream: torch.cuda.Stream
+    ) -> None:
+        self._step, self._stream = step, stream
         self._calls = 0
-        self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Batch] = []
         self._outputs: dict[str, Tensor] = {}
@@ -47,13 +59,9 @@ class CapturedStep:
             ValueError: a batch has another shape than those before.
         """
         self._calls += 1
-        if self._calls <= WARM_UP:
-            # On the stream of the capture, so that the gradients' accumulation belongs to it.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                losses = self._step(batches)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return losses
+        if self._calls <= warm_up_steps():
+            with on_stream(self._stream):  # so that the gradients' accumulation belongs to it
+                return self._step(batches)
         if self._graph is None:
             self._inputs = [cloned(batch) for batch in batches]
             self._graph = self._capture()
@@ -63,13 +71,17 @@ class CapturedStep:
         return self._outputs
 
     def forget(self) -> None:
-        """Begins anew: the next calls are eager again, then the step is captured as it has become."""
+        """Begins anew: the next calls are eager again, then the step is captured as it has become.
+
+        A process group must not be left before: NCCL waits for the end of every graph that holds its
+        collectives.
+        """
         self._graph, self._calls = None, 0
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may go on: the loader's pins memory meanwhile.
+            # Other threads may go on: the loader's pins memory, NCCL's asks what has ended.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self._step(self._inputs)
         except RuntimeError as error:
@@ -79,6 +91,19 @@ class CapturedStep:
                 f"train.graph: this configuration's step cannot be captured: {reason}; set train.graph=false"
             ) from error
         return graph
+
+
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Runs the block on `stream`, between what the current one did before and does after; None: as it is."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def cloned(batch: Batch) -> Batch:

@@ -46,6 +46,7 @@ class StepTimer:
         model = config.model.model_copy(update={"weights": None})
         method = build_method(config.model_copy(update={"model": model}), num_classes)
         method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        method.lay_out()
         method.train()
         self._step = TrainStep(method, config, device)
 

@@ -46,6 +46,7 @@ def join(
     timeout_s: float,
     *,
     wait_s: float = 300.0,
+    captures: bool = False,
 ) -> Group:
     """Waits for all processes of the run and makes them PyTorch's process group.
 
@@ -54,6 +55,8 @@ def join(
             for which this process, and so the run, cannot begin.
         timeout_s: a collective for which a process is missing raises after this time.
         wait_s: how long to wait for the processes to come.
+        captures: CUDA graphs will hold collectives. NCCL's own thread then ends no process where one of them
+            fails or takes too long; the watchdog does.
 
     Raises:
         InputError: the mistake; one process raises it, the others SystemExit(1).
@@ -65,6 +68,8 @@ def join(
     try:
         store = meeting.open_store()
         device = meeting.await_all(store, device)
+        if captures:
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # PyTorch's notes on CUDA graphs ask for it
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.PrefixStore("group", store),

@@ -16,7 +16,7 @@ from prcl_fast.data.batches import Batch, images_of_step, training_batches, trai
 from prcl_fast.data.scan import scan_labels
 from prcl_fast.data.source import build_source
 from prcl_fast.device import choose_device, prepare_device
-from prcl_fast.distributed import first_says, rank, world_size
+from prcl_fast.distributed import backend, first_says, rank, world_size
 from prcl_fast.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
@@ -27,7 +27,7 @@ from prcl_fast.engine.checkpoint import (
 from prcl_fast.engine.checkpoint_state import check_optimizer
 from prcl_fast.engine.describe import describe_run
 from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.graph import WARM_UP, CapturedStep
+from prcl_fast.engine.graph import CapturedStep, on_stream, warm_up_steps
 from prcl_fast.engine.guard import NonFiniteLossError, named
 from prcl_fast.engine.logging import RunLog
 from prcl_fast.engine.replicas import check_alike
@@ -79,11 +79,15 @@ class Trainer:
         self.method = build_method(config, len(self.source.classes))
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if world_size() > 1 and config.train.sync_bn:
-            synchronize_batch_norm(self.method, self.device)
-        self.train_step = TrainStep(self.method, config, self.device)
+            synchronize_batch_norm(self.method)
+        self.method.lay_out()
+        stream = torch.cuda.Stream() if config.train.graph else None
+        with on_stream(stream):
+            self.train_step = TrainStep(self.method, config, self.device)
         self._run_step: CapturedStep | TrainStep = self.train_step
-        if config.train.graph:
-            self._run_step = CapturedStep(self.train_step)
+        if stream is not None:
+            self._run_step = CapturedStep(self.train_step, stream)
+        self._warm_up = warm_up_steps()
         self.iteration = 0
         self.progress: dict[str, Any] = {
             "seconds": 0.0,
@@ -147,6 +151,7 @@ class Trainer:
                         f"stopped at iteration {self.iteration} of {total}; the state is saved in "
                         f"{self.output}, the same command goes on from there"
                     )
+        self._forget_graph()  # the process group is left next
         return self.summary()
 
     def run_eagerly(self) -> None:
@@ -175,16 +180,19 @@ class Trainer:
         micro_batches = [next(batches) for _ in range(self.config.train.accumulate)]
         if self.method.begin_step(self.iteration):
             self._steps_here = 0
-            if isinstance(self._run_step, CapturedStep):
-                self._run_step.forget()
+            self._forget_graph()
         # The first steps may compile and capture for as long as that takes.
-        patient = self._steps_here <= WARM_UP and (self.config.train.compile or self.config.train.graph)
+        patient = self._steps_here <= self._warm_up and (self.config.train.compile or self.config.train.graph)
         self.watchdog.at(f"in the step of iteration {self.iteration}", patient=patient)
         with self._no_waiting():
             losses = self._run_step(micro_batches)
         self.iteration += 1
         self._steps_here += 1
         return losses
+
+    def _forget_graph(self) -> None:
+        if isinstance(self._run_step, CapturedStep):
+            self._run_step.forget()
 
     def _evaluation_is_missing(self) -> bool:
         """Whether the run was stopped where an evaluation was due: who stops it may not wait for one."""
@@ -308,7 +316,7 @@ class Trainer:
     def _no_waiting(self) -> Iterator[None]:
         """With `train.sync_check`, what makes the host wait for the device is an error."""
         # In the first steps libraries and compilers set themselves up, and the graph is captured.
-        if not self.config.train.sync_check or self._steps_here <= WARM_UP:
+        if not self.config.train.sync_check or self._steps_here <= self._warm_up:
             yield
             return
         torch.cuda.set_sync_debug_mode("error")
@@ -325,14 +333,14 @@ def _check_graph(config: Config, device: torch.device) -> None:
     for key in ("graph", "sync_check"):
         if getattr(config.train, key) and device.type != "cuda":
             raise InputError(f"train.{key}: needs a CUDA device; this run is on {device}")
-    # PyTorch's SyncBatchNorm reads from the device, and so does its DistributedDataParallel in a warm-up.
-    waits = config.train.sync_bn or getattr(config.method, "warmup", 0) > 0
-    if config.train.sync_check and world_size() > 1 and waits:
+        if getattr(config.train, key) and world_size() > 1 and getattr(config.method, "warmup", 0) > 0:
+            # DistributedDataParallel asks the device which parameters a warm-up leaves out.
+            raise InputError(
+                f"train.{key}: the step of {world_size()} processes waits for the device where there is a "
+                f"warm-up; set method.warmup=0 or train.{key}=false"
+            )
+    if config.train.graph and world_size() > 1 and backend("cuda") != "nccl":
         raise InputError(
-            f"train.sync_check: the step of {world_size()} processes waits for the device in synchronised "
-            "batch norm and in a warm-up; set train.sync_bn=false and method.warmup=0"
-        )
-    if config.train.graph and world_size() > 1:
-        raise InputError(
-            f"train.graph: captures the step of one process; this run has {world_size()}, set it to false"
+            f"train.graph: a graph can hold the collectives of NCCL alone; these {world_size()} processes "
+            f"use {backend('cuda')}, set it to false"
         )

@@ -14,14 +14,38 @@ def axis_scale(size_in: int, size_out: int, align_corners: bool) -> float:
 
 
 @triton.jit
-def taps(i, size_in, scale, ALIGN: tl.constexpr):
-    """Output i lies at `fraction` of the way from input `low` to `high`, which is low or low + 1 (int32)."""
+def position_of(i, scale, ALIGN: tl.constexpr):
+    """Where output i lies, in inputs: 0 at the first one or before it; it may lie beyond the last one."""
     if ALIGN:
         position = i * scale
     else:
         position = tl.maximum((i + 0.5) * scale - 0.5, 0.0)
+    return position
+
+
+@triton.jit
+def taps(i, size_in, scale, ALIGN: tl.constexpr):
+    """Output i lies at `fraction` of the way from input `low` to `high`, which is low or low + 1 (int32)."""
+    position = position_of(i, scale, ALIGN)
     low = tl.minimum(position.to(tl.int32), size_in - 1)
     return low, tl.minimum(low + 1, size_in - 1), position - low.to(tl.float32)
+
+
+@triton.jit
+def first_output(low, size_in, size_out, steps, scale, ALIGN: tl.constexpr):
+    """The first output whose lower neighbour is input `low` or a later one (int32), size_out for none.
+
+    `steps` are those of a search in size_out outputs: `size_out.bit_length()`.
+    """
+    begin = low * 0
+    end = begin + size_out
+    for _ in range(steps):
+        middle = (begin + end) // 2
+        low_of_middle, _high, _fraction = taps(middle, size_in, scale, ALIGN)
+        before = (low_of_middle < low) & (begin < end)
+        begin = tl.where(before, middle + 1, begin)
+        end = tl.where(before, end, middle)
+    return begin
 
 
 @triton.jit

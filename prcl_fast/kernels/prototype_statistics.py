@@ -1,9 +1,10 @@
 """Prototype statistics in Triton.
 
-The pixels are sorted by class (class_lists). A program owns up to 512 neighbours in the list of one
-class and up to 1024 dimensions; which neighbours, it finds in the table of the lists' starts. It reads their
-rows of the features once, 4096 values at a time, and adds 1 / s and mu / s to sums in registers, one for each
-row of that tile. Pixels that do not count are never read. Features that are not channels_last are copied.
+The pixels are sorted by class (class_lists), by the caller or here. A program owns up to 512 neighbours in
+the list of one class and up to 1024 dimensions; which neighbours, it finds in the table of the lists' starts.
+It reads their rows of the features once, 4096 values at a time, and adds 1 / s and mu / s to sums in
+registers, one for each row of that tile. Pixels that do not count are never read. Features that are not
+channels_last are copied.
 
 Each program writes its sums into a row of a table [programs, 2, D]. A second kernel adds each class's rows
 in float64. All sums have a fixed order, without atomics. A reciprocal is right to 1 unit in the last place.
@@ -106,8 +107,8 @@ def prototype_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Precision and weighted mean [C, D] float32, count [C] int64, inverse norm [B, h, w] float32 or [0].
 
-    mu and var are [B, D, h, w]; order and start are the class lists of the valid pixels, which are made where
-    they are None.
+    mu and var are [B, D, h, w]; order and start are the class lists of the valid pixels, None where they are
+    to be made.
     """
     mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
     batch, dims, height, width = mu.shape

@@ -41,14 +41,14 @@ class PrototypePredictor(nn.Module):
 
         A class without prototypes has the lowest score that a class can have, -1 / T.
         """
-        similarity = self._similarity(features).amax(dim=2)
-        return torch.where(self.known[:, None, None], similarity, -1.0) / self.temperature
+        similarity = self._similarity(features).amax(dim=-1)
+        return (torch.where(self.known, similarity, -1.0) / self.temperature).permute(0, 3, 1, 2)
 
     def _similarity(self, features: Tensor) -> Tensor:
-        """[B, C, K, h, w]: cosines with every prototype."""
+        """[B, h, w, C, K]: cosines with every prototype; this order keeps gradients channels_last."""
         weight = F.normalize(self.prototypes, dim=-1).flatten(0, 1)[:, :, None, None]
         similarity = F.conv2d(F.normalize(features, dim=1), weight.to(features.dtype))
-        return similarity.unflatten(1, self.prototypes.shape[:2]).float()
+        return similarity.float().permute(0, 2, 3, 1).unflatten(-1, self.prototypes.shape[:2])
 
     @torch.no_grad()
     def initialize(self, prototypes: Tensor, known: Tensor) -> None:
@@ -71,8 +71,8 @@ class PrototypePredictor(nn.Module):
         num_classes, per_class, dim = self.prototypes.shape
         own = label.long().clamp(0, num_classes - 1)
         known = self.known[own]
-        index = own[:, None, None].expand(-1, 1, per_class, -1, -1)
-        nearest = self._similarity(features).gather(1, index).squeeze(1).argmax(dim=1)
+        index = own[..., None, None].expand(-1, -1, -1, 1, per_class)
+        nearest = self._similarity(features).gather(3, index).squeeze(3).argmax(dim=-1)
         inside = (label < num_classes) & (label >= 0)
         group = torch.where(inside, own * per_class + nearest, -1)
         # With variances of one the precision is the number of pixels and the weighted mean their sum.

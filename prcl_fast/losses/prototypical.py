@@ -36,7 +36,7 @@ def prototypical_contrast(prototypes: Tensor, other: Tensor, tau: float) -> Tens
     return F.cross_entropy(scores.flatten(0, 1), positive.flatten())
 
 
-def activation_regularization(scores: Tensor, label: Tensor) -> Tensor:
+def activation_regularization(scores: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """Eq. (10) and (11): a class's prototypes shall share its pixels.
 
     a_cj, the mean over the class's pixels of the softmax over j of their scores for its prototypes, shall be
@@ -45,21 +45,23 @@ def activation_regularization(scores: Tensor, label: Tensor) -> Tensor:
     the processes return is the loss, its gradient included.
 
     Args:
-        scores: [B, C, n, h, w].
+        scores: [B, C * n, h, w].
         label: [B, h, w] integer; outside 0 .. C-1 means "none".
+        num_classes: C.
     Returns:
         scalar, float32; a 0 that stays in the graph where no class is present.
     """
-    classes, per_class = scores.shape[1:3]
-    own = label.long().clamp(0, classes - 1)
-    inside = (label >= 0) & (label < classes)
-    index = own[:, None, None].expand(-1, 1, per_class, -1, -1)
-    share = scores.float().gather(1, index).squeeze(1).softmax(dim=1)  # [B, n, h, w]
+    own = label.long().clamp(0, num_classes - 1)
+    inside = (label >= 0) & (label < num_classes)
+    rows = scores.float().permute(0, 2, 3, 1).unflatten(-1, (num_classes, -1))  # [B, h, w, C, n]
+    per_class = rows.shape[-1]
+    index = own[..., None, None].expand(-1, -1, -1, 1, per_class)
+    share = rows.gather(3, index).squeeze(3).softmax(dim=-1)  # [B, h, w, n]
     # Not one_hot, which reads values on a CPU.
-    is_class = own[..., None] == torch.arange(classes, device=own.device)
+    is_class = own[..., None] == torch.arange(num_classes, device=own.device)
     member = (is_class & inside[..., None]).to(share.dtype)  # [B, h, w, C]
     with torch.autocast(share.device.type, enabled=False):  # float16 ends at 65504 pixels
-        sums = torch.einsum("bhwc,bnhw->cn", member, share)
+        sums = torch.einsum("bhwc,bhwn->cn", member, share)
     total = summed(torch.cat([sums.detach(), member.sum((0, 1, 2))[:, None]], dim=1))
     count = total[:, per_class:]
     # The sum over j of a_cj is constant: the gradient of a log(n a) is that of a times a constant log(n a).

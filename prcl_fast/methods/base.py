@@ -76,6 +76,9 @@ class Method(nn.Module):
         ]
         return [group for group in groups if group["params"]]
 
+    def lay_out(self) -> None:
+        """Called once the networks are on their device, before anything relies on where their tensors lie."""
+
     def begin_step(self, iteration: int) -> bool:
         """Called by the host before the step of `iteration`, for what happens once in a run.
 

@@ -49,9 +49,9 @@ class CPS(Method):
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """L_s and the cross supervision of both networks."""
         image, targets = self.mixed(batch)
-        outputs = self.student_passes(batch, image)
-        supervised = self.supervised(batch, outputs)
-        cross = self.cross_supervision(batch, outputs, targets)
+        _, labeled, unlabeled = self.student_passes(batch, image)
+        supervised = self.supervised(batch, labeled)
+        cross = self.cross_supervision(batch, labeled, unlabeled, targets)
         return {
             "loss": supervised + self.lambda_cross * cross,
             "loss_supervised": supervised,
@@ -61,6 +61,10 @@ class CPS(Method):
     def scores(self, output: NetworkOutput) -> Tensor:
         """What pseudo-labels are read from and learned by: [B, categories, h, w]."""
         return output.logits
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """[B, categories, h, w] of `scores` -> the class scores that labels supervise, [B, C, h, w]."""
+        return scores
 
     def mixed(self, batch: Batch) -> tuple[Tensor, list[Tensor] | None]:
         """The unlabeled images as the networks learn from them, and each network's labels of them.
@@ -87,44 +91,52 @@ class CPS(Method):
                 targets.append(label)
         return image, targets
 
-    def student_passes(self, batch: Batch, unlabeled_image: Tensor) -> list[NetworkOutput]:
-        """Both networks on labeled and unlabeled images together."""
+    def student_passes(
+        self, batch: Batch, unlabeled_image: Tensor
+    ) -> tuple[list[NetworkOutput], list[Tensor], list[Tensor]]:
+        """Both networks on labeled and unlabeled images together.
+
+        Returns:
+            Each network's output, and its `scores` of the labeled and of the unlabeled images. The losses
+            read the two parts and never some rows of the whole, whose gradient would be filled up with zeros
+            in another memory format.
+        """
         image = self.normalize(torch.cat([batch.labeled_image, unlabeled_image]))
         with part("student"):
-            return [network(image, representations=False) for network in self.learners()]
+            outputs = [network(image, representations=False) for network in self.learners()]
+            sizes = [len(batch.labeled_image), len(unlabeled_image)]
+            parts = [self.scores(output).split(sizes) for output in outputs]
+        return outputs, [labeled for labeled, _ in parts], [unlabeled for _, unlabeled in parts]
 
-    def supervised(self, batch: Batch, outputs: list[NetworkOutput]) -> Tensor:
-        """L_s, summed over the networks."""
+    def supervised(self, batch: Batch, scores: list[Tensor]) -> Tensor:
+        """L_s, summed over the networks, of their scores of the labeled images."""
         counts = start_counting(batch.label)
-        labeled = len(batch.label)
         with part("losses"):
-            terms = [
-                supervised_loss(output.logits[:labeled], batch.label, counts=counts()) for output in outputs
-            ]
+            terms = [supervised_loss(self.logits(score), batch.label, counts=counts()) for score in scores]
             return torch.stack(terms).sum()
 
     def cross_supervision(
-        self, batch: Batch, outputs: list[NetworkOutput], targets: list[Tensor] | None
+        self, batch: Batch, labeled: list[Tensor], unlabeled: list[Tensor], targets: list[Tensor] | None
     ) -> Tensor:
-        """L_cps: each network's cross-entropy with the other's labels, summed over both."""
-        labeled = len(batch.label)
-        scores = [self.scores(output) for output in outputs]
+        """L_cps: each network's cross-entropy with the other's labels, summed over both.
+
+        Args:
+            labeled, unlabeled: both networks' scores.
+            targets: their labels of the mixed images; None where they come from the scores themselves, of
+                the labeled images as well.
+        """
         with part("losses"):
             if targets is not None:
-                return self._crossed([score[labeled:] for score in scores], targets)
+                return self._crossed(unlabeled, targets)
             assert batch.inside is not None
+            terms = []
             # A labeled image's border is ignored, too.
-            inside = torch.cat([batch.label != IGNORE, batch.inside])
-            with torch.no_grad():
-                said = [
-                    pseudo_label(score, inside.shape[-2:])[0].masked_fill(~inside, IGNORE) for score in scores
-                ]
-            rows = (slice(None, labeled), slice(labeled, None))
-            parts = [
-                self._crossed([score[row] for score in scores], [label[row] for label in said])
-                for row in rows
-            ]
-            return parts[0] + parts[1]
+            for scores, inside in ((labeled, batch.label != IGNORE), (unlabeled, batch.inside)):
+                with torch.no_grad():
+                    labels = [pseudo_label(score, inside.shape[-2:])[0] for score in scores]
+                    labels = [label.masked_fill(~inside, IGNORE) for label in labels]
+                terms.append(self._crossed(scores, labels))
+            return terms[0] + terms[1]
 
     def _crossed(self, scores: list[Tensor], targets: list[Tensor]) -> Tensor:
         # Both networks' labels are ignored at the same pixels.

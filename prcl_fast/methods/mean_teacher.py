@@ -17,7 +17,7 @@ from prcl_fast.data.mix import mix
 from prcl_fast.data.source import IGNORE
 from prcl_fast.losses import PixelCounts, start_counting, supervised_loss, unsupervised_loss
 from prcl_fast.methods.base import Method, Step
-from prcl_fast.models.network import NetworkOutput
+from prcl_fast.models.network import NetworkOutput, joined
 from prcl_fast.models.teacher import EMATeacher
 from prcl_fast.ops import pseudo_label
 from prcl_fast.parts import part
@@ -49,8 +49,8 @@ class MeanTeacher(Method):
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The terms "loss_supervised" and "loss_unsupervised" and their sum."""
         unlabeled = self.pseudo_labeled(batch)
-        outputs = self.student_pass(batch, unlabeled, representations=False)
-        return self.segmentation_losses(batch, unlabeled, *outputs)
+        output = self.student_pass(batch, unlabeled, representations=False)
+        return self.segmentation_losses(batch, unlabeled, output.logits)
 
     def pseudo_labeled(self, batch: Batch) -> Unlabeled:
         """Eq. (1) on the weakly augmented images, then strong augmentation and mixing of all three alike."""
@@ -70,32 +70,32 @@ class MeanTeacher(Method):
             counts = start_counting(batch.label, label, confidence, self.settings.delta_u)
             return Unlabeled(self.normalize(image), label, confidence, counts)
 
-    def student_pass(
-        self, batch: Batch, unlabeled: Unlabeled, *, representations: bool
-    ) -> tuple[NetworkOutput, NetworkOutput]:
-        """The student on labeled and on unlabeled images, in one pass or in two (batch statistics differ)."""
-        with part("student"):
-            labeled_image = self.normalize(batch.labeled_image)
-            if self.settings.forward == "separate":
-                return (
-                    self.student(labeled_image, representations=representations),
-                    self.student(unlabeled.image, representations=representations),
-                )
-            both = self.student(torch.cat([labeled_image, unlabeled.image]), representations=representations)
-            count = len(labeled_image)
-            return both.rows(slice(None, count)), both.rows(slice(count, None))
+    def student_pass(self, batch: Batch, unlabeled: Unlabeled, *, representations: bool) -> NetworkOutput:
+        """The student on the labeled images, then on the unlabeled ones: the rows of one output.
 
-    def segmentation_losses(
-        self, batch: Batch, unlabeled: Unlabeled, labeled_out: NetworkOutput, unlabeled_out: NetworkOutput
-    ) -> dict[str, Tensor]:
-        """L_s, L_u and their sum."""
+        One pass, or two, whose batch statistics differ. What follows reads the whole output, because a
+        gradient of some of its rows would be filled up with zeros in another memory format.
+        """
+        with part("student"):
+            images = [self.normalize(batch.labeled_image), unlabeled.image]
+            if self.settings.forward == "concatenated":
+                images = [torch.cat(images)]
+            return joined([self.student(image, representations=representations) for image in images])
+
+    def segmentation_losses(self, batch: Batch, unlabeled: Unlabeled, logits: Tensor) -> dict[str, Tensor]:
+        """L_s, L_u and their sum.
+
+        Args:
+            logits: [B_l + B_u, C, h, w], of the labeled images first.
+        """
         settings = self.settings
         self._pseudo_labels = unlabeled.label, unlabeled.confidence
         with part("losses"):
             counts = unlabeled.counts()
-            supervised = supervised_loss(labeled_out.logits, batch.label, counts=counts)
+            labeled_logits, unlabeled_logits = logits.split([len(batch.label), len(unlabeled.label)])
+            supervised = supervised_loss(labeled_logits, batch.label, counts=counts)
             unsupervised = unsupervised_loss(
-                unlabeled_out.logits,
+                unlabeled_logits,
                 unlabeled.label,
                 unlabeled.confidence,
                 delta_u=settings.delta_u,
@@ -107,6 +107,10 @@ class MeanTeacher(Method):
                 "loss_supervised": supervised,
                 "loss_unsupervised": unsupervised,
             }
+
+    def lay_out(self) -> None:
+        """Student and teacher each lie in one tensor from here on."""
+        self.teacher.lay_out_flat()
 
     def after_step(self, step: Step) -> None:
         """Moves the teacher towards the student."""

@@ -63,16 +63,16 @@ class PCR(MeanTeacher):
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """L_s and L_u of the linear predictor, and both again of the prototype predictor."""
         unlabeled = self.pseudo_labeled(batch)
-        labeled_out, unlabeled_out = self.student_pass(batch, unlabeled, representations=False)
-        losses = self.segmentation_losses(batch, unlabeled, labeled_out, unlabeled_out)
+        output = self.student_pass(batch, unlabeled, representations=False)
+        losses = self.segmentation_losses(batch, unlabeled, output.logits)
         with part("contrast"):
-            features = torch.cat([labeled_out.features, unlabeled_out.features])
+            features = output.features
             scores = self.predictor(features)
             counts = unlabeled.counts()
-            count = len(labeled_out.logits)
-            supervised = supervised_loss(scores[:count], batch.label, counts=counts)
+            labeled_scores, unlabeled_scores = scores.split([len(batch.label), len(unlabeled.label)])
+            supervised = supervised_loss(labeled_scores, batch.label, counts=counts)
             unsupervised = unsupervised_loss(
-                scores[count:],
+                unlabeled_scores,
                 unlabeled.label,
                 unlabeled.confidence,
                 delta_u=self.pcr.delta_u,

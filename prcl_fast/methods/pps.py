@@ -14,6 +14,7 @@ from prcl_fast.methods.base import Step
 from prcl_fast.methods.cps import CPS
 from prcl_fast.methods.resolution import at_resolution
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, build_network
+from prcl_fast.models.query_head import of_nearest
 from prcl_fast.parts import part
 
 
@@ -48,9 +49,9 @@ class PPS(CPS):
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The terms of both networks."""
         image, targets = self.mixed(batch)
-        outputs = self.student_passes(batch, image)
-        supervised = self.supervised(batch, outputs)
-        cross = self.cross_supervision(batch, outputs, targets)
+        outputs, labeled, unlabeled = self.student_passes(batch, image)
+        supervised = self.supervised(batch, labeled)
+        cross = self.cross_supervision(batch, labeled, unlabeled, targets)
         with part("contrast"):
             found = [output.prototypes for output in outputs]
             assert found[0] is not None
@@ -58,10 +59,9 @@ class PPS(CPS):
             first, second = found[0].prototypes, found[1].prototypes
             tau = self.pps.tau
             contrast = prototypical_contrast(first, second, tau) + prototypical_contrast(second, first, tau)
-            labeled = slice(None, len(batch.label))
-            label = at_resolution(batch.label, outputs[0].logits.shape[-2:])
-            activation = activation_regularization(found[0].scores[labeled], label)
-            activation = activation + activation_regularization(found[1].scores[labeled], label)
+            label = at_resolution(batch.label, labeled[0].shape[-2:])
+            activation = activation_regularization(labeled[0], label, self.num_classes)
+            activation = activation + activation_regularization(labeled[1], label, self.num_classes)
         pps = self.pps
         loss = supervised + pps.lambda_cross * cross
         loss = loss + pps.lambda_contrast * contrast + pps.lambda_activation * activation
@@ -76,4 +76,8 @@ class PPS(CPS):
     def scores(self, output: NetworkOutput) -> Tensor:
         """Every prototype is a category of its own: [B, C * n, h, w]."""
         assert output.prototypes is not None
-        return output.prototypes.scores.flatten(1, 2)
+        return output.prototypes.scores
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Each class's score is that of its nearest prototype."""
+        return of_nearest(scores, self.num_classes)

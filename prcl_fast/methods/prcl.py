@@ -12,7 +12,6 @@ from prcl_fast.config import Config
 from prcl_fast.config_methods import PRCLConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
-from prcl_fast.device import full_precision
 from prcl_fast.distributed import world_size
 from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast, explain_inert, explain_variance, lambda_c
@@ -74,10 +73,10 @@ class PRCL(MeanTeacher):
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Algorithm 1: L_s and L_u as in MeanTeacher, then L_c over labeled and unlabeled pixels together."""
         unlabeled = self.pseudo_labeled(batch)
-        outputs = self.student_pass(batch, unlabeled, representations=True)
-        losses = self.segmentation_losses(batch, unlabeled, *outputs)
+        output = self.student_pass(batch, unlabeled, representations=True)
+        losses = self.segmentation_losses(batch, unlabeled, output.logits)
         with part("contrast"):
-            contrast = self._contrastive_loss(batch, unlabeled, *outputs)
+            contrast = self._contrastive_loss(batch, unlabeled, output)
             weight = lambda_c(
                 self.prcl.lambda_c,
                 step.iteration - self.warmup,
@@ -89,29 +88,22 @@ class PRCL(MeanTeacher):
         losses["loss_contrast"] = contrast
         return losses
 
-    def _contrastive_loss(
-        self, batch: Batch, unlabeled: Unlabeled, labeled_out: NetworkOutput, unlabeled_out: NetworkOutput
-    ) -> Tensor:
+    def _contrastive_loss(self, batch: Batch, unlabeled: Unlabeled, output: NetworkOutput) -> Tensor:
         """Eq. (15) at the decoder's resolution; labels are read at the pixels that upsampling aligns."""
-        logits = torch.cat([labeled_out.logits, unlabeled_out.logits])
-        size = logits.shape[-2:]
+        mu, var = output.mu, output.var
+        assert mu is not None
+        size = mu.shape[-2:]
         label = at_resolution(torch.cat([batch.label, unlabeled.label]), size)
         # A labeled pixel is certain; an unlabeled one as certain as the teacher.
         teacher = torch.cat([torch.ones_like(batch.label, dtype=torch.float32), unlabeled.confidence])
         teacher = at_resolution(teacher, size)
         valid = (label != IGNORE) & (teacher >= self.prcl.delta_w)
-        student = _probability_of(label, logits)
+        student = _probability_of(label, output.logits)
         confidence = student
         if self.prcl.confidence == "teacher":
             # The teacher does not see labeled images: their hardness stays the student's.
             count = len(batch.label)
             confidence = torch.cat([student[:count], teacher[count:]])
-        assert labeled_out.mu is not None
-        assert unlabeled_out.mu is not None
-        mu = full_precision(torch.cat([labeled_out.mu, unlabeled_out.mu]))
-        var = None
-        if labeled_out.var is not None and unlabeled_out.var is not None:
-            var = torch.cat([labeled_out.var, unlabeled_out.var])
         self._mu, self._var = mu.detach(), None if var is None else var.detach()
         loss: Tensor = self.contrast(mu, var, label, valid, confidence, batch.seed)
         return loss

@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.models.sync_batch_norm import is_synchronized
+from prcl_fast.ops import upsample_bilinear
+
 RATES: dict[int, tuple[int, int, int]] = {16: (6, 12, 18), 8: (12, 24, 36)}
 
 
@@ -20,7 +24,7 @@ def conv_bn_relu(
     padding = dilation * (kernel_size // 2)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
-        nn.BatchNorm2d(out_channels),
+        BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
 
@@ -36,11 +40,12 @@ class ImagePooling(nn.Module):
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
+        self.bn = BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x.mean(dim=(2, 3), keepdim=True))
-        if x.shape[0] == 1 and not isinstance(self.bn, nn.SyncBatchNorm):
+        # A mean over the dimensions would give back its gradient in another memory format than x has.
+        x = self.conv(F.avg_pool2d(x, x.shape[2:]))
+        if x.shape[0] == 1 and not is_synchronized(self.bn):
             bn = self.bn
             x = F.batch_norm(
                 x, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=False, eps=bn.eps
@@ -66,7 +71,7 @@ class ASPP(nn.Module):
         )
         self.pooling = ImagePooling(in_channels, width)
         self.project = nn.Conv2d((len(rates) + 2) * width, width, 1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
+        self.bn = BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
         local = torch.cat([branch(x) for branch in self.branches], dim=1)
@@ -100,5 +105,5 @@ class DeepLabDecoder(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """[B, low_channels, h, w], [B, in_channels, h', w'] -> [B, out_channels, h, w], low level first."""
         low = self.low_level(low)
-        high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        high = upsample_bilinear(self.aspp(high), low.shape[2:])
         return torch.cat([low, high], dim=1)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prcl_fast.device import full_precision
+from prcl_fast.distributed import summed
+from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.models.sync_batch_norm import is_synchronized, merged_moments
+from prcl_fast.ops import Collectives, variance_head
 
-LOG_FLOOR = math.log(1e-6)
+_OVER_PROCESSES = Collectives(merged_moments, summed)
 
 
 class _ConvHead(nn.Sequential):
     def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
         super().__init__(
             nn.Conv2d(in_channels, hidden_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(hidden_channels),
+            BatchNorm2d(hidden_channels),
             nn.ReLU(inplace=True),
             nn.Conv2d(hidden_channels, out_channels, 1),
         )
@@ -52,9 +53,9 @@ class ProbabilityHead(nn.Module):
     def __init__(self, in_channels: int, dim: int, initial_variance: float = 0.5) -> None:
         super().__init__()
         self.fc1 = nn.Parameter(torch.empty(dim, in_channels))
-        self.bn1 = nn.BatchNorm2d(dim)
+        self.bn1 = BatchNorm2d(dim)
         self.fc2 = nn.Parameter(torch.empty(dim, dim))
-        self.bn2 = nn.BatchNorm2d(dim, affine=False)
+        self.bn2 = BatchNorm2d(dim, affine=False)
         self.gamma = nn.Parameter(torch.ones(1))
         self.beta = nn.Parameter(torch.logit(torch.tensor([initial_variance])))
         nn.init.kaiming_normal_(self.fc1)
@@ -62,11 +63,26 @@ class ProbabilityHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(_normalized_linear(x, self.fc1)), inplace=True)
-        # Under autocast the products run in the low precision; from here on its few bits would show in the
-        # precisions 1 / sigma^2, whose sums make the prototypes. What follows keeps float32 under autocast.
-        x = self.gamma * self.bn2(full_precision(_normalized_linear(x, self.fc2))) + self.beta
-        # logaddexp stays finite, gradient included, where exp(x) alone would overflow.
-        return torch.sigmoid(torch.logaddexp(x, torch.full_like(self.beta, LOG_FLOOR)))
+        # Under autocast the product comes in the low precision. Computed with it, its few bits would show in
+        # the precisions 1 / sigma^2, whose sums make the prototypes: the op computes in float32.
+        x = _normalized_linear(x, self.fc2)
+        norm = self.bn2  # holds the statistics; the op takes its place
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.momentum is not None
+        if norm.training:
+            norm.count_pass()
+        return variance_head(
+            x,
+            self.gamma,
+            self.beta,
+            norm.running_mean,
+            norm.running_var,
+            training=norm.training,
+            momentum=norm.momentum,
+            eps=norm.eps,
+            collectives=_OVER_PROCESSES if is_synchronized(norm) else None,
+        )
 
 
 def _normalized_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from prcl_fast.errors import InputError
+from prcl_fast.models.autocast_weights import autocast_weights
+from prcl_fast.models.batch_norm import count_together
 from prcl_fast.models.deeplab import DeepLabDecoder
 from prcl_fast.models.heads import ProbabilityHead, RepresentationHead, SegmentationHead
 from prcl_fast.models.query_head import PrototypeScores, QueryHead
@@ -32,14 +35,23 @@ class NetworkOutput(NamedTuple):
     features: Tensor  # [B, decoder.out_channels, h, w], the decoder's, which all heads read
     prototypes: PrototypeScores | None = None  # of a head of prototypes
 
-    def rows(self, images: slice) -> NetworkOutput:
-        """The output for some of the batch's images."""
-        mu = None if self.mu is None else self.mu[images]
-        var = None if self.var is None else self.var[images]
-        prototypes = None
-        if self.prototypes is not None:
-            prototypes = PrototypeScores(*(tensor[images] for tensor in self.prototypes))
-        return NetworkOutput(self.logits[images], mu, var, self.features[images], prototypes)
+
+def joined(outputs: Sequence[NetworkOutput]) -> NetworkOutput:
+    """The outputs of several passes as the output of one, their images in order.
+
+    A linear head's: prototypes of a query head are not joined.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    logits, mu, var, features, _ = (
+        [tensor for tensor in tensors if tensor is not None] for tensors in zip(*outputs, strict=True)
+    )
+    return NetworkOutput(
+        torch.cat(logits),
+        torch.cat(mu) if mu else None,
+        torch.cat(var) if var else None,
+        torch.cat(features),
+    )
 
 
 class SegmentationNetwork(nn.Module):
@@ -99,6 +111,7 @@ class SegmentationNetwork(nn.Module):
             self.representation = RepresentationHead(features, width, representation_dim)
             if probability:
                 self.probability = ProbabilityHead(features, representation_dim, initial_variance)
+        self._passes = count_together(self)
 
     def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
         """Segment images and embed their pixels.
@@ -112,18 +125,26 @@ class SegmentationNetwork(nn.Module):
             NetworkOutput; mu and var are None where the head is absent or skipped. Under autocast logits and
             mu have the autocast type, var is float32 always. Upsample logits with align_corners=True.
         """
-        features = self.decoder(*self.backbone(x))
-        prototypes = None
-        if isinstance(self.classifier, QueryHead):
-            logits, prototypes = self.classifier(features)
-        else:
-            logits = self.classifier(features)
-        mu = var = None
-        if representations and self.representation is not None:
-            mu = self.representation(features)
-            if self.probability is not None:
-                var = self.probability(features)
+        self._passes.begin()
+        with autocast_weights(self._parts(representations), x.device):
+            features = self.decoder(*self.backbone(x))
+            prototypes = None
+            if isinstance(self.classifier, QueryHead):
+                logits, prototypes = self.classifier(features)
+            else:
+                logits = self.classifier(features)
+            mu = var = None
+            if representations and self.representation is not None:
+                mu = self.representation(features)
+                if self.probability is not None:
+                    var = self.probability(features)
+        self._passes.end()
         return NetworkOutput(logits, mu, var, features, prototypes)
+
+    def _parts(self, representations: bool) -> list[nn.Module]:
+        """The parts that a forward pass uses: the backbone's stages, the decoder and the heads."""
+        heads = (self.classifier, *((self.representation, self.probability) if representations else ()))
+        return [*self.backbone.children(), self.decoder, *(head for head in heads if head is not None)]
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the backbone."""

@@ -17,7 +17,7 @@ _POOL = 4
 class PrototypeScores(NamedTuple):
     """What a head of prototypes knows beside the logits."""
 
-    scores: Tensor  # [B, C, n, h, w], similarity of every pixel with every prototype, over tau
+    scores: Tensor  # [B, C * n, h, w], similarity of every pixel with every prototype, over tau
     prototypes: Tensor  # [B, C, n, D]
 
 
@@ -64,8 +64,15 @@ class QueryHead(nn.Module):
         pixels = F.avg_pool2d(embedding, _POOL, ceil_mode=True).flatten(2).transpose(1, 2)
         queries = self.queries.expand(len(features), -1, -1)
         prototypes = self.decoder(queries, pixels)  # [B, C * n, D]
-        similarity = torch.einsum(
-            "bqd,bdhw->bqhw", F.normalize(prototypes, dim=-1), F.normalize(embedding, dim=1)
-        )
-        scores = (similarity / self.tau).unflatten(1, self.shape)
-        return scores.amax(dim=2), PrototypeScores(scores, prototypes.unflatten(1, self.shape))
+        # Rows of pixels: a product of matrices whose result, and gradient, is channels_last.
+        rows = F.normalize(embedding, dim=1).permute(0, 2, 3, 1)
+        similarity = rows.flatten(1, 2) @ F.normalize(prototypes, dim=-1).mT  # [B, h * w, C * n]
+        scores = (similarity / self.tau).unflatten(1, rows.shape[1:3]).permute(0, 3, 1, 2)
+        logits = of_nearest(scores, self.shape[0])
+        return logits, PrototypeScores(scores, prototypes.unflatten(1, self.shape))
+
+
+def of_nearest(scores: Tensor, num_classes: int) -> Tensor:
+    """Scores of prototypes [B, C * n, h, w] -> of each class's nearest one, [B, C, h, w] in channels_last."""
+    rows = scores.permute(0, 2, 3, 1).unflatten(-1, (num_classes, -1))
+    return rows.amax(dim=-1).permute(0, 3, 1, 2)

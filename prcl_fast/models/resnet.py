@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prcl_fast.errors import InputError
+from prcl_fast.models.batch_norm import BatchNorm2d
 from prcl_fast.models.convolution import Conv3x3
 
 
@@ -17,7 +18,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential 
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), BatchNorm2d(out_channels)
     )
 
 
@@ -31,9 +32,9 @@ class BasicBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = Conv3x3(in_channels, channels, stride, first_dilation)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = Conv3x3(channels, channels, dilation=dilation)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, channels, stride)
 
@@ -55,11 +56,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = Conv3x3(channels, channels, stride, first_dilation)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.bn3 = BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, out_channels, stride)
 
@@ -116,7 +117,7 @@ class ResNet(nn.Module):
 
         stem_channels = base_width if stem == "plain" else 2 * base_width
         self.conv1 = self._stem(stem, base_width)
-        self.bn1 = nn.BatchNorm2d(stem_channels)
+        self.bn1 = BatchNorm2d(stem_channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
@@ -141,10 +142,10 @@ class ResNet(nn.Module):
             return nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         return nn.Sequential(
             Conv3x3(3, width, stride=2),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.ReLU(inplace=True),
             Conv3x3(width, width),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.ReLU(inplace=True),
             Conv3x3(width, 2 * width),
         )

@@ -43,17 +43,24 @@ class EMATeacher(nn.Module):
         """The averaged network's output on images [B, 3, H, W]; only the logits unless asked for more."""
         return self.network(x, representations=representations)
 
+    def lay_out_flat(self) -> None:
+        """Moves both networks' floating-point state into one tensor each, so that `update` is one pass.
+
+        `update` does this where it finds the networks elsewhere. Called early, it spares what is compiled or
+        captured before the first update a change of addresses.
+        """
+        self._flat = FlatState(self.network), FlatState(self._student[0])
+
     @torch.no_grad()
     def update(self, iteration: Tensor) -> None:
         """Move towards the student with decay min(1 - 1 / (iteration + 1), decay); iteration 0 copies it.
-
-        Both networks' floating-point state is laid out flat on the way, so that this is one pass over it.
 
         Args:
             iteration: integer scalar on the networks' device, the number of updates made before this one.
         """
         if self._flat is None or not self._flat[0].holds(self.network):
-            self._flat = FlatState(self.network), FlatState(self._student[0])
+            self.lay_out_flat()
+        assert self._flat is not None
         teacher, student = self._flat
         decay = (1.0 - 1.0 / (iteration.double() + 1.0)).clamp(max=self.decay)
         teacher.values.lerp_(student.values, (1.0 - decay).to(teacher.values.dtype))

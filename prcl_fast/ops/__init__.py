@@ -1,4 +1,4 @@
-"""The operations of the contrast and of the segmentation losses, and the choice of their implementation."""
+"""The operations of the contrast, the losses and the network, and the choice of their implementation."""
 
 from prcl_fast.ops._backend import use_backend
 from prcl_fast.ops.class_lists import ClassLists, class_lists
@@ -9,11 +9,14 @@ from prcl_fast.ops.prototype_statistics import PrototypeStatistics, prototype_st
 from prcl_fast.ops.pseudo_label import pseudo_label
 from prcl_fast.ops.sample_anchors import sample_anchors
 from prcl_fast.ops.sample_negatives import sample_negatives
+from prcl_fast.ops.upsample_bilinear import upsample_bilinear
 from prcl_fast.ops.upsample_cross_entropy import upsample_cross_entropy
+from prcl_fast.ops.variance_head import Collectives, variance_head
 from prcl_fast.reference.philox import Purpose
 
 __all__ = [
     "ClassLists",
+    "Collectives",
     "PrototypeStatistics",
     "Purpose",
     "class_lists",
@@ -24,6 +27,8 @@ __all__ = [
     "pseudo_label",
     "sample_anchors",
     "sample_negatives",
+    "upsample_bilinear",
     "upsample_cross_entropy",
     "use_backend",
+    "variance_head",
 ]

@@ -62,7 +62,7 @@ def cuda_library_error() -> str | None:
     """Loads `_native_cuda.so` and asks it whether the current device can run it; returns None, or why not."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
-    error = _load("_native_cuda.so", "install prcl_fast again with nvcc on PATH or in CUDA_HOME")
+    error = _load("_native_cuda.so", "install prcl_fast again with nvcc on PATH or CUDA_HOME set")
     if error is None:
         reason = ops().cuda_error()
         error = f"_native_cuda.so cannot run on this device: {reason}" if reason else None

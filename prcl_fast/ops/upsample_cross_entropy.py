@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prcl_fast.memory_format import memory_format_of
 from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import (
     FLOATING,
@@ -80,12 +81,14 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+    logits = inputs[0]
+    ctx.dtype, ctx.memory_format = logits.dtype, memory_format_of(logits)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (grad_logits,) = ctx.saved_tensors
-    return (grad_logits * grad_loss).to(ctx.dtype), None, None, None, None, None, None
+    grad = (grad_logits * grad_loss).to(ctx.dtype, memory_format=ctx.memory_format)
+    return grad, None, None, None, None, None, None
 
 
 def _prepared(

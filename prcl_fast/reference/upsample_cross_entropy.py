@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prcl_fast.reference.upsample_bilinear import upsample_bilinear_backward
+
 
 def upsample_cross_entropy(
     logits: Tensor,
@@ -48,7 +50,7 @@ def upsample_cross_entropy(
                 1, index, index.new_full((), -1).to(work).expand_as(index)
             )
             grad_full *= pixel_scale[b]
-            grad[b] = torch.ops.aten.upsample_bilinear2d_backward(
-                grad_full, size, image.shape, align_corners, None, None
-            )[0]
+            # PyTorch's own adds atomically on CUDA.
+            height, width = image.shape[2:]
+            grad[b] = upsample_bilinear_backward(grad_full, height, width, align_corners, False)[0]
     return loss, grad

@@ -8,6 +8,7 @@ rounding of approximate device functions, or races that change no value in the e
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -52,7 +53,7 @@ def _cuda_sources() -> list[Path]:
 def _library(flags: Any, cuda_sources: list[Path]) -> Path:
     """The library's file, named after all that it is made from; built where it does not exist.
 
-    Another process may build the same one at the same time: the file appears complete.
+    Another process that wants it waits meanwhile: pytest's workers all do at their start.
     """
     compiler = shlex.split(flags.cxx)
     # The later -O wins; kernels with every loop unrolled take long to optimise.
@@ -74,10 +75,14 @@ def _library(flags: Any, cuda_sources: list[Path]) -> Path:
     for path in (*sources, *headers):
         digest.update(f"{path} {path.stat().st_size} ".encode() + path.read_bytes())
     library = _ROOT / "build" / "cuda_emulation" / f"{digest.hexdigest()[:16]}.so"
-    if library.is_file():
-        return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with (
+        (library.parent / "lock").open("w") as lock,
+        tempfile.TemporaryDirectory(dir=library.parent) as folder,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.is_file():
+            return library
         objects = [f"{folder}/{source.name}.o" for source in sources]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             commands = [

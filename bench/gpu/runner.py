@@ -1,0 +1,218 @@
+"""Phases of a check, one after the other, each in a box of seconds; what they leave is packed after each.
+
+A phase is a command, whose output goes to a log of its own. When its box or the set's time runs out, it is
+ended with all its children, and the next one begins. Whatever ends the runner itself, an archive of all
+finished phases is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.table import notes, table
+from prcl_fast.data.atomic import replacing, write_text
+
+KIND = "prcl gpu check 1"
+PASSED, FAILED, CUT_OFF, SKIPPED, NO_TIME = "passed", "failed", "cut off", "skipped", "no time was left"
+NO_GPU = "no GPU"
+SECONDS = 350.0  # of a set: under six minutes with what comes before and after it
+SECONDS_WITHOUT_GPU = 170.0
+_LEAST = 5.0  # seconds that are worth a start
+_GRACE = 3.0  # from the request to end until the kill
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One command.
+
+    Attributes:
+        name: of its log and, as NAME.json, of its result.
+        box: seconds that it may take.
+        command: what runs, from the sources' root.
+        settles: the question that it answers.
+        skipped: why it is not run, or None.
+        environment: what it adds.
+        lines: how many of its log's last lines are shown.
+        says: what its log must hold; tests that are all skipped end with status 0 as well.
+    """
+
+    name: str
+    box: float
+    command: Sequence[str]
+    settles: str
+    skipped: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    lines: int = 4
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a phase ended: `status` is one of the five above, `detail` says more, `notes` are its numbers."""
+
+    name: str
+    status: str
+    box: float
+    seconds: float
+    settles: str
+    detail: str = ""
+    notes: Sequence[str] = ()
+
+
+def run_set(
+    name: str,
+    facts_phase: Callable[[Path], Phase],
+    phases: Callable[[Path, dict[str, Any]], Sequence[Phase]],
+    work: Path,
+    out: Path,
+    seconds: float = SECONDS,
+) -> int:
+    """Runs a set into out/NAME.tar.gz and shows its table.
+
+    Args:
+        facts_phase: of the results' folder; writes facts.json there.
+        phases: the others, of the results' folder and of what facts.json says.
+        work: a folder for what is not kept.
+        out: gets the archive and nothing else.
+        seconds: for all phases together.
+
+    Returns:
+        0 where no phase failed or was cut off; 1 otherwise.
+    """
+    begun = time.monotonic()
+    folder = work / name
+    folder.mkdir()
+    outcomes: list[Outcome] = []
+    facts: dict[str, Any] = {}
+    end = begun + seconds
+
+    def run(phase: Phase) -> None:
+        try:
+            outcomes.append(run_phase(phase, folder, work / "tmp", end - time.monotonic()))
+        finally:
+            # Also where the runner itself is asked to end.
+            _write_summary(name, outcomes, facts, time.monotonic() - begun, folder)
+            pack(folder, out / f"{name}.tar.gz")
+        _show(phase, outcomes[-1], folder, time.monotonic() - begun)
+
+    run(facts_phase(folder))
+    path = folder / "facts.json"
+    if path.is_file():
+        facts.update(json.loads(path.read_text()))
+    without = facts.get("gpu", "") is None
+    if without:
+        end = begun + min(seconds, SECONDS_WITHOUT_GPU)
+    for phase in phases(folder, facts):
+        run(phase)
+    print(*table(name, outcomes), sep="\n")
+    bad = [x.name for x in outcomes if x.status in (FAILED, CUT_OFF)]
+    late = [x.name for x in outcomes if x.status == NO_TIME]
+    said = [f"failed or cut off: {', '.join(bad)}" if bad else "nothing failed"]
+    said += [f"no time was left for {', '.join(late)}"] if late else []
+    said += [NO_GPU] if without else []
+    print(f"{name}: {'; '.join(said)}", flush=True)
+    return 1 if bad else 0
+
+
+def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) -> Outcome:
+    """Runs a phase into folder/NAME.log, and ends it with all its children when its time is over.
+
+    Args:
+        temporary: its folder for temporary files, emptied afterwards.
+    """
+
+    def outcome(status: str, seconds: float = 0.0, detail: str = "") -> Outcome:
+        said = notes(folder, phase.name) if status != SKIPPED else []
+        return Outcome(phase.name, status, phase.box, round(seconds, 1), phase.settles, detail, said)
+
+    if phase.skipped is not None:
+        return outcome(SKIPPED, detail=phase.skipped)
+    limit = min(phase.box, seconds_left)
+    if limit < min(_LEAST, phase.box):
+        return outcome(NO_TIME)
+    temporary.mkdir(exist_ok=True)
+    begun = time.monotonic()
+    code = None
+    with (folder / f"{phase.name}.log").open("w") as log:
+        try:
+            process = subprocess.Popen(
+                phase.command,
+                cwd=_ROOT,
+                env=os.environ | {"TMPDIR": str(temporary)} | phase.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return outcome(FAILED, detail=f"{phase.command[0]}: {error.strerror or error}")
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+        finally:
+            # What a phase leaves running would take time from the next one.
+            _signal(process, signal.SIGKILL)
+            process.wait()
+            shutil.rmtree(temporary, ignore_errors=True)
+    seconds = time.monotonic() - begun
+    if code is None:
+        why = "its box" if limit == phase.box else "the set's time"
+        return outcome(CUT_OFF, seconds, f"{why} ran out after {limit:.0f} s")
+    if code != 0:
+        return outcome(FAILED, seconds, f"exit status {code}")
+    if phase.says not in (folder / f"{phase.name}.log").read_text(errors="replace"):
+        return outcome(FAILED, seconds, f"its log does not say {phase.says.strip()!r}")
+    return outcome(PASSED, seconds)
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Packs the files of a folder, as the archive's only version: whole or not at all."""
+    with replacing(archive) as temporary, tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+
+
+def _write_summary(
+    name: str, outcomes: Sequence[Outcome], facts: Mapping[str, Any], seconds: float, folder: Path
+) -> None:
+    summary = {
+        "kind": KIND,
+        "set": name,
+        "commit": os.environ.get("PRCL_COMMIT"),
+        "gpu": facts.get("gpu"),
+        "seconds": round(seconds, 1),
+        "phases": [asdict(outcome) for outcome in outcomes],
+        "facts": facts,
+    }
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def _show(phase: Phase, outcome: Outcome, folder: Path, at: float) -> None:
+    """One line, and the end of the log."""
+    detail = f" ({outcome.detail})" if outcome.detail else ""
+    print(f"== {outcome.name}: {outcome.status}{detail}, {outcome.seconds:.0f} s; at {at:.0f} s", flush=True)
+    log = folder / f"{phase.name}.log"
+    if outcome.status != SKIPPED and log.is_file():
+        lines = log.read_text(errors="replace").splitlines()
+        print(*(f"   {line[:140]}" for line in lines[-phase.lines :]), sep="\n", flush=True)
+
+
+def _signal(process: subprocess.Popen[Any], number: signal.Signals) -> None:
+    """To the phase's whole process group, of which nobody may be left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

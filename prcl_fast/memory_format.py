@@ -1,0 +1,12 @@
+"""The memory format that a map's results and gradient take from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Contiguous where x [B, C, h, w] is nothing but that, else channels_last."""
+    rows = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if x.is_contiguous() and not rows else torch.channels_last
