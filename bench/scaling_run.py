@@ -60,6 +60,7 @@ _FILES = {
     "losses/contrast.py": STATISTICS,
     "losses/segmentation.py": COUNTS,
     "models/sync_batch_norm.py": NORM_BACKWARD,
+    "ops/variance_head.py": NORM_BACKWARD,
     "engine/signals.py": STOP,
     "torch/autograd/graph.py": GRADIENTS,
     "torch/nn/parallel/distributed.py": SETTING_UP,

@@ -25,10 +25,12 @@ def autocast_weights(parts: Sequence[nn.Module], device: torch.device) -> Iterat
         parts: of a network, disjoint.
         device: of the network.
     """
-    if not torch.is_autocast_enabled(device.type) or torch.compiler.is_compiling():
+    kind = device.type
+    has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not has_autocast or torch.compiler.is_compiling():
         yield
         return
-    dtype = torch.get_autocast_dtype(device.type)
+    dtype = torch.get_autocast_dtype(kind)
     changed = []
     try:
         for part in parts:
