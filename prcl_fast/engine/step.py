@@ -18,6 +18,7 @@ from prcl_fast.data.batches import Batch
 from prcl_fast.device import autocast
 from prcl_fast.distributed import start_sum, summed, world_size
 from prcl_fast.engine.guard import GRADIENT, BufferSnapshot, Failure, FiniteGuard
+from prcl_fast.engine.sgd import FusedSGD
 from prcl_fast.losses import poly_lr
 from prcl_fast.methods import Method, Step
 from prcl_fast.parts import part
@@ -54,10 +55,8 @@ class TrainStep:
         for group, lr in zip(groups, self._lr, strict=True):
             group["lr"] = lr
         optim = config.optim
-        self.optimizer = torch.optim.SGD(
-            groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
-        )
-        # The fused step leaves the first momentum unset where it skips for an infinite fp16 gradient.
+        self.optimizer = FusedSGD(groups, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        # A fused step that makes the first momentum leaves it unset where it skips for an infinite gradient.
         for group in groups:
             for parameter in group["params"]:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -12,21 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.models.convolution import Conv3x3
 from prcl_fast.models.sync_batch_norm import is_synchronized
 from prcl_fast.ops import upsample_bilinear
 
 RATES: dict[int, tuple[int, int, int]] = {16: (6, 12, 18), 8: (12, 24, 36)}
 
 
-def conv_bn_relu(
-    in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1
-) -> nn.Sequential:
-    padding = dilation * (kernel_size // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
-        BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
+def conv_bn_relu(convolution: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(convolution, BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True))
 
 
 class ImagePooling(nn.Module):
@@ -65,8 +59,8 @@ class ASPP(nn.Module):
         super().__init__()
         self.branches = nn.ModuleList(
             [
-                conv_bn_relu(in_channels, width),
-                *(conv_bn_relu(in_channels, width, kernel_size=3, dilation=rate) for rate in rates),
+                conv_bn_relu(nn.Conv2d(in_channels, width, 1, bias=False)),
+                *(conv_bn_relu(Conv3x3(in_channels, width, dilation=rate)) for rate in rates),
             ]
         )
         self.pooling = ImagePooling(in_channels, width)
@@ -99,7 +93,7 @@ class DeepLabDecoder(nn.Module):
         super().__init__()
         low_width = max(16, 48 * width // 256)
         self.aspp = ASPP(in_channels, RATES[output_stride], width)
-        self.low_level = conv_bn_relu(low_channels, low_width)
+        self.low_level = conv_bn_relu(nn.Conv2d(low_channels, low_width, 1, bias=False))
         self.out_channels = low_width + width
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
