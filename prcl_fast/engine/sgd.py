@@ -14,9 +14,9 @@ from prcl_fast.memory_format import memory_format_of
 class FusedSGD(torch.optim.SGD):
     """torch.optim.SGD with `fused=True`; its state and settings are the same.
 
-    On a CPU, PyTorch's fused step copies what is not contiguous there and back. Here it sees a channels_last
-    weight, its gradient and its momentum as the rows of numbers that they are in memory. Dampening, Nesterov
-    momentum and `maximize` are not offered.
+    PyTorch's fused step on a CPU copies what is not contiguous there and back, and where a weight, its
+    gradient and its momentum lie in memory in different orders, it pairs wrong numbers. Here it sees all three
+    as contiguous rows in the weight's order. Dampening, Nesterov momentum and `maximize` are not offered.
 
     Args:
         groups: parameter groups, each with its `lr`, a number or a scalar tensor.
@@ -31,16 +31,10 @@ class FusedSGD(torch.optim.SGD):
         """One step for the parameters that have a gradient."""
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            lists = [
-                [_in_memory_order(parameter, parameter) for parameter in params],
-                [_in_memory_order(parameter.grad, parameter) for parameter in params],
-                [
-                    _in_memory_order(self.state[parameter]["momentum_buffer"], parameter)
-                    for parameter in params
-                ],
-            ]
             sgd(
-                *lists,
+                [_in_memory_order(parameter) for parameter in params],
+                [_in_memory_order(_as_it_lies(parameter.grad, parameter)) for parameter in params],
+                [_in_memory_order(self._momentum(parameter)) for parameter in params],
                 has_sparse_grad=False,
                 fused=True,
                 # GradScaler and the guard against losses that are not finite leave these here.
@@ -54,9 +48,26 @@ class FusedSGD(torch.optim.SGD):
                 maximize=False,
             )
 
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """The parameter's momentum, 0 at first, in the parameter's memory format from here on."""
+        state = self.state[parameter]
+        found = state.get("momentum_buffer")
+        state["momentum_buffer"] = (
+            torch.zeros_like(parameter) if found is None else _as_it_lies(found, parameter)
+        )
+        momentum: Tensor = state["momentum_buffer"]
+        return momentum
 
-def _in_memory_order(x: Tensor, parameter: Tensor) -> Tensor:
-    """`x` with its dimensions in the order in which `parameter` lies in memory."""
-    if parameter.dim() != 4 or memory_format_of(parameter) is torch.contiguous_format:
+
+def _as_it_lies(x: Tensor, parameter: Tensor) -> Tensor:
+    """`x` in the memory format of `parameter`; itself where it is in that already."""
+    if parameter.dim() != 4:
+        return x.contiguous()
+    return x.contiguous(memory_format=memory_format_of(parameter))
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """`x` with its dimensions in the order in which they lie in memory: contiguous."""
+    if x.dim() != 4 or memory_format_of(x) is torch.contiguous_format:
         return x
     return x.permute(0, 2, 3, 1)

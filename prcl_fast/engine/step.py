@@ -56,7 +56,7 @@ class TrainStep:
             group["lr"] = lr
         optim = config.optim
         self.optimizer = FusedSGD(groups, momentum=optim.momentum, weight_decay=optim.weight_decay)
-        # A fused step that makes the first momentum leaves it unset where it skips for an infinite gradient.
+        # All have one from the start, those whose gradients a warm-up leaves out as well.
         for group in groups:
             for parameter in group["params"]:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
