@@ -3,7 +3,7 @@
 `prcl bench` runs, compares and draws them; `python -m bench` is the same command for a Python that has only
 what the ops need; `python -m bench.gpu_check` is everything there is to check on a machine with a GPU (gpu/).
 `python -m bench.step` times the whole training step (its files are named in step.py),
-`python -m bench.step_profile` lists the kernels of the package's own, and
+`python -m bench.step_profile` times the package's own and lists its kernels, and
 `python -m bench.same_losses` holds that the ways of running it faster leave its losses alone;
 `python -m bench.scaling` counts and times what several processes send each other, and
 `python -m bench.same_processes` holds that they train as one.

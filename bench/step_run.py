@@ -147,7 +147,7 @@ def _one_after_the_other(
             if worker.failure is not None:
                 failed.add(name)
     if "published" in plan.candidates:
-        progress(f"published: at most {plan.published_seconds:.0f} s")
+        progress(f"published: turns that begin within {plan.published_seconds:.0f} s")
         with _ending(_start(plan, "published")) as worker:
             end = time.monotonic() + plan.published_seconds
             for turn in range(plan.rounds):

@@ -54,7 +54,7 @@ class PRCLConfig(ConsistencyConfig):
     representation: Literal["probabilistic", "deterministic"] = "probabilistic"
     initial_variance: Annotated[float, Field(gt=1e-6, lt=1)] = Field(
         0.5,
-        description="sigma^2 that the probability head starts around. The papers' 0.5 is large beside "
+        description="sigma^2 that the probability head starts around. 0.5, a bias of 0, is large beside "
         "normalised means, whose components have squares of 1 / model.dim.",
     )
     prototype: Literal["local", "ema", "global"] = Field(

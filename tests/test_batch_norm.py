@@ -84,6 +84,15 @@ def test_counts_of_a_network_are_those_of_pytorchs_layers() -> None:
         assert torch.equal(own.state_dict()[name], value), name
 
 
+def test_a_pass_that_failed_counts_nothing_and_layers_count_for_themselves_again() -> None:
+    model = network()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 4, 32, 32))  # four channels
+    assert sum(counts(model).values()) == 0
+    model.backbone(torch.randn(2, 3, 32, 32))
+    assert counts(model)["backbone.bn1.num_batches_tracked"] == 1
+
+
 def test_a_layer_outside_of_a_pass_counts_for_itself() -> None:
     model = network()
     model.backbone(torch.randn(2, 3, 32, 32))

@@ -51,6 +51,14 @@ def test_a_graph_of_gloos_collectives_is_refused(monkeypatch: pytest.MonkeyPatch
         check(monkeypatch, {"graph": True}, 2, "gloo")
 
 
+def test_a_graph_of_several_processes_that_nothing_watches_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check(monkeypatch, {"graph": True, "stall_timeout": None}, 1)
+    with pytest.raises(InputError, match=r"^train.stall_timeout: must be set where train.graph captures"):
+        check(monkeypatch, {"graph": True, "stall_timeout": None}, 2)
+
+
 @pytest.mark.parametrize("key", ["graph", "sync_check"])
 def test_a_warm_up_on_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     with pytest.raises(InputError, match=rf"^train.{key}: .* set method.warmup=0 or train.{key}=false$"):

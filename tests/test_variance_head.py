@@ -178,11 +178,16 @@ def test_a_gain_of_zero_gives_x_no_gradient() -> None:
     assert error(grad_gamma, expected[1]) < 3e-5
 
 
-def test_nan_stays_in_its_pixel_in_evaluation() -> None:
+# Bits beyond those of the one that arithmetic makes.
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1])
+def test_nan_stays_in_its_pixel_in_evaluation_and_fills_its_channel_in_training(bits: int) -> None:
     x, *rest = draw((2, 21, 3, 4))
-    x[1, 17, 2, 1] = math.nan
+    x[1, 17, 2, 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     found, *_ = variance_head(x, *rest, training=False)
     assert torch.equal(found.isnan(), x.isnan())
+    found, *_ = variance_head(x, *rest, training=True)
+    assert torch.equal(found.isnan().any(3).any(2).any(0), torch.arange(21) == 17)
+    assert found[:, 17].isnan().all()
 
 
 def test_result_and_gradient_have_the_memory_format_of_x() -> None:

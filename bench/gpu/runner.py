@@ -193,7 +193,7 @@ def _write_summary(
     summary = {
         "kind": KIND,
         "set": name,
-        "commit": os.environ.get("PRCL_COMMIT"),
+        "commit": facts.get("machine", {}).get("commit") or os.environ.get("PRCL_COMMIT"),
         "gpu": facts.get("gpu"),
         "seconds": round(seconds, 1),
         "phases": [asdict(outcome) for outcome in outcomes],

@@ -36,7 +36,7 @@ class Wheel:
         if abi == "none":
             right = "py3" in tags.split(".")
         elif abi == "abi3":  # of this Python or of an older one
-            right = int(tags.removeprefix("cp3")) <= python[1]
+            right = min(int(tag.removeprefix("cp3")) for tag in tags.split(".")) <= python[1]
         else:
             right = tags == here
         return right and (places == "any" or places.endswith(f"_{platform.machine()}"))

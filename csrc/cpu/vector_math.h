@@ -68,7 +68,8 @@ PRCL_INLINE typename Traits::Type exp2(typename Traits::Type x) {
   V series = f * T(kCoefficients[kDegree]) + T(kCoefficients[kDegree - 1]);
   for (int k = kDegree - 2; k >= 0; --k) series = series * f + T(kCoefficients[k]);
   const V value = (V)((Words)series + ((Words)shifted << Traits::kMantissaBits));
-  return x < T(1 - Traits::kBias) ? V{} : value;
+  // Beside a NaN's own bits the sum could be a number.
+  return x < T(1 - Traits::kBias) ? V{} : (x == x ? value : x);
 }
 
 // Lane i of the result is value[index[i] modulo the number of lanes].

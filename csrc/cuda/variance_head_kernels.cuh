@@ -7,8 +7,8 @@
 // Sums: a thread adds its own rows in ascending order in float32, the block the threads of a channel in
 // ascending order in float64, and a last kernel the blocks in a fixed order in float64. No atomics: the
 // result depends on the input and on the number of multiprocessors alone. The moments of a thread are sums of
-// x - k and of its square, k the thread's first value: one of those added, so that their difference loses
-// no more than the number of rows times the rounding. They are merged about the common mean; all means are
+// x - k and of its square, k the thread's first value: one of those added, so that a mean far from zero
+// costs their difference no digits. They are merged about the common mean; all means are
 // differences to x's first row until the end, so that values far from zero keep their digits.
 //
 // sigma^2 is made from t = 2^-|z / log 2|, in which nothing overflows; 1 / log 2 is part of gain and bias.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from prcl_fast import __version__
@@ -64,26 +64,29 @@ def _libraries() -> Table:
 def _ops(devices: list[str]) -> tuple[Table, list[str]]:
     """One row per op and device: what `auto` takes for each dtype, what else could run float32 there.
 
-    A backend that cannot run shows the number of its reason. The last column is the order in which `auto`
-    tries the backends, and why.
+    A backend that cannot run shows the number of its reason. The last column is the number of the order in
+    which `auto` tries the backends, and why.
     """
     dtypes = [str(dtype).removeprefix("torch.") for dtype in _DTYPES]
-    table = Table("op", "device", *dtypes, *_OPTIONAL, "why", title="ops", title_justify="left")
+    table = Table(
+        Column("op", overflow="fold"), "device", *dtypes, *_OPTIONAL, "why", title="ops", title_justify="left"
+    )
     reasons: list[str] = []
+
+    def numbered(reason: str) -> str:
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"({reasons.index(reason) + 1})"
+
     for name in _backend.op_names():
         for device in devices:
             cells = [_backend.automatic(name, device, dtype) for dtype in _DTYPES]
             for backend in _OPTIONAL:
                 reason = _backend.unavailable(name, backend, device)
-                if reason is None:
-                    cells.append("yes")
-                    continue
-                if reason not in reasons:
-                    reasons.append(reason)
-                cells.append(f"no ({reasons.index(reason) + 1})")
+                cells.append("yes" if reason is None else f"no {numbered(reason)}")
             why = preference(name, device)
             order = " before ".join((*why.order, "torch"))
-            table.add_row(*map(Text, (name, device, *cells, f"{order}, {why.reason}")))
+            table.add_row(*map(Text, (name, device, *cells, numbered(f"{order}, {why.reason}"))))
     return table, reasons
 
 

@@ -20,12 +20,12 @@ from prcl_fast.config import Config
 from prcl_fast.data.atomic import replacing
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.decode_cost import DecodeCost, decode_cost
+from prcl_fast.engine.graph import warm_up_steps
 from prcl_fast.engine.part_meter import PartMemory, PartRanges, PartTimer
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.parts import listening
 
 KIND = "prcl profile 1"
-_WARM_UP = 5  # steps; a graph is captured in the fourth
 _TRACED = 3  # steps
 
 
@@ -85,8 +85,9 @@ def profile(
         config = config.model_copy(update={"output": Path(folder) / "run"})
         trainer = Trainer(config, Console(quiet=True))
         with contextlib.closing(trainer.batches()) as batches:
-            say(f"{_WARM_UP} steps of warm-up")
-            for _ in range(_WARM_UP):
+            warm_up = warm_up_steps() + 2  # a graph is captured in the last but one
+            say(f"{warm_up} steps of warm-up")
+            for _ in range(warm_up):
                 trainer.step(batches)
             say(f"{steps} steps as they train")
             whole, busy = _timed(trainer, batches, steps)

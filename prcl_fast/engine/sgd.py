@@ -15,8 +15,9 @@ class FusedSGD(torch.optim.SGD):
     """torch.optim.SGD with `fused=True`; its state and settings are the same.
 
     PyTorch's fused step on a CPU copies what is not contiguous there and back, and where a weight, its
-    gradient and its momentum lie in memory in different orders, it pairs wrong numbers. Here it sees all three
-    as contiguous rows in the weight's order. Dampening, Nesterov momentum and `maximize` are not offered.
+    gradient and its momentum lie in memory in different orders, it pairs wrong numbers. Here it sees all
+    three as contiguous rows in the weight's order. Dampening, Nesterov momentum and `maximize` are not
+    offered.
 
     Args:
         groups: parameter groups, each with its `lr`, a number or a scalar tensor.
@@ -49,7 +50,7 @@ class FusedSGD(torch.optim.SGD):
             )
 
     def _momentum(self, parameter: Tensor) -> Tensor:
-        """The parameter's momentum, 0 at first, in the parameter's memory format from here on."""
+        """The parameter's momentum, zeros at first, in the parameter's memory format from here on."""
         state = self.state[parameter]
         found = state.get("momentum_buffer")
         state["momentum_buffer"] = (

@@ -56,10 +56,6 @@ class TrainStep:
             group["lr"] = lr
         optim = config.optim
         self.optimizer = FusedSGD(groups, momentum=optim.momentum, weight_decay=optim.weight_decay)
-        # All have one from the start, those whose gradients a warm-up leaves out as well.
-        for group in groups:
-            for parameter in group["params"]:
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.amp == "fp16")
         self._sums: LossSums | None = None
         self._guard: FiniteGuard | None = None

@@ -344,3 +344,8 @@ def _check_graph(config: Config, device: torch.device) -> None:
             f"train.graph: a graph can hold the collectives of NCCL alone; these {world_size()} processes "
             f"use {backend('cuda')}, set it to false"
         )
+    if config.train.graph and world_size() > 1 and config.train.stall_timeout is None:
+        raise InputError(
+            f"train.stall_timeout: must be set where train.graph captures the step of {world_size()} "
+            "processes: nothing else ends one that waits for a lost one"
+        )

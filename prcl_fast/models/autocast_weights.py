@@ -15,11 +15,13 @@ def autocast_weights(parts: Sequence[nn.Module], device: torch.device) -> Iterat
     """Within the block, convolutions and linear layers hold the weights that autocast would make of theirs.
 
     Autocast casts each weight, and later its gradient, by an operation of its own: some 240 launches for a
-    ResNet-101 and its teacher. Here all weights of a part are cast together. Values and gradients are the
-    same bits. A part's gradients reach its parameters when all of them are there, so that parts should be
-    about as large as the buckets of DistributedDataParallel.
+    ResNet-101 and its teacher. Here all weights of a part are cast together, once a pass. Values are the same
+    bits, and so are the gradients of one pass. Those of several passes within one autocast context are added
+    in float32, where autocast, which keeps its casts, adds them in the low precision. A part's gradients
+    reach its parameters when all of them are there, so that parts should be about as large as the buckets of
+    DistributedDataParallel.
 
-    Does nothing outside autocast, and where the network is being compiled, which merges the casts itself.
+    Does nothing outside autocast. A network that is being compiled goes without: the compiler merges casts.
 
     Args:
         parts: of a network, disjoint.
@@ -27,7 +29,7 @@ def autocast_weights(parts: Sequence[nn.Module], device: torch.device) -> Iterat
     """
     kind = device.type
     has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if not has_autocast or torch.compiler.is_compiling():
+    if not has_autocast:
         yield
         return
     dtype = torch.get_autocast_dtype(kind)

@@ -22,8 +22,7 @@ class PassCounter:
         self._counters: list[Tensor] = []
 
     def begin(self) -> None:
-        """A pass begins; what one that failed has left is dropped."""
-        self._counters.clear()
+        """A pass begins."""
         self.collecting = True
 
     def add(self, counter: Tensor) -> None:
@@ -34,7 +33,11 @@ class PassCounter:
         """Counts the pass."""
         if self._counters:
             torch._foreach_add_(self._counters, 1)
-            self._counters.clear()
+        self.drop()
+
+    def drop(self) -> None:
+        """The pass failed: it does not count."""
+        self._counters.clear()
         self.collecting = False
 
 

@@ -32,7 +32,7 @@ def batch_norm_gather_stats_with_counts(
     """mean [C] and invstd [C] of the values of W processes; moves the running statistics in place.
 
     Args:
-        x: of no use here; tells CUDA's op a type.
+        x: unused; CUDA's op takes its dtype from it.
         mean, invstd: [W, C].
         counts: [W], values per channel of each process.
     """

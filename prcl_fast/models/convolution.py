@@ -18,7 +18,7 @@ class Conv3x3(nn.Conv2d):
     zeros and are left out.
 
     On a CPU, where a batch has fewer output pixels than the layer has channels, the weight is far larger than
-    the map, and the library's kernels, made for the contrary, take several times longer than the same sum
+    the map, and the library's kernels, made for large maps, take several times longer than the same sum
     written as one matrix product. All ways agree up to rounding.
     """
 

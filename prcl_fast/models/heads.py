@@ -40,14 +40,14 @@ class ProbabilityHead(nn.Module):
 
         sigma^2 = sigmoid(log(exp(x) + 1e-6)),
 
-    which lies between 1e-6 and 1. [AAAI] and [IJCV], section on the probability head; the floor and the
-    normalisations are those of the authors' public code.
+    which lies between 1e-6 and 1. The layers are those of [AAAI] and [IJCV], network structure; normalised
+    rows, BN without affine part, gain, bias and floored sigmoid are those of the authors' public code.
 
     Args:
         in_channels: C.
         dim: D.
         initial_variance: the sigma^2 that the bias starts at, around which the variances lie at first; 0.5 is
-            that of the papers.
+            a bias of 0.
     """
 
     def __init__(self, in_channels: int, dim: int, initial_variance: float = 0.5) -> None:

@@ -39,10 +39,11 @@ class NetworkOutput(NamedTuple):
 def joined(outputs: Sequence[NetworkOutput]) -> NetworkOutput:
     """The outputs of several passes as the output of one, their images in order.
 
-    A linear head's: prototypes of a query head are not joined.
+    Those of a linear head: prototypes of a query head are not joined.
     """
     if len(outputs) == 1:
         return outputs[0]
+    assert all(output.prototypes is None for output in outputs)
     logits, mu, var, features, _ = (
         [tensor for tensor in tensors if tensor is not None] for tensors in zip(*outputs, strict=True)
     )
@@ -125,19 +126,30 @@ class SegmentationNetwork(nn.Module):
             NetworkOutput; mu and var are None where the head is absent or skipped. Under autocast logits and
             mu have the autocast type, var is float32 always. Upsample logits with align_corners=True.
         """
+        if torch.compiler.is_compiling():
+            output = self._pass(x, representations)
+        else:
+            with autocast_weights(self._parts(representations), x.device):
+                try:
+                    output = self._pass(x, representations)
+                except BaseException:
+                    self._passes.drop()
+                    raise
+        return output
+
+    def _pass(self, x: Tensor, representations: bool) -> NetworkOutput:
         self._passes.begin()
-        with autocast_weights(self._parts(representations), x.device):
-            features = self.decoder(*self.backbone(x))
-            prototypes = None
-            if isinstance(self.classifier, QueryHead):
-                logits, prototypes = self.classifier(features)
-            else:
-                logits = self.classifier(features)
-            mu = var = None
-            if representations and self.representation is not None:
-                mu = self.representation(features)
-                if self.probability is not None:
-                    var = self.probability(features)
+        features = self.decoder(*self.backbone(x))
+        prototypes = None
+        if isinstance(self.classifier, QueryHead):
+            logits, prototypes = self.classifier(features)
+        else:
+            logits = self.classifier(features)
+        mu = var = None
+        if representations and self.representation is not None:
+            mu = self.representation(features)
+            if self.probability is not None:
+                var = self.probability(features)
         self._passes.end()
         return NetworkOutput(logits, mu, var, features, prototypes)
 

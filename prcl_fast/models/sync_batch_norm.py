@@ -66,7 +66,7 @@ class SyncBatchNorm2d(BatchNorm2d):
             return super().forward(input)
         return self._synchronized(input)
 
-    # A compiled network leaves its graph here: it can hold neither the collectives nor what is counted.
+    # A compiled network leaves its graph here: it cannot hold the collectives.
     @torch.compiler.disable
     def _synchronized(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -160,7 +160,7 @@ class _Normalize(torch.autograd.Function):
         if wants_x:
             sum_dy, sum_dy_xmu = sum_for_backward(sum_dy, sum_dy_xmu)
             grad_x = ops.batch_norm_backward_elemt(grad, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts)
-        # DistributedDataParallel adds the parameters' gradients up.
+        # The parameters' gradients stay this process's: DistributedDataParallel averages them.
         return (
             grad_x,
             grad_weight if wants_weight else None,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prcl_fast.memory_format import memory_format_of
 from prcl_fast.ops import _native, _triton
 from prcl_fast.ops._arguments import FLOATING, check_count, check_features, check_tensor, reduction_is_mean
 from prcl_fast.ops._backend import Implementation, define_op
@@ -135,7 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(grad_mu_rows, grad_var_rows, anchor_index)
     # What the gradients must look like, so that mu and var themselves need not be kept.
     ctx.size, ctx.dtypes = mu.shape, (mu.dtype, var.dtype)
-    ctx.channels_last = [x.is_contiguous(memory_format=torch.channels_last) for x in (mu, var)]
+    ctx.channels_last = [memory_format_of(x) is torch.channels_last for x in (mu, var)]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:

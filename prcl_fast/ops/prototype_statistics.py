@@ -159,7 +159,7 @@ _op = define_op(
     fake=_fake,
     implementations={
         "torch": Implementation(
-            # It finds a pixel's class where it meets the pixel.
+            # The reference needs no lists: it masks by label.
             lambda mu, var, label, valid, order, start, *options: reference.prototype_statistics(
                 mu, var, label, valid, *options
             )

@@ -44,6 +44,7 @@ def upsample_bilinear(x: Tensor, size: Sequence[int], *, align_corners: bool = T
     check_count("size", width)
     check_pixels("size", height * width)
     # The second condition tells the two formats of a 1x1 map apart.
+    # Not memory_format_of: a slice of channels is read where it lies.
     channels_last = x.stride(1) == 1 and x.stride(3) >= x.shape[1]
     return _op(x, height, width, align_corners, channels_last)
 

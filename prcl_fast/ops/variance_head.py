@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prcl_fast.memory_format import memory_format_of
 from prcl_fast.ops import _native, _triton
@@ -52,9 +53,11 @@ def variance_head(
 
         xhat = (x - mean) / sqrt(var + eps),  z = gamma * xhat + beta,  sigma^2 = sigmoid(log(e^z + 1e-6))
 
-    [AAAI] and [IJCV], section on the probability head. In training mean and biased variance are those of each
-    channel of the batch, and gradients flow through them to x; the running statistics follow them in place,
-    as in `torch.nn.BatchNorm2d`, the variance unbiased. In evaluation the running ones are taken.
+    The layers are those of [AAAI] and [IJCV], network structure; batch norm without affine part, gain, bias
+    and floored sigmoid are those of the authors' public code. In training mean and biased variance are those
+    of each channel of the batch, and gradients flow through them to x; the running statistics follow them in
+    place, as in `torch.nn.BatchNorm2d`, the variance unbiased. In evaluation the running ones are taken.
+    There is no second derivative.
 
     Args:
         x: [B, D, h, w] float32, bfloat16, float16 or float64, any memory format; channels_last is the fast
@@ -133,6 +136,7 @@ class _Tail(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, mean, var, *counted = ctx.saved_tensors
         pixels = counted[0] if counted else ctx.pixels
@@ -183,7 +187,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _vectors(values: Sequence[Any]) -> list[Any]:
-    """The arguments of a channel each, contiguous, and whatever is no tensor."""
+    """Per-channel arguments, made contiguous; other arguments unchanged."""
     return [value.contiguous() if isinstance(value, Tensor) else value for value in values]
 
 

@@ -3,8 +3,8 @@
     xhat = (x - mean) / sqrt(var + eps),  z = gamma * xhat + beta,
     sigma^2 = sigmoid(log(e^z + f)) = (e^z + f) / (1 + f + e^z),  f = 1e-6,
 
-per channel of x [B, D, h, w]; [AAAI] and [IJCV], section on the probability head. The floor is that of the
-authors' public code.
+per channel of x [B, D, h, w]. The papers give the layers alone, Linear-BN-ReLU-Linear-BN ([AAAI] and [IJCV],
+network structure); gain, bias and floored sigmoid are those of the authors' public code.
 """
 
 from __future__ import annotations
