@@ -7,7 +7,7 @@
     step_data.py    the configurations, and what all candidates have in common
     step_setup.py   networks, optimiser and schedules of the alternatives
     published_step.py, published_pil.py   the published algorithm
-    plain_step.py   the same in vectorised PyTorch, eager or compiled
+    plain_step.py   the same in vectorised PyTorch, eager or compiled; plain_network.py, the networks of both
     step_worker.py  the candidates, each in its process
     step_run.py     who runs when; the result        step_plot.py   its figures
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.baselines import Settings
+from bench.plain_network import made_plain
 from prcl_fast.config import Config
 from prcl_fast.config_methods import PRCLConfig
 from prcl_fast.errors import InputError
-from prcl_fast.models.convolution import Conv3x3
 from prcl_fast.models.network import SegmentationNetwork, build_network
 
 LOSSES = ("loss", "loss_supervised", "loss_unsupervised", "loss_contrast")
@@ -64,12 +64,10 @@ def method_of(config: Config) -> PRCLConfig:
 def build_networks(
     config: Config, num_classes: int, device: torch.device
 ) -> tuple[SegmentationNetwork, SegmentationNetwork]:
-    """Student and teacher, which is its copy in evaluation mode; all convolutions as PyTorch has them."""
+    """Student and teacher, which is its copy in evaluation mode, without an operation of the package's."""
     torch.manual_seed(config.seed)
-    student = build_network(config.model, num_classes, representation=True, probability=True).to(device)
-    for module in student.modules():
-        if isinstance(module, Conv3x3):
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+    network = build_network(config.model, num_classes, representation=True, probability=True)
+    student = made_plain(network).to(device)
     return student, copy.deepcopy(student).requires_grad_(False).eval()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from bench.case import (
     compiled,
     relative_error,
 )
+from bench.plain_network import LOG_FLOOR, variance
 from prcl_fast.ops import variance_head
 
-LOG_FLOOR = math.log(1e-6)
 # Of one element: the moments' difference and two sums, then z, numerator, denominator and their quotient;
 # backward, twice z and its gradient, two sums and the gradient of x. An exponential and a reciprocal each.
 _FORWARD, _BACKWARD = 12, 22
@@ -46,8 +45,7 @@ def cases(options: Options) -> list[Case]:
         inputs.append((x.requires_grad_(), gain.requires_grad_(), bias.requires_grad_(), *running))
 
     def plain(x: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-        z = gamma * F.batch_norm(x.float(), running_mean, running_var, training=True) + beta
-        return torch.sigmoid(torch.logaddexp(z, torch.full_like(beta, LOG_FLOOR)))
+        return variance(F.batch_norm(x.float(), running_mean, running_var, training=True), gamma, beta)
 
     candidates = {"eager": Candidate(plain), "compile": compiled(plain)}
     candidates |= backends(

@@ -76,3 +76,19 @@ def test_a_pass_that_fails_leaves_the_weights() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError):
         network(torch.rand(2, 4, 48, 48))  # four channels
     assert not any("weight" in module.__dict__ for module in network.modules())
+
+
+def test_gradients_of_two_passes_in_one_context_are_added_in_float32() -> None:
+    images = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(1)).split(2)
+
+    def gradients(network: SegmentationNetwork, passes: list[int]) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = [network(images[i], representations=False) for i in passes]
+        sum(output.logits.float().square().mean() for output in outputs).backward()  # type: ignore[union-attr]
+        return [p.grad for p in network.backbone_parameters() if p.grad is not None]
+
+    network = make_network().eval()  # the statistics of one pass do not reach the other
+    both = gradients(network, [0, 1])
+    alone = [gradients(make_network().eval(), [i]) for i in (0, 1)]
+    for found, first, second in zip(both, *alone, strict=True):
+        torch.testing.assert_close(found, first + second, rtol=1e-6, atol=1e-9)
