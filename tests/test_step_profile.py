@@ -57,7 +57,7 @@ def test_rows_are_sorted_and_add_up(stages: list[dict[str, Any]]) -> None:
     assert times == sorted(times, reverse=True)
     assert sum(times) == pytest.approx(stages[-1]["kernel_ms"])
     calls = {row["name"]: row["calls"] for row in rows}
-    assert calls["Optimizer.step#SGD.step"] == 1
+    assert calls["Optimizer.step#FusedSGD.step"] == 1
 
 
 def test_the_report_shows_the_largest_rows(stages: list[dict[str, Any]]) -> None:
