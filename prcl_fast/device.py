@@ -10,7 +10,8 @@ from torch import Tensor
 
 from prcl_fast.errors import InputError
 
-# Of <malloc.h>: blocks above one are given back at once, and what is free at the heap's end above the other.
+# Parameters of mallopt, <malloc.h>. glibc maps blocks above M_MMAP_THRESHOLD bytes one by one and unmaps them
+# when they are freed; it returns free memory above M_TRIM_THRESHOLD bytes at the end of the heap.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
 
@@ -57,8 +58,8 @@ def prepare_device(device: torch.device, *, threads: int | None, tf32: bool) -> 
 def _keep_freed_memory() -> None:
     """Makes glibc keep freed memory for the tensors to come, as PyTorch does on CUDA.
 
-    It would give large blocks back to the system, whose pages every step would fault in anew: 5000 faults,
-    and a twentieth of the time, in a step of the demo. Other C libraries have no such setting.
+    By default it returns large blocks to the system, and every step faults their pages in anew. Other C
+    libraries have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

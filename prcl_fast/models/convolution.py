@@ -47,7 +47,8 @@ class Conv3x3(nn.Conv2d):
 class _Taps(torch.autograd.Function):
     """[B, h, w, C] -> [B, h, w, 9 C]: each pixel's 3x3 neighbours `step` apart, zeros beyond the border.
 
-    Its gradient is one sum over the nine; those of nine slices would each be filled up with zeros first.
+    The backward pass adds the nine gradients into one tensor. Autograd would first copy the gradient of each
+    slice into zeros of the whole size.
     """
 
     @staticmethod
