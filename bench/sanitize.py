@@ -200,7 +200,7 @@ def _of_features(x: _Inputs, mu: Tensor, var: Tensor) -> Iterator[tuple[str, Cal
         )
         yield f"probabilistic_info_nce share={share} normalize={normalize}", _with_gradients(loss, [mu, var])
     contrast = ProbabilisticContrast(
-        _CLASSES, mu.shape[1], tau=0.1, num_anchors=_ANCHORS, num_negatives=_NEGATIVES
+        _CLASSES, mu.shape[1], tau=0.1, anchors=_ANCHORS, negatives=_NEGATIVES
     ).to(mu.device)
     loss = functools.partial(contrast, label=x.label, valid=x.valid, confidence=x.confidence, seed=x.seed)
     yield "contrast", _with_gradients(loss, [mu, var])

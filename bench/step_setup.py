@@ -102,4 +102,4 @@ def teacher_decay(method: PRCLConfig, iteration: int) -> float:
 
 def contrast_settings(method: PRCLConfig) -> Settings:
     """Those of the contrast in `bench.baselines` and `bench.eager`."""
-    return Settings(method.tau, method.reduction, method.normalize, method.beta, method.delta_s)
+    return Settings(method.temperature, method.reduction, method.normalize, method.beta, method.delta_s)

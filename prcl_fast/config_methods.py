@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from prcl_fast.config_contrast import ContrastConfig
 from prcl_fast.config_types import Count, Fraction, NonNegative, Positive, Section
 
 
@@ -47,58 +48,21 @@ class MeanTeacherConfig(ConsistencyConfig):
     name: Literal["mean_teacher"]
 
 
-class PRCLConfig(ConsistencyConfig):
+class PRCLConfig(ConsistencyConfig, ContrastConfig):
     """Probabilistic representation contrastive learning, both papers' switches."""
 
     name: Literal["prcl"]
-    representation: Literal["probabilistic", "deterministic"] = "probabilistic"
     initial_variance: Annotated[float, Field(gt=1e-6, lt=1)] = Field(
         0.5,
         description="sigma^2 that the probability head starts around. 0.5, a bias of 0, is large beside "
         "normalised means, whose components have squares of 1 / model.dim.",
     )
-    prototype: Literal["local", "ema", "global"] = Field(
-        "global", description="Eq. (4), EMA, or GDP, eq. (9)."
-    )
-    prototype_ema: Fraction = Field(0.99, description="Decay of prototype: ema.")
-    virtual_negatives: int = Field(4, ge=0, description="Virtual negatives per class, eq. (10).")
-    beta: NonNegative = Field(1.0, description="Radius of the virtual negatives, eq. (10).")
-    memory_bank: int = Field(
-        0,
-        ge=0,
-        description="Means of earlier batches kept per class, in place of virtual negatives; 0: none.",
-    )
-    bank_negatives: Count = Field(4, description="Negatives per class drawn from the memory bank.")
     delta_w: Fraction = Field(0.7, description="Confidence from which a pixel is valid.")
-    delta_s: Fraction = Field(0.8, description="Confidence below which a valid pixel is hard.")
     confidence: Literal["student", "teacher"] = Field(
         "student", description="Whose probability of the pixel's class picks hard pixels."
     )
-    tau: Positive = Field(0.5, description="Temperature of the contrast, eq. (15).")
-    reduction: Literal["sum", "mean"] = Field("sum", description="The score over the dimensions, eq. (3).")
-    normalize: bool = Field(True, description="L2-normalise mu inside the score, as the authors' code does.")
-    anchors: Count = Field(256, description="Anchors per class.")
-    negatives: Count = Field(512, description="Negatives per anchor.")
-    share: Count = Field(
-        1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
-    )
     lambda_c: NonNegative = Field(1.0, description="Initial weight of the contrast, eq. (12).")
     alpha: float = Field(-5.0, le=0, description="Decay of that weight, eq. (12); 0 holds it constant.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PRCLConfig:
-        if self.representation == "deterministic" and self.virtual_negatives:
-            raise ValueError(
-                "virtual_negatives: must be 0 with representation deterministic (it has no variance)"
-            )
-        if self.memory_bank and (self.virtual_negatives or self.representation == "deterministic"):
-            raise ValueError(
-                "memory_bank: takes the place of virtual_negatives, which must be 0, and needs "
-                "representation probabilistic"
-            )
-        if self.anchors % self.share:
-            raise ValueError(f"share: must divide anchors ({self.anchors})")
-        return self
 
 
 class PCRConfig(ConsistencyConfig):

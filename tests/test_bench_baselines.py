@@ -112,7 +112,7 @@ def test_the_whole_loop_agrees_with_the_package_up_to_its_draws() -> None:
     sizes = Sizes(2, 32, 32, 8, 4, 200, 200)
     batch = inputs._batch(sizes, OPTIONS, 0)
     module = ProbabilisticContrast(
-        4, 8, tau=0.1, num_anchors=200, num_negatives=200, reduction="mean", prototype="local"
+        4, 8, tau=0.1, anchors=200, negatives=200, reduction="mean", normalize=True, prototype="local"
     )
     arguments = (batch.mu, batch.var, batch.label, batch.valid, batch.confidence)
     expected = module(*arguments, batch.seed)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prcl_fast.losses import ProbabilisticContrast, explain_inert
 from prcl_fast.losses import contrast as contrast_module
+from prcl_fast.losses.virtual_negatives import virtual_negatives
 from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce, prototype_statistics
 
 C, D = 4, 8
@@ -37,7 +38,7 @@ def scene(seed: int = 0, labels: tuple[int, ...] = (0, 1, 2, 255)) -> dict[str, 
 
 def make(**options: Any) -> ProbabilisticContrast:
     return ProbabilisticContrast(
-        C, D, **{"tau": 0.1, "num_anchors": 16, "num_negatives": 32, "delta_s": 0.8, **options}
+        C, D, **{"tau": 0.1, "reduction": "mean", "normalize": True, "anchors": 16, "negatives": 32, **options}
     )
 
 
@@ -83,7 +84,7 @@ def test_global_state_keeps_growing_where_float32_would_stop() -> None:
 
 def test_ema_prototypes_start_at_first_sight_and_rest_while_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy_on_positive(monkeypatch)
-    contrast = make(prototype="ema", ema_decay=0.9)
+    contrast = make(prototype="ema", prototype_ema=0.9)
     first, second, third = scene(0, (0, 2, 255)), scene(1, (1, 2, 255)), scene(2)
     for batch in (first, second, third):
         contrast(**batch)
@@ -98,7 +99,7 @@ def test_ema_prototypes_start_at_first_sight_and_rest_while_absent(monkeypatch: 
 
 def test_local_prototypes_are_this_batchs_and_leave_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy_on_positive(monkeypatch)
-    contrast = make(prototype="local")
+    contrast = make(prototype="local", virtual_negatives=0)
     contrast(**scene(0))
     batch = scene(1)
     contrast(**batch)
@@ -122,7 +123,7 @@ def test_shared_negatives_leave_the_expectation_of_loss_and_gradient() -> None:
     )
     assert ((mean[0] - mean[1]).abs() < 4 * (error[0].square() + error[1].square()).sqrt()).all()
     assert (mean[0].abs() > 4 * error[0]).all()  # else the comparison would say nothing
-    with pytest.raises(ValueError, match="share must divide the 16 anchors; got 5"):
+    with pytest.raises(ValueError, match=r"share: must divide anchors \(16\)"):
         make(share=5)
 
 
@@ -170,7 +171,7 @@ def test_anchors_are_valid_and_below_delta_s() -> None:
 def test_negative_classes_follow_the_scores_of_the_prototypes() -> None:
     contrast = make(tau=0.5, reduction="sum", normalize=False, prototype="local")
     positive = local(scene())
-    got = contrast._negative_classes(positive)
+    got = contrast._negative_classes(positive, positive)
     present = positive.count > 0
     for c in range(C):
         for k in range(C):
@@ -184,7 +185,7 @@ def test_negative_classes_follow_the_scores_of_the_prototypes() -> None:
 
 def test_virtual_negatives_spread_by_the_variance_around_the_mean() -> None:
     positive = local(scene())
-    virtual = contrast_module.virtual_negatives(positive, 2000, 2.0, torch.tensor([1, 1]))
+    virtual = virtual_negatives(positive, 2000, 2.0, torch.tensor([1, 1]))
     assert virtual.shape == (C, 2000, D)
     present = positive.count > 0
     # 2000 draws: the standard error of the mean is 2.2 % of the spread, of the spread 1.6 %.
@@ -210,7 +211,7 @@ def test_deterministic_contrast_is_info_nce_of_cosines(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(contrast_module, "probabilistic_info_nce", spy)
     batch = scene()
-    contrast = make(deterministic=True, virtual_negatives=0, prototype="local", tau=0.3)
+    contrast = make(representation="deterministic", virtual_negatives=0, prototype="local", tau=0.3)
     loss = contrast(**{**batch, "var": None})
     mu, _, anchors, negatives, _, _ = drawn[0]
     rows = F.normalize(mu.movedim(1, -1).reshape(-1, D), dim=1)
@@ -229,12 +230,13 @@ def test_deterministic_contrast_is_info_nce_of_cosines(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("prototype", ["global", "ema", "local"])
-def test_fewer_than_two_classes_give_a_zero_that_stays_in_the_graph(prototype: str) -> None:
+def test_no_negative_at_all_gives_a_zero_that_stays_in_the_graph(prototype: str) -> None:
     for labels in ((255,), (1, 255)):
         batch = scene(0, labels)
-        loss = make(prototype=prototype)(**batch)
+        contrast = make(prototype=prototype)
+        loss = contrast(**batch)
         loss.backward()
-        assert loss == 0
+        assert loss == contrast.diagnostics["chance_level"] == 0
         assert (batch["mu"].grad == 0).all()
         assert torch.isfinite(batch["var"].grad).all()
 
@@ -253,7 +255,7 @@ def test_autocast_and_bfloat16_features_keep_float32_inside() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"deterministic": True, "virtual_negatives": 0}, {"memory_bank": 40, "virtual_negatives": 0}],
+    [{}, {"representation": "deterministic", "virtual_negatives": 0}, {"memory_bank": 40, "virtual_negatives": 0}],
 )
 def test_means_may_be_narrower_than_variances(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Both as under autocast: the loss is that of the same values in float32, gradients have the dtypes."""
@@ -322,12 +324,16 @@ def test_norms_of_the_prototype_pass_reach_the_loss(monkeypatch: pytest.MonkeyPa
 
 def test_wrong_arguments_are_named() -> None:
     for options, match in (
-        ({"tau": 0.0}, "tau must be positive"),
-        ({"reduction": "none"}, "reduction must be"),
-        ({"prototype": "best"}, "prototype must be one of global, ema, local"),
-        ({"ema_decay": 1.5}, "ema_decay must be"),
-        ({"virtual_negatives": -1}, "virtual_negatives must not be negative"),
-        ({"deterministic": True}, "virtual_negatives must be 0 where deterministic"),
+        ({"tau": 0.0}, "tau: input should be greater than 0, got 0.0"),
+        ({"reduction": "none"}, "reduction: input should be 'sum' or 'mean', got 'none'"),
+        ({"prototype": "best"}, "prototype: input should be 'local', 'ema' or 'global', got 'best'"),
+        ({"prototype_ema": 1.5}, "prototype_ema: input should be less than or equal to 1"),
+        ({"virtual_negatives": -1}, "virtual_negatives: input should be greater than or equal to 0"),
+        ({"anchors": 0}, "anchors: input should be greater than or equal to 1, got 0"),
+        ({"delta_s": 2.0}, "delta_s: input should be less than or equal to 1"),
+        ({"representation": "deterministic"}, "virtual_negatives: must be 0 with representation deterministic"),
+        ({"memory_bank": 8}, "memory_bank: takes the place of virtual_negatives"),
+        ({"num_anchors": 8}, "unknown key num_anchors; did you mean anchors"),
     ):
         with pytest.raises(ValueError, match=match):
             make(**options)
@@ -335,6 +341,16 @@ def test_wrong_arguments_are_named() -> None:
         make()(**{**scene(), "var": None})
     with pytest.raises(ValueError, match="confidence must have label's shape"):
         make()(**{**scene(), "confidence": torch.zeros(1)})
+    with pytest.raises(ValueError, match="mu must have 8 channels; got 4"):
+        make()(**{**scene(), "mu": scene()["mu"][:, :4], "var": scene()["var"][:, :4]})
+    for smallest in (0.0, -0.25):
+        batch = scene()
+        with torch.no_grad():
+            batch["var"][1, 2, 3, 4] = smallest
+        with pytest.raises(ValueError, match=f"var must be positive; its smallest value is {smallest:g}"):
+            make()(**batch)
+    with pytest.raises(ValueError, match="num_classes must be at least 2; got 1"):
+        ProbabilisticContrast(1, D)
 
 
 def test_diagnostics_count_pixels_draws_and_the_chance_level() -> None:
@@ -359,7 +375,7 @@ def test_diagnostics_count_pixels_draws_and_the_chance_level() -> None:
     ("options", "change", "sentence"),
     [
         ({}, {"valid": False}, "no valid pixel"),
-        ({}, {"labels": (1, 255)}, "only class 1 has valid pixels"),
+        ({}, {"labels": (1, 255)}, "only class 1 has valid pixels or a prototype"),
         ({}, {"confidence": 0.9}, "no hard pixel"),
         ({"tau": 1000.0}, {}, "at the chance level"),
         ({"tau": 1e-4, "virtual_negatives": 0}, {"spread": 0.01}, "tau is too small"),

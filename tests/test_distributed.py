@@ -118,7 +118,7 @@ def _contrast(rank: int, change: str) -> dict[str, Any]:
         batch["valid"][1] = False
     own = {name: value if name == "seed" else value[rank : rank + 1] for name, value in batch.items()}
     own["mu"].requires_grad_()
-    contrast = ProbabilisticContrast(2, 3, tau=0.7, num_anchors=8, num_negatives=8, virtual_negatives=0)
+    contrast = ProbabilisticContrast(2, 3, tau=0.7, anchors=8, negatives=8, virtual_negatives=0)
     loss = contrast(**own)
     loss.backward()
     state = {name: value.clone() for name, value in contrast.state_dict().items()}

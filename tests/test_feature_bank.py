@@ -149,7 +149,7 @@ def scene(step: int) -> dict[str, Tensor]:
 
 def make(**options: Any) -> ProbabilisticContrast:
     options = {"memory_bank": 40, "bank_negatives": 6, "virtual_negatives": 0} | options
-    return ProbabilisticContrast(C, D, tau=0.3, num_anchors=8, num_negatives=8, **options)
+    return ProbabilisticContrast(C, D, tau=0.3, anchors=8, negatives=8, **options)
 
 
 @pytest.mark.parametrize("prototype", ["global", "local"])

@@ -24,6 +24,7 @@ ALLOWED = {
 }
 LEAVES = {
     "config",
+    "config_contrast",
     "config_methods",
     "config_types",
     "sweep_config",

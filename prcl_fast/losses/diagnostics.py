@@ -24,21 +24,16 @@ def explain_inert(diagnostics: Mapping[str, Tensor]) -> str | None:
     """
     valid = diagnostics["valid_per_class"]
     hard = diagnostics["hard_per_class"]
-    present = int(diagnostics["present_classes"])
     loss, chance = float(diagnostics["loss"]), float(diagnostics["chance_level"])
     if not math.isfinite(loss):
         return f"the contrast is {loss}: the representations or their variances are no longer finite"
     if int(valid.sum()) == 0:
         return "no valid pixel: nothing is labeled and no pseudo-label reaches delta_w; the contrast is 0"
-    if present < 2:
-        name = int(valid.argmax())
-        return f"only class {name} has valid pixels, and the contrast, which needs two, is 0"
     if int(hard.sum()) == 0:
         return "no hard pixel: every valid one has a confidence of at least delta_s, so there is no anchor"
-    if int(diagnostics["negatives"]) == 0:
-        return "no negative could be drawn, so the contrast is 0"
-    # Classes without a hard pixel contribute 0 to the mean.
-    chance *= int((hard > 0).sum()) / present
+    if chance == 0:
+        name = int(valid.argmax())
+        return f"only class {name} has valid pixels or a prototype, so there is no negative; the contrast is 0"
     if abs(loss - chance) <= _AT_CHANCE * chance:
         return (
             f"the contrast, {loss:.4f}, is at the chance level, {chance:.4f}: tau is too large "

@@ -36,24 +36,7 @@ class PRCL(MeanTeacher):
                 f"method.memory_bank: at least one place for each of {world_size()} processes, "
                 f"got {self.prcl.memory_bank}"
             )
-        self.contrast = ProbabilisticContrast(
-            num_classes,
-            config.model.dim,
-            tau=self.prcl.tau,
-            num_anchors=self.prcl.anchors,
-            num_negatives=self.prcl.negatives,
-            share=self.prcl.share,
-            delta_s=self.prcl.delta_s,
-            reduction=self.prcl.reduction,
-            normalize=self.prcl.normalize,
-            prototype=self.prcl.prototype,
-            ema_decay=self.prcl.prototype_ema,
-            virtual_negatives=self.prcl.virtual_negatives,
-            beta=self.prcl.beta,
-            memory_bank=self.prcl.memory_bank,
-            bank_negatives=self.prcl.bank_negatives,
-            deterministic=self.prcl.representation == "deterministic",
-        )
+        self.contrast = ProbabilisticContrast(num_classes, config.model.dim, self.prcl)
         self._mu: Tensor | None = None
         self._var: Tensor | None = None
         self._lambda_c: Tensor | None = None
@@ -127,7 +110,9 @@ class PRCL(MeanTeacher):
             "anchors": found["anchors_per_class"].tolist(),
             "negatives": int(found["negatives"]),
             "classes_present": int(found["present_classes"]),
+            "classes_virtual": int(found["virtual_classes"]),
         }
+        values |= self._terms()
         if "prototype_shift" in found:
             values["prototype_shift"] = [
                 None if math.isnan(shift) else shift for shift in found["prototype_shift"].tolist()
@@ -136,6 +121,15 @@ class PRCL(MeanTeacher):
         if reason is None and "variance_mean" in values:
             reason = explain_variance(values["variance_mean"])
         return values if reason is None else values | {"note": reason}
+
+    def _terms(self) -> dict[str, float | None]:
+        """What the last step's softmax was made of; None where there is no such number."""
+        terms = self.contrast.terms
+        if terms is None:
+            return {}
+        values = {f"mass_{name}": mass for name, mass in terms.masses().items()}
+        values |= {"negative_classes": terms.negative_classes(), "virtual_spread": terms.virtual_spread()}
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 @torch.no_grad()
