@@ -119,13 +119,13 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network: encoder, DeepLabv3+ decoder, heads."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet101"
-    stem: Literal["plain", "deep"] = "plain"
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"] = "resnet101"
+    stem: Literal["plain", "deep"] = Field("plain", description="The first layers of a ResNet.")
     output_stride: Literal[8, 16] = 16
     base_width: int = Field(
         64,
         ge=8,
-        description="Channels of the backbone's first stage: 64 in the published networks, less for small "
+        description="Channels of a ResNet's first stage: 64 in the published networks, less for small "
         "images and machines (without their weights).",
     )
     width: int = Field(256, ge=16, description="Channels of the decoder.")
@@ -133,6 +133,16 @@ class ModelConfig(Section):
     weights: PathString | None = Field(
         None, description="Initial weights: torchvision's key names, or a network file."
     )
+
+    @model_validator(mode="after")
+    def _shaped(self) -> ModelConfig:
+        if self.backbone == "mobilenet_v2":
+            for key, only in (("stem", "plain"), ("base_width", 64)):
+                if getattr(self, key) != only:
+                    raise ValueError(
+                        f"{key}: {getattr(self, key)} is for a ResNet; leave it out for mobilenet_v2"
+                    )
+        return self
 
 
 class OptimConfig(Section):

@@ -1,1 +1,1 @@
-"""Networks: ResNet backbones, the DeepLabv3+ decoder, the three heads, and the EMA teacher."""
+"""Networks: backbones (ResNets, MobileNetV2), the DeepLabv3+ decoder, the heads, and the EMA teacher."""

@@ -15,6 +15,7 @@ from prcl_fast.models.autocast_weights import autocast_weights
 from prcl_fast.models.batch_norm import count_together
 from prcl_fast.models.deeplab import DeepLabDecoder
 from prcl_fast.models.heads import ProbabilityHead, RepresentationHead, SegmentationHead
+from prcl_fast.models.mobilenet import MobileNetV2
 from prcl_fast.models.query_head import PrototypeScores, QueryHead
 from prcl_fast.models.resnet import ResNet
 from prcl_fast.models.weights import load_weights
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from prcl_fast.config_methods import PPSConfig
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
+BACKBONES = (*DEPTHS, "mobilenet_v2")
 
 
 class NetworkOutput(NamedTuple):
@@ -59,10 +61,10 @@ class SegmentationNetwork(nn.Module):
     """Backbone, decoder and heads; the heads are `classifier`, `representation` and `probability`.
 
     Args:
-        backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
-        stem: "plain" or "deep".
+        backbone: "resnet18", "resnet34", "resnet50", "resnet101" or "mobilenet_v2".
+        stem: "plain" or "deep"; the latter of a ResNet alone.
         output_stride: 8 or 16.
-        base_width: channels of the backbone's first stage.
+        base_width: channels of a ResNet's first stage.
         num_classes: channels of the logits.
         width: channels of the decoder and of the heads' hidden layer.
         representation_dim: D, the dimension of the latent space; None builds no representation head.
@@ -72,8 +74,8 @@ class SegmentationNetwork(nn.Module):
             one.
 
     Raises:
-        InputError: an unknown backbone, stem or output stride, or a probability head without a
-            representation.
+        InputError: an unknown backbone, stem or output stride, a stem or width that the backbone has not,
+            or a probability head without a representation.
     """
 
     def __init__(
@@ -91,12 +93,10 @@ class SegmentationNetwork(nn.Module):
         query_head: Callable[[int, int], QueryHead] | None = None,
     ) -> None:
         super().__init__()
-        if backbone not in DEPTHS:
-            raise InputError(f"backbone: '{backbone}' is not one of {', '.join(DEPTHS)}")
         if probability and representation_dim is None:
             raise InputError("probability: a probability head needs a representation_dim")
         self.num_classes = num_classes
-        self.backbone = ResNet(DEPTHS[backbone], stem, output_stride, base_width=base_width)
+        self.backbone = build_backbone(backbone, stem, output_stride, base_width)
         self.decoder = DeepLabDecoder(
             self.backbone.low_channels, self.backbone.out_channels, output_stride, width
         )
@@ -170,6 +170,19 @@ class SegmentationNetwork(nn.Module):
     def probability_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the probability head, which learns at a rate of its own; none where it is absent."""
         return iter(()) if self.probability is None else self.probability.parameters()
+
+
+def build_backbone(name: str, stem: str, output_stride: int, base_width: int) -> ResNet | MobileNetV2:
+    """The backbone of a `SegmentationNetwork`, whose arguments these are. Raises InputError."""
+    if name in DEPTHS:
+        return ResNet(DEPTHS[name], stem, output_stride, base_width=base_width)
+    if name != "mobilenet_v2":
+        raise InputError(f"backbone: '{name}' is not one of {', '.join(BACKBONES)}")
+    if stem != "plain":
+        raise InputError(f"stem: '{stem}' is a ResNet's, {name} has one stem")
+    if base_width != 64:
+        raise InputError(f"base_width: {base_width} is a ResNet's, {name} has one width")
+    return MobileNetV2(output_stride)
 
 
 def build_network(

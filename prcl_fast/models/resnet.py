@@ -98,10 +98,13 @@ class ResNet(nn.Module):
 
     Attributes:
         low_channels, out_channels: channels of the two maps that `forward` returns.
+        classifier_keys: first parts of the keys in torchvision's files that are of the classifier.
 
     Raises:
         InputError: an argument is none of the values above.
     """
+
+    classifier_keys = ("fc.",)
 
     def __init__(
         self, depth: int, stem: str = "plain", output_stride: int = 16, *, base_width: int = 64

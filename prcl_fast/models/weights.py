@@ -46,7 +46,8 @@ def load_backbone(network: SegmentationNetwork, path: str | Path) -> None:
     """Load ImageNet weights with torchvision's key names into the backbone.
 
     A wrapping "state_dict" or "model" entry, and a "module." or "backbone." prefix common to all keys, are
-    taken off. The classifier (fc.*) is left out; BN batch counters may be missing.
+    taken off. The classifier (fc.* of a ResNet, see `classifier_keys` of the backbone) is left out; BN batch
+    counters may be missing.
 
     Raises:
         InputError: the file is missing or unreadable, or a key is missing, unexpected or has another shape.
@@ -156,7 +157,8 @@ def _load_backbone(network: SegmentationNetwork, content: object, path: str | Pa
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in given):
             given = {key.removeprefix(prefix): value for key, value in given.items()}
-    given = {key: value for key, value in given.items() if not key.startswith("fc.")}
+    classifier = network.backbone.classifier_keys
+    given = {key: value for key, value in given.items() if not key.startswith(classifier)}
     check_keys(network.backbone.state_dict(), given, path, "the backbone")
     network.backbone.load_state_dict(given, strict=False)
 
