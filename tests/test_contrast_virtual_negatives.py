@@ -16,7 +16,13 @@ from prcl_fast.config_contrast import ContrastConfig
 from prcl_fast.losses import ProbabilisticContrast, explain_inert
 from prcl_fast.losses import contrast as contrast_module
 from prcl_fast.losses.virtual_negatives import moments_of_means, variance_of_means
-from prcl_fast.ops import PrototypeStatistics, class_lists, philox_normal, probabilistic_info_nce
+from prcl_fast.ops import (
+    PrototypeStatistics,
+    Purpose,
+    class_lists,
+    philox_normal,
+    probabilistic_info_nce,
+)
 
 PAPER = {"tau": 100.0, "reduction": "sum", "normalize": False}
 
@@ -62,7 +68,7 @@ def test_the_loss_is_eq_15_with_the_virtual_negatives_of_eq_10(
     weighted_mean = sum(step.weighted_mean.double() for step in steps)
     variance_g = 1 / precision
     mean_g = weighted_mean / precision
-    noise = philox_normal(batches[-1]["seed"], (C, 2, D), contrast_module.Purpose.VIRTUAL_NEGATIVES)
+    noise = philox_normal(batches[-1]["seed"], (C, 2, D), Purpose.VIRTUAL_NEGATIVES)
     virtual = mean_g[:, None] + 3.0 * noise.double() * variance_g[:, None]  # eq. (10)
 
     if prototype == "global":
