@@ -26,9 +26,8 @@ void define_schemas(Library& m) {
   m.def(
       "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index, "
       "Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu, "
-      "Tensor? class_factor, Tensor? inverse_norm, float tau, bool mean, bool normalize, bool needs_grad) -> "
-      "(Tensor, Tensor, "
-      "Tensor)");
+      "Tensor? virtual_var, Tensor? virtual_known, Tensor? class_factor, Tensor? inverse_norm, float tau, "
+      "bool mean, bool normalize, bool needs_grad) -> (Tensor, Tensor, Tensor)");
   m.def(
       "probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows, Tensor grad_var_rows, "
       "Tensor anchor_index, int batch, int height, int width, ScalarType mu_dtype, ScalarType var_dtype, "

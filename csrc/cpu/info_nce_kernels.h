@@ -2,7 +2,7 @@
 // (a group of one where each has its own).
 //
 // The candidates of an anchor (its prototype first, then its negatives, then the virtual negatives of the
-// other classes) pass in batches of kBatch rows, prefetched a batch ahead; a batch stays in L1 while all
+// other known classes) pass in batches of kBatch rows, prefetched a batch ahead; a batch stays in L1 while all
 // anchors of the group pass over it. For each pair the first pass makes the score and, when gradients are
 // wanted, per dimension t = (mu_j - mu_i) r and u = t^2 - r with r = 1 / (s_i + s_j), also kept in L1. The
 // second adds w t and w u to the anchor's sums, w = exp(score - highest): an online softmax, the sums being
@@ -49,8 +49,9 @@ struct Problem {
   const T* prototype_mu;       // [C, width], normalised where means are
   const T* prototype_var;      // [C, width]
   const T* virtual_mu;         // [C, V, width]
-  const T* virtual_var;        // [width], zero
-  const uint8_t* present;      // [C]
+  const T* virtual_var;        // [C, V, width], or one row for all
+  int64_t virtual_var_stride;  // from row to row, 0 for one
+  const bool* virtual_known;   // [C], null without virtual negatives
   const double* class_weight;  // [C], of each drawn anchor's loss
   int64_t num_classes, num_anchors, num_groups, num_negatives, num_virtual, dims, width;
   T scale;  // of a score: 1 / tau, over D for the mean
@@ -227,9 +228,9 @@ struct Group {
 
     batch.count = 0;
     for (int64_t v = 0; v < p.num_classes * p.num_virtual; ++v) {
-      if (v / p.num_virtual == c || !p.present[v / p.num_virtual]) continue;
+      if (v / p.num_virtual == c || !p.virtual_known[v / p.num_virtual]) continue;
       batch.mu[batch.count] = p.virtual_mu + v * width;
-      batch.var[batch.count] = p.virtual_var;
+      batch.var[batch.count] = p.virtual_var + v * p.virtual_var_stride;
       batch.inverse_norm[batch.count++] = T(1);
       if (batch.count < kBatch) continue;
       for (State<T>& state : states) pass<kBytes>(p, state, batch, t, u, false);

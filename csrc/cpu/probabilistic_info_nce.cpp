@@ -49,8 +49,7 @@ Buffer<T> padded(const T* from, int64_t rows, int64_t dims, int64_t width, T fil
   return to;
 }
 
-// What each drawn anchor's loss counts: the class's factor / (its drawn anchors * classes present); 0 with
-// fewer than two present.
+// What each drawn anchor's loss counts: the class's factor / (its drawn anchors * classes present).
 std::vector<double> class_weights(const int64_t* anchors, const std::vector<uint8_t>& present,
                                   int64_t num_anchors, const std::vector<double>& factor) {
   const auto num_present = std::accumulate(present.begin(), present.end(), int64_t(0));
@@ -58,9 +57,7 @@ std::vector<double> class_weights(const int64_t* anchors, const std::vector<uint
   for (size_t c = 0; c < present.size(); ++c) {
     const int64_t* row = anchors + int64_t(c) * num_anchors;
     const auto drawn = std::count_if(row, row + num_anchors, [](int64_t index) { return index >= 0; });
-    if (drawn > 0 && present[c] && num_present >= 2) {
-      weight[c] = factor[c] / (double(drawn) * double(num_present));
-    }
+    if (drawn > 0 && present[c]) weight[c] = factor[c] / (double(drawn) * double(num_present));
   }
   return weight;
 }
@@ -69,6 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
                                                           Tensor negative_index, Tensor positive_mean,
                                                           Tensor positive_variance, Tensor positive_count,
                                                           std::optional<Tensor> virtual_mu,
+                                                          std::optional<Tensor> virtual_var,
+                                                          std::optional<Tensor> virtual_known,
                                                           std::optional<Tensor> class_factor,
                                                           std::optional<Tensor> inverse_norm, double tau,
                                                           bool mean, bool normalize, bool needs_grad) {
@@ -120,9 +119,12 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
         padded(positive_variance.const_data_ptr<T>(), num_classes, dims, width, padding, false);
     const Buffer<T> virtual_rows = padded(virtual_mu ? virtual_mu->const_data_ptr<T>() : nullptr,
                                           num_classes * num_virtual, dims, width, T(0), normalize);
-    const Buffer<T> virtual_var(width);
-    std::fill_n(virtual_var.data(), dims, T(0));
-    std::fill(virtual_var.data() + dims, virtual_var.data() + width, padding);
+    // Points share one row of zeros.
+    const std::vector<T> zeros(dims);
+    const Buffer<T> virtual_variances =
+        virtual_var ? padded(virtual_var->const_data_ptr<T>(), num_classes * num_virtual, dims, width, padding,
+                             false)
+                    : padded(zeros.data(), 1, dims, width, padding, false);
     const info_nce::Problem<Mu, Var> problem{mu.const_data_ptr<Mu>(),
                                              var.const_data_ptr<Var>(),
                                              norms,
@@ -131,8 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
                                              prototype_mu.data(),
                                              prototype_var.data(),
                                              virtual_rows.data(),
-                                             virtual_var.data(),
-                                             present.data(),
+                                             virtual_variances.data(),
+                                             virtual_var ? width : 0,
+                                             virtual_known ? virtual_known->const_data_ptr<bool>() : nullptr,
                                              weight.data(),
                                              num_classes,
                                              num_anchors,

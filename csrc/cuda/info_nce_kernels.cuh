@@ -29,14 +29,15 @@ constexpr int kWarps = 8;  // anchors per block
 
 template <class Mu, class Var>
 struct Problem {
-  const Mu* mu;                                                 // [P, D]
-  const Var* var;                                               // [P, D]
-  const int64_t *anchor_index, *negative_index;                 // [C, A], [C, G, N]
-  const float *positive_mean, *positive_variance, *virtual_mu;  // [C, D], [C, D], [C, V, D]
+  const Mu* mu;                                    // [P, D]
+  const Var* var;                                  // [P, D]
+  const int64_t *anchor_index, *negative_index;    // [C, A], [C, G, N]
+  const float *positive_mean, *positive_variance;  // [C, D]
+  const float *virtual_mu, *virtual_var;           // [C, V, D]; no variances: 0
+  const bool* virtual_known;                       // [C], null without virtual negatives
   const float *inverse_norm, *positive_inverse_norm,
-      *virtual_inverse_norm;      // null where nothing is normalised
-  const int64_t* positive_count;  // [C]
-  const float* class_weight;      // [C]
+      *virtual_inverse_norm;  // null where nothing is normalised
+  const float* class_weight;  // [C]
   int classes, anchors, groups, negatives, virtuals, dims;
   bool aligned;              // rows of every tensor can be read 16 bytes at a time
   float scale, logit_scale;  // 1 / tau, over D too for the mean; what turns -2 score into a logit
@@ -145,33 +146,36 @@ struct PixelRows {
   }
 };
 
-// Virtual negatives of the present classes but the anchor's: float32 means, variance 0.
+// Virtual negatives of the known classes but the anchor's, float32; points, of variance 0, without `var`.
 template <class Mu, int kPerLane, bool kFull>
 struct VirtualRows {
   struct Raw {
-    float mu[kPerLane];
+    float mu[kPerLane], var[kPerLane];
   };
   const float* mu;  // at the lane's first channel of row 0
+  const float* var;
   const float* inverse_norm;
-  const int64_t* positive_count;
+  const bool* known;
   int per_class, anchor_class, dims;
   bool aligned;
 
   __device__ __forceinline__ Candidate candidate(int i) const {
     const int c = i / per_class;
-    const bool usable = c != anchor_class && positive_count[c] > 0;
+    const bool usable = c != anchor_class && known[c];
     return {usable ? i : -1, usable && inverse_norm != nullptr ? inverse_norm[i] : 1.0f};
   }
   __device__ __forceinline__ Raw fetch(int row, float) const {
-    Raw raw;
-    load_floats<Mu, kPerLane, kFull>(mu + offset<kPerLane, kFull>(row, dims), dims, aligned, raw.mu);
+    Raw raw = {};
+    const int64_t at = offset<kPerLane, kFull>(row, dims);
+    load_floats<Mu, kPerLane, kFull>(mu + at, dims, aligned, raw.mu);
+    if (var != nullptr) load_floats<Mu, kPerLane, kFull>(var + at, dims, aligned, raw.var);
     return raw;
   }
   __device__ __forceinline__ static void convert(const Raw& raw, Row<kPerLane>& to) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       to.mu[i] = raw.mu[i];
-      to.var[i] = 0.0f;
+      to.var[i] = raw.var[i];
     }
   }
 };
@@ -307,9 +311,12 @@ __device__ __forceinline__ void contrast(const Problem<Mu, Var>& p, int a, const
   running.maximum = positive(t, u);
   add_candidates<kMayClamp, PixelRows<Mu, Var, kPerLane, kFull>, kRows>(pixels, p.negatives, p.logit_scale,
                                                                         anchor, running);
+  const float* const virtual_var =
+      p.virtual_var != nullptr ? p.virtual_var + L::first_channel() : nullptr;
   const VirtualRows<Mu, kPerLane, kFull> virtuals = {p.virtual_mu + L::first_channel(),
+                                                     virtual_var,
                                                      p.virtual_inverse_norm,
-                                                     p.positive_count,
+                                                     p.virtual_known,
                                                      p.virtuals,
                                                      a / p.anchors,
                                                      p.dims,

@@ -16,7 +16,7 @@ using info_nce::Problem;
 constexpr int kThreads = 256, kWarpsPerBlock = kThreads / 32;
 
 // Block c: what turns the losses of class c's anchors into the loss, times the class's factor where there is
-// one; all 0 with fewer than two classes present.
+// one.
 __global__ void __launch_bounds__(kThreads)
     class_weight_kernel(const int64_t* anchor_index, const int64_t* positive_count, const float* factor,
                         int classes, int anchors, float* weight) {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   present = block_sum(present);
   drawn = block_sum(drawn);
   if (threadIdx.x != 0) return;
-  const bool counts = present >= 2 && positive_count[c] > 0 && drawn > 0;
+  const bool counts = positive_count[c] > 0 && drawn > 0;
   weight[c] = counts ? (factor ? factor[c] : 1.0f) / float(drawn * present) : 0.0f;
 }
 
@@ -75,6 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
                                                           Tensor negative_index, Tensor positive_mean,
                                                           Tensor positive_variance, Tensor positive_count,
                                                           std::optional<Tensor> virtual_mu,
+                                                          std::optional<Tensor> virtual_var,
+                                                          std::optional<Tensor> virtual_known,
                                                           std::optional<Tensor> class_factor,
                                                           std::optional<Tensor> inverse_norm, double tau,
                                                           bool mean, bool normalize, bool needs_grad) {
@@ -106,8 +108,9 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
       p.negative_index = negative_index.const_data_ptr<int64_t>();
       p.positive_mean = positive_mean.const_data_ptr<float>();
       p.positive_variance = positive_variance.const_data_ptr<float>();
-      p.positive_count = positive_count.const_data_ptr<int64_t>();
       p.virtual_mu = virtual_mu ? virtual_mu->const_data_ptr<float>() : nullptr;
+      p.virtual_var = virtual_var ? virtual_var->const_data_ptr<float>() : nullptr;
+      p.virtual_known = virtual_known ? virtual_known->const_data_ptr<bool>() : nullptr;
       p.class_weight = class_weight.const_data_ptr<float>();
       p.classes = int(classes);
       p.anchors = int(anchors);
@@ -117,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
       p.dims = int(dims);
       p.aligned = rows_are_aligned(p.mu, dims) && rows_are_aligned(p.var, dims) &&
                   rows_are_aligned(p.positive_mean, dims) && rows_are_aligned(p.positive_variance, dims) &&
-                  rows_are_aligned(p.virtual_mu, dims);
+                  rows_are_aligned(p.virtual_mu, dims) && rows_are_aligned(p.virtual_var, dims);
       p.scale = float(1.0 / (mean ? tau * double(dims) : tau));
       p.logit_scale = float(-0.5 / 0.693147180559945309 / (mean ? tau * double(dims) : tau));
       p.anchor_loss = anchor_loss.mutable_data_ptr<float>();

@@ -49,7 +49,7 @@ def _weight_kernel(
         present += (tl.load(positive_count + k, mask=k < num_classes, other=0) > 0).to(tl.int32)
     num_drawn = tl.sum(drawn, 0)
     num_present = tl.sum(present, 0)
-    counts = (num_drawn > 0) & (num_present >= 2) & (tl.load(positive_count + c) > 0)
+    counts = (num_drawn > 0) & (tl.load(positive_count + c) > 0)
     shares = tl.maximum(num_drawn, 1).to(tl.float32) * tl.maximum(num_present, 1).to(tl.float32)
     factor = tl.load(class_factor + c) if HAS_FACTOR else 1.0
     tl.store(weights + c, tl.where(counts, factor / shares, 0.0))
@@ -57,10 +57,10 @@ def _weight_kernel(
 
 @triton.jit
 def _anchor_kernel(
-    mu, var, anchor_index, negative_index, positive_mean, positive_variance, positive_count, virtual_mu,
-    norms, weights, loss, grad_mu, grad_var, num_classes, num_anchors, anchors_per_group, num_negatives,
-    num_virtual, dims, scale, NORMALIZE: tl.constexpr, HAS_NORMS: tl.constexpr, NEEDS_GRAD: tl.constexpr,
-    ROWS: tl.constexpr, DIMS: tl.constexpr,
+    mu, var, anchor_index, negative_index, positive_mean, positive_variance, virtual_mu, virtual_var,
+    virtual_known, norms, weights, loss, grad_mu, grad_var, num_classes, num_anchors, anchors_per_group,
+    num_negatives, num_virtual, dims, scale, POINTS: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_NORMS: tl.constexpr, NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = row // num_anchors
@@ -81,15 +81,15 @@ def _anchor_kernel(
     # All variances are positive: if the anchor's are above the clamp, no sum is at it.
     if tl.min(s_i, 0) > _MIN_SUM:
         positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
-            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms,
-            mu_i, s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims,
-            scale, False, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
+            mu, var, negative_index, positive_mean, positive_variance, virtual_mu, virtual_var, virtual_known,
+            norms, mu_i, s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual,
+            dims, scale, False, POINTS, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
         )  # fmt: skip
     else:
         positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
-            mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms,
-            mu_i, s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims,
-            scale, True, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
+            mu, var, negative_index, positive_mean, positive_variance, virtual_mu, virtual_var, virtual_known,
+            norms, mu_i, s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual,
+            dims, scale, True, POINTS, NORMALIZE, HAS_NORMS, NEEDS_GRAD, ROWS, DIMS,
         )  # fmt: skip
     at_positive = tl.exp2(positive - peak)
     value = ((peak - positive) * _LOG_2 + _log1p(total + (at_positive - 1.0))) * weight
@@ -108,10 +108,10 @@ def _anchor_kernel(
 
 @triton.jit
 def _candidates(
-    mu, var, negative_index, positive_mean, positive_variance, positive_count, virtual_mu, norms, mu_i, s_i,
-    row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
-    MAY_CLAMP: tl.constexpr, NORMALIZE: tl.constexpr, HAS_NORMS: tl.constexpr, NEEDS_GRAD: tl.constexpr,
-    ROWS: tl.constexpr, DIMS: tl.constexpr,
+    mu, var, negative_index, positive_mean, positive_variance, virtual_mu, virtual_var, virtual_known, norms,
+    mu_i, s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual, dims, scale,
+    MAY_CLAMP: tl.constexpr, POINTS: tl.constexpr, NORMALIZE: tl.constexpr, HAS_NORMS: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The positive's score, t and t^2 - r; the largest score of all; the sums over all others."""
     dim = tl.arange(0, DIMS)
@@ -145,11 +145,14 @@ def _candidates(
         j = first + tl.arange(0, ROWS)
         owner = j // num_virtual
         kept = (owner < num_classes) & (owner != c)
-        kept = kept & (tl.load(positive_count + owner, mask=kept, other=0) > 0)
+        kept = kept & (tl.load(virtual_known + owner, mask=kept, other=0) != 0)
         read = kept[:, None] & inside[None, :]
         place = (j.to(tl.int64) * dims)[:, None] + dim[None, :]
         mu_j = tl.load(virtual_mu + place, mask=read, other=0.0)
-        s_j = tl.full((ROWS, DIMS), 0.0, tl.float32)
+        if POINTS:
+            s_j = tl.full((ROWS, DIMS), 0.0, tl.float32)
+        else:
+            s_j = tl.load(virtual_var + place, mask=read, other=0.0)
         score, t, slope = _pairs(mu_i, s_i, mu_j, s_j, scale, MAY_CLAMP, NORMALIZE, ROWS, DIMS)
         peak, total, sum_mu, sum_var = _add(score, kept, t, slope, peak, total, sum_mu, sum_var, NEEDS_GRAD)
     return positive, t_p, slope_p, peak, total, sum_mu, sum_var
@@ -207,6 +210,8 @@ def probabilistic_info_nce(
     positive_variance: Tensor,
     positive_count: Tensor,
     virtual_mu: Tensor | None,
+    virtual_var: Tensor | None,
+    virtual_known: Tensor | None,
     class_factor: Tensor | None,
     inverse_norm: Tensor | None,
     tau: float,
@@ -234,13 +239,15 @@ def probabilistic_info_nce(
             num_classes, num_anchors, HAS_FACTOR=class_factor is not None, BLOCK=128,
         )  # fmt: skip
         _anchor_kernel[(rows,)](
-            mu, var, anchor_index, negative_index, positive_mean, positive_variance, positive_count,
+            mu, var, anchor_index, negative_index, positive_mean, positive_variance,
             positive_mean if virtual_mu is None else virtual_mu,
+            positive_mean if virtual_var is None else virtual_var,
+            (positive_count if virtual_known is None else virtual_known).view(torch.uint8),
             positive_mean if inverse_norm is None else inverse_norm, weights, losses, grad_mu, grad_var,
             num_classes, num_anchors, num_anchors // num_groups, num_negatives,
             0 if virtual_mu is None else virtual_mu.shape[1], dims, 1.0 / (tau * dims if mean else tau),
-            NORMALIZE=normalize, HAS_NORMS=inverse_norm is not None, NEEDS_GRAD=needs_grad, ROWS=_ROWS,
-            DIMS=dims_block,
+            POINTS=virtual_var is None, NORMALIZE=normalize, HAS_NORMS=inverse_norm is not None,
+            NEEDS_GRAD=needs_grad, ROWS=_ROWS, DIMS=dims_block,
             num_warps=warps, maxnreg=_REGISTERS if warps <= 8 else None,
         )  # fmt: skip
     return losses.sum(), grad_mu, grad_var

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from prcl_fast.memory_format import memory_format_of
 from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import FLOATING, check_count, check_features, check_tensor, reduction_is_mean
+from prcl_fast.ops._arguments import (
+    BOOL,
+    FLOATING,
+    check_count,
+    check_features,
+    check_tensor,
+    reduction_is_mean,
+)
 from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.ops.prototype_statistics import PrototypeStatistics
 from prcl_fast.reference import probabilistic_info_nce as reference
@@ -26,6 +33,8 @@ def probabilistic_info_nce(
     tau: float,
     reduction: str = "sum",
     normalize: bool = False,
+    virtual_var: Tensor | None = None,
+    virtual_known: Tensor | None = None,
     class_factor: Tensor | None = None,
     inverse_norm: Tensor | None = None,
 ) -> Tensor:
@@ -33,9 +42,9 @@ def probabilistic_info_nce(
 
     Scores are mutual likelihood scores, eq. (3) of the IJCV paper, over tau. A class is present where
     `positive.count` > 0. The loss is the mean over a class's anchors, summed over the classes and divided by
-    the number of classes present, those without an anchor included; it is a 0 that stays in the graph where
-    fewer than two are present or nothing was drawn. Gradients go to mu and var at the anchors alone, and are
-    made in the forward pass; there is no second derivative.
+    the number of classes present, those without an anchor included. An anchor without any negative, real or
+    virtual, has a loss of exactly 0; so has a batch without anchors, and it stays in the graph. Gradients go
+    to mu and var at the anchors alone, and are made in the forward pass; there is no second derivative.
 
     Args:
         mu: [B, D, h, w] means, float32, bfloat16, float16 or float64, any memory format; computed in float32
@@ -46,11 +55,15 @@ def probabilistic_info_nce(
             negatives of its own; with fewer, each run of A / G anchors shares a set, which leaves the law of
             each anchor's loss as it is.
         positive: the prototypes of the C classes.
-        virtual_mu: [C, V, D] virtual negatives, variance 0, or None. An anchor of class c is set against the
-            rows of the other classes present.
+        virtual_mu: [C, V, D] floating, virtual negatives, or None. An anchor of class c is set against the
+            rows of the other known classes.
         tau: temperature, > 0.
         reduction: "sum" over the D dimensions or their "mean".
         normalize: whether every mean is L2-normalised inside the score.
+        virtual_var: [C, V, D] floating >= 0, the variances of the virtual negatives; None for variance 0, as
+            the IJCV paper has it. Not looked at without virtual_mu.
+        virtual_known: [C] bool, the classes whose rows of virtual_mu take part, present or not: C~_g of eq.
+            (15). The rows of the others may hold anything. None: the classes present.
         class_factor: [C] floating >= 0, what the mean over each class's anchors is multiplied by, or None.
         inverse_norm: [B, h, w] 1 / |mu| as `prototype_statistics` returns it, dtype of the loss; with None,
             `normalize` finds the norms itself. Every pixel that is drawn must have counted there, since the
@@ -78,6 +91,14 @@ def probabilistic_info_nce(
     if virtual_mu is not None:
         check_tensor("virtual_mu", virtual_mu, (num_classes, "V", dim), FLOATING, ("mu", mu))
         virtual_mu = virtual_mu.detach()
+        if virtual_var is not None:
+            check_tensor("virtual_var", virtual_var, virtual_mu.shape, FLOATING, ("mu", mu))
+            virtual_var = virtual_var.detach()
+        if virtual_known is None:
+            virtual_known = positive.count > 0
+        check_tensor("virtual_known", virtual_known, (num_classes,), BOOL, ("mu", mu))
+    else:
+        virtual_var = virtual_known = None
     if class_factor is not None:
         check_tensor("class_factor", class_factor, (num_classes,), FLOATING, ("mu", mu))
         class_factor = class_factor.detach()
@@ -99,6 +120,8 @@ def probabilistic_info_nce(
         positive_variance,
         positive.count,
         virtual_mu,
+        virtual_var,
+        virtual_known,
         class_factor,
         inverse_norm,
         tau,
@@ -117,6 +140,8 @@ def _fake(
     positive_variance: Tensor,
     positive_count: Tensor,
     virtual_mu: Tensor | None,
+    virtual_var: Tensor | None,
+    virtual_known: Tensor | None,
     class_factor: Tensor | None,
     inverse_norm: Tensor | None,
     tau: float,
@@ -153,7 +178,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
         *ctx.dtypes,
         *ctx.channels_last,
     )
-    return grad_mu, grad_var, *[None] * 12
+    return grad_mu, grad_var, *[None] * 14
 
 
 def _backward_fake(
@@ -190,6 +215,8 @@ def _prepared(
     positive_variance: Tensor,
     positive_count: Tensor,
     virtual_mu: Tensor | None,
+    virtual_var: Tensor | None,
+    virtual_known: Tensor | None,
     class_factor: Tensor | None,
     inverse_norm: Tensor | None,
     *options: float | bool,
@@ -199,10 +226,10 @@ def _prepared(
     rows = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous() for x in (mu, var)]
     index = [x.contiguous() for x in (anchor_index, negative_index)]
     positive = [x.to(work).contiguous() for x in (positive_mean, positive_variance)]
-    optional = [
-        None if x is None else x.to(work).contiguous() for x in (virtual_mu, class_factor, inverse_norm)
-    ]
-    return *rows, *index, *positive, positive_count.contiguous(), *optional, *options
+    virtual = [None if x is None else x.to(work).contiguous() for x in (virtual_mu, virtual_var)]
+    known = None if virtual_known is None else virtual_known.contiguous()
+    others = [None if x is None else x.to(work).contiguous() for x in (class_factor, inverse_norm)]
+    return *rows, *index, *positive, positive_count.contiguous(), *virtual, known, *others, *options
 
 
 def _backward_prepared(
@@ -215,7 +242,8 @@ def _backward_prepared(
 _op = define_op(
     "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index,"
     " Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu,"
-    " Tensor? class_factor, Tensor? inverse_norm, float tau, bool mean, bool normalize, bool needs_grad)"
+    " Tensor? virtual_var, Tensor? virtual_known, Tensor? class_factor, Tensor? inverse_norm, float tau,"
+    " bool mean, bool normalize, bool needs_grad)"
     " -> (Tensor loss, Tensor grad_mu_rows, Tensor grad_var_rows)",
     fake=_fake,
     implementations={

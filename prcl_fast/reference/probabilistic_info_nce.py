@@ -32,6 +32,8 @@ def probabilistic_info_nce(
     positive_variance: Tensor,
     positive_count: Tensor,
     virtual_mu: Tensor | None,
+    virtual_var: Tensor | None,
+    virtual_known: Tensor | None,
     class_factor: Tensor | None,
     inverse_norm: Tensor | None,
     tau: float,
@@ -41,7 +43,8 @@ def probabilistic_info_nce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (scalar) and its gradients to the anchors' rows of mu and var, [C, A, D] each.
 
-    The gradients are empty unless `needs_grad`. All three are float32, or float64 where mu is.
+    The gradients are empty unless `needs_grad`. All three are float32, or float64 where mu is. Beside
+    virtual_mu stands virtual_known, [C] bool; a virtual_var of None is zeros.
     """
     num_classes, num_anchors = anchor_index.shape
     dim = mu.shape[1]
@@ -60,13 +63,9 @@ def probabilistic_info_nce(
         prototype_mu = _normalized(prototype_mu)
     else:
         inverse_norm = None
-    if virtual_mu is not None:
-        virtual_mu = torch.where(present[:, None, None], virtual_mu.to(work), 0.0)
-        if normalize:
-            virtual_mu = _normalized(virtual_mu)
-        virtual_class = torch.arange(num_classes, device=mu.device).repeat_interleave(virtual_mu.shape[1])
-        virtual_mu = virtual_mu.flatten(0, 1)  # [C*V, D]
-        virtual_var = torch.zeros_like(virtual_mu)
+    virtual = None
+    if virtual_mu is not None and virtual_known is not None:
+        virtual = _virtual_rows(virtual_mu.to(work), virtual_var, virtual_known, normalize)
 
     loss = mu.new_zeros((), dtype=work)
     shape = (num_classes * num_anchors, dim) if needs_grad else (0,)
@@ -101,9 +100,10 @@ def probabilistic_info_nce(
         shape_3d = (*kept.shape, dim)
         groups.append(_pairs(anchor_mu, anchor_var, other_mu.view(shape_3d), other_var.view(shape_3d)))
         scores = [groups[0][0], groups[1][0].masked_fill(~kept, -torch.inf)]
-        if virtual_mu is not None:
-            groups.append(_pairs(anchor_mu, anchor_var, virtual_mu[None], virtual_var[None]))
-            usable = (virtual_class != classes[:, None]) & present[virtual_class]
+        if virtual is not None:
+            rows_mu, rows_var, owner = virtual
+            groups.append(_pairs(anchor_mu, anchor_var, rows_mu[None], rows_var[None]))
+            usable = (owner >= 0) & (owner != classes[:, None])
             scores.append(groups[2][0].masked_fill(~usable, -torch.inf))
 
         logits = torch.cat(scores, dim=1) * scale  # the positive first
@@ -179,13 +179,29 @@ def _values_are_at_hand(device: torch.device) -> bool:
 def _anchor_weights(
     anchor_index: Tensor, present: Tensor, class_factor: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """[C, A]: what turns the anchors' losses into the loss; all 0 with fewer than two classes present."""
+    """[C, A]: what turns the anchors' losses into the loss."""
     drawn = (anchor_index >= 0) & present[:, None]
     num_present = present.sum()
     share = drawn.to(dtype) / (drawn.sum(1, keepdim=True).clamp(min=1) * num_present.clamp(min=1))
     if class_factor is not None:
         share = share * class_factor.to(dtype)[:, None]
-    return torch.where(num_present >= 2, share, 0.0)
+    return share
+
+
+def _virtual_rows(
+    mean: Tensor, variance: Tensor | None, known: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means and variances [C*V, D] of the virtual negatives and the class of each, -1 where it is unknown."""
+    num_classes, number, _ = mean.shape
+    # Rows of unknown classes may hold nan, which a weight of 0 does not undo.
+    unknown = ~known[:, None, None]
+    mean = mean.masked_fill(unknown, 0.0)
+    variance = torch.zeros_like(mean) if variance is None else variance.to(mean.dtype)
+    variance = variance.masked_fill(unknown, 1.0)
+    if normalize:
+        mean = _normalized(mean)
+    owner = torch.where(known, torch.arange(num_classes, device=mean.device), -1)
+    return mean.flatten(0, 1), variance.flatten(0, 1), owner.repeat_interleave(number)
 
 
 def _pixel_rows(x: Tensor) -> Tensor:
