@@ -38,7 +38,18 @@ def nodes(loss: Tensor) -> Iterator[Node]:
 
 # Operations on maps [B, C, h, w]; others work on rows of pixels, whose four dimensions mean something else.
 OF_MAPS = (
-    *("Convolution", "NativeBatchNorm", "Relu", "MaxPool2D", "AvgPool2D", "Upsample", "Add", "Split", "Cat"),
+    *(
+        "Convolution",
+        "NativeBatchNorm",
+        "Relu",
+        "Hardtanh",
+        "MaxPool2D",
+        "AvgPool2D",
+        "Upsample",
+        "Add",
+        "Split",
+        "Cat",
+    ),
     "GeneratedBackwardFor_prcl_fast",
 )
 
@@ -80,6 +91,7 @@ def strange_gradients(loss: Tensor) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize(
     "method",
@@ -99,12 +111,13 @@ def strange_gradients(loss: Tensor) -> list[str]:
     ],
 )
 def test_no_gradient_of_a_step_leaves_channels_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], amp: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], amp: str, backbone: str
 ) -> None:
     # As on a GPU: the second way of these convolutions works on rows of pixels.
     monkeypatch.setattr(Conv3x3, "forward", nn.Conv2d.forward)
     tree = tiny_tree(tmp_path, **method)
     tree["train"] |= {"amp": amp}
+    tree["model"] |= {"backbone": backbone}
     trainer = Trainer(parse_config(tree, "tiny"), Console(quiet=True))
     learner, warmup = trainer.method, method.get("warmup", 0)
     with contextlib.closing(trainer.batches()) as batches:

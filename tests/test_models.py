@@ -10,7 +10,7 @@ from prcl_fast.config import ModelConfig
 from prcl_fast.errors import InputError
 from prcl_fast.models.convolution import Conv3x3
 from prcl_fast.models.deeplab import ASPP, ImagePooling
-from prcl_fast.models.network import SegmentationNetwork, build_network
+from prcl_fast.models.network import BACKBONES, SegmentationNetwork, build_network
 from prcl_fast.models.resnet import ResNet
 
 # torchvision's ResNets without fc: entries of the state dict, parameters, channels of layer1 and layer4.
@@ -22,10 +22,10 @@ TORCHVISION = {
 }
 
 
-def small_network(**changes) -> SegmentationNetwork:
+def small_network(backbone="resnet18", **changes) -> SegmentationNetwork:
     settings = {"num_classes": 5, "width": 32, "representation_dim": 24, "probability": True}
     torch.manual_seed(0)
-    return SegmentationNetwork("resnet18", **(settings | changes))
+    return SegmentationNetwork(backbone, **(settings | changes))
 
 
 @pytest.mark.parametrize("depth", TORCHVISION)
@@ -179,7 +179,7 @@ def test_low_level_projection_scales_with_the_width(width, low):
     assert network.decoder.out_channels == low + width
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize("size", [(64, 64), (45, 33), (16, 31)])
 def test_network_output_has_a_quarter_of_any_size(backbone, output_stride, size):
@@ -255,8 +255,9 @@ def test_parameter_groups_are_a_partition():
     assert {id(p) for p in groups[2]} == {id(p) for p in network.probability.parameters()}
 
 
-def test_channels_last_survives_every_module():
-    network = small_network().to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_channels_last_survives_every_module(backbone):
+    network = small_network(backbone).to(memory_format=torch.channels_last)
     broken = []
 
     def check(name):
@@ -282,8 +283,9 @@ def test_autocast_gives_bfloat16_logits_and_mean_but_float32_variance():
     assert output.var.dtype == torch.float32
 
 
-def test_network_traces_without_a_graph_break():
-    network = small_network()
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_network_traces_without_a_graph_break(backbone):
+    network = small_network(backbone)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(compiled(images).var, network(images).var)

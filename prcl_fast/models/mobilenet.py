@@ -5,6 +5,8 @@ Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks"
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from prcl_fast.errors import InputError
@@ -103,7 +105,10 @@ class MobileNetV2(nn.Module):
         # BatchNorm2d already starts at weight 1 and bias 0.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                # By the outputs that each input reaches: kaiming_normal_ would take all channels for those of
+                # a depthwise convolution, and shrink its maps away.
+                reached = module.out_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+                nn.init.normal_(module.weight, std=math.sqrt(2 / reached))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features of two stages.
