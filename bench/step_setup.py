@@ -78,7 +78,7 @@ def build_optimizer(student: SegmentationNetwork, config: Config) -> torch.optim
     groups = [
         {"params": list(student.backbone_parameters()), "base_lr": backbone_lr},
         {"params": list(student.head_parameters()), "base_lr": optim.lr},
-        {"params": list(student.probability_parameters()), "base_lr": optim.probability_lr},
+        {"params": list(student.probability_parameters()), "base_lr": config.probability_lr},
     ]
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
 

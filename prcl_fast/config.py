@@ -150,8 +150,10 @@ class OptimConfig(Section):
 
     lr: Positive = Field(6.4e-3, description="Learning rate of decoder and heads.")
     backbone_lr: Positive | None = Field(None, description="Learning rate of the backbone; null: lr.")
-    probability_lr: NonNegative = Field(
-        5.0e-5, description="Learning rate of the probability head (soft freezing)."
+    probability_lr: NonNegative | None = Field(
+        None,
+        description="Learning rate of the probability head (soft freezing); null: the papers' 5e-5 for 40000 "
+        "iterations and more, 5e-5 * 40000 / iterations for fewer, at most lr.",
     )
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 5.0e-4
@@ -206,6 +208,11 @@ class EvalConfig(Section):
     batch: Count = Field(4, description="Images, or windows, of one forward pass.")
 
 
+# Soft freezing in both papers; their shortest runs, the ablations, have this many iterations.
+PAPER_PROBABILITY_LR = 5.0e-5
+PAPER_ITERATIONS = 40000
+
+
 class Config(Section):
     """A whole run."""
 
@@ -217,6 +224,14 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def probability_lr(self) -> float:
+        """`optim.probability_lr`, or what its null stands for."""
+        if self.optim.probability_lr is not None:
+            return self.optim.probability_lr
+        longer = max(1.0, PAPER_ITERATIONS / self.train.iterations)
+        return min(self.optim.lr, PAPER_PROBABILITY_LR * longer)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -95,7 +95,7 @@ def test_weights_and_parameter_groups_are_ours_and_the_teacher_follows(config: C
         groups = other.optimizer.param_groups
         assert [len(group["params"]) for group in groups] == ours_groups
         optim = config.optim
-        assert [group["base_lr"] for group in groups] == [optim.lr, optim.lr, optim.probability_lr]
+        assert [group["base_lr"] for group in groups] == [optim.lr, optim.lr, config.probability_lr]
 
         other.step()
         before = {name: value.clone() for name, value in other.teacher.state_dict().items()}

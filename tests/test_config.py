@@ -229,6 +229,28 @@ def test_a_missing_file_is_named() -> None:
         load_config(Path("nowhere.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("iterations", "given", "expected"),
+    [
+        (160000, "null", 5e-5),
+        (40000, "null", 5e-5),
+        (2000, "null", 1e-3),  # a 20th of the ablations' iterations, 20 times their rate
+        (30, "null", 6.4e-3),  # optim.lr at most
+        (2000, "5.0e-5", 5e-5),
+        (2000, "0", 0.0),
+        (2000, "0.5", 0.5),
+    ],
+)
+def test_the_probability_heads_rate_makes_up_for_a_shorter_run(
+    file: Path, iterations: int, given: str, expected: float
+) -> None:
+    overrides = [f"train.iterations={iterations}", f"optim.probability_lr={given}", "optim.lr=6.4e-3"]
+    config = load_config(file, overrides)
+    assert config.probability_lr == pytest.approx(expected)
+    assert parse_config(dump_config(config), "again").probability_lr == config.probability_lr
+    assert load_config(file, overrides[::2]).optim.probability_lr is None
+
+
 def test_the_schema_beside_the_configurations_is_current() -> None:
     stored = json.loads((CONFIGS / "schema.json").read_text())
     assert stored == json_schema(), "run `make schema`"

@@ -19,7 +19,6 @@ from prcl_fast.engine.inference import (
     inference_settings,
     logits_of,
     segmentation_of,
-    variance_of,
     window_starts,
 )
 from prcl_fast.errors import InputError
@@ -253,7 +252,7 @@ class Positional(nn.Module):
     def forward(self, x, representations=True):
         ramp = torch.linspace(0, 1, x.shape[3]).expand(x.shape[0], 1, *x.shape[2:])
         logits = torch.cat([ramp * x[:, :1], 1 - ramp], dim=1)
-        return types.SimpleNamespace(logits=logits, var=ramp.expand(-1, 5, -1, -1))
+        return types.SimpleNamespace(logits=logits, features=ramp.expand(-1, 5, -1, -1))
 
 
 def test_flip_averages_with_the_mirror_image():
@@ -349,14 +348,25 @@ def test_segmentation_is_the_highest_of_the_scores(average: str, views: dict[str
     torch.testing.assert_close(found.confidence, probability.amax(1))
 
 
-def test_variance_is_none_without_a_probability_head_and_averages_windows_with_one():
-    x = torch.ones(1, 3, 4, 6)
-    settings = EvalConfig(mode="sliding", window=[4, 4], stride=0.5)
-    assert variance_of(Positional(), x, settings) is None
+@pytest.mark.parametrize("average", ["logits", "softmax"])
+def test_variance_is_none_without_a_probability_head_and_is_averaged_as_the_scores_with_one(average):
+    x = torch.rand(2, 3, 4, 6)
     network = Positional()
     network.probability = nn.Identity()
-    expected = torch.tensor([0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1])
-    torch.testing.assert_close(variance_of(network, x, settings), expected.expand(1, 4, 6))
+    ramp = torch.linspace(0, 1, 6)
+    for views, expected in (
+        ({}, ramp),
+        ({"scales": [0.5]}, ramp),
+        ({"flip": True}, (ramp + ramp.flip(0)) / 2),
+        ({"mode": "sliding", "window": [4, 4], "stride": 0.5}, torch.tensor([0, 1, 1, 2, 2, 3]) / 3),
+    ):
+        settings = EvalConfig(average=average, **views)
+        plain, found = (segmentation_of(one, x, settings) for one in (Positional(), network))
+        assert plain.variance is None
+        torch.testing.assert_close(found.variance, expected.expand(2, 4, 6))
+        assert found.num_classes == plain.num_classes == 2
+        assert torch.equal(found.label, plain.label)
+        assert torch.equal(found.confidence, plain.confidence)
 
 
 def test_null_window_and_crop_become_the_training_crop():

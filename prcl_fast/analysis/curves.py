@@ -38,7 +38,10 @@ def draw_curves(metrics: Metrics) -> Figure:
 
 
 def draw_representation(metrics: Metrics) -> Figure | None:
-    """Mean and standard deviation of sigma^2 and mu, figure 3a of the AAAI paper; None where not logged."""
+    """Mean and standard deviation of sigma^2 and mu, figure 3a of the AAAI paper; None where not logged.
+
+    With a probability head also how well sigma^2 finds wrong pixels.
+    """
     parts: list[Callable[[Axes], None]] = []
     for key, title, label, colour in (
         ("variance", "Variance", r"$\sigma^2$", BLUE),
@@ -46,6 +49,8 @@ def draw_representation(metrics: Metrics) -> Figure | None:
     ):
         if _has(metrics.train, f"{key}_mean") and _has(metrics.train, f"{key}_std"):
             parts.append(_spread(metrics.train, key, f"{title} of the representation", label, colour))
+    if parts and _has(metrics.evaluations, "variance_auroc"):
+        parts.append(lambda axes: _draw_auroc(axes, metrics.evaluations))
     return _row(parts, metrics) if parts else None
 
 
@@ -100,6 +105,19 @@ def _draw_miou(axes: Axes, records: Records) -> None:
     axes.set_title("Validation mIoU", pad=22)
     axes.set_ylabel("mIoU, %")
     legend_above(axes, 2)
+
+
+def _draw_auroc(axes: Axes, records: Records) -> None:
+    for key, name, colour in (
+        ("variance_auroc", "teacher", BLUE),
+        ("variance_auroc_student", "student", ORANGE),
+    ):
+        iterations, values = series(records, key)
+        axes.plot(iterations, values, "-o", color=colour, linewidth=1.4, markersize=2.5, label=name)
+    axes.axhline(0.5, linestyle="--", color=GREY, linewidth=1.2, label="chance level")
+    axes.set_title(r"$\sigma^2$ as detector of wrong pixels", pad=22)
+    axes.set_ylabel("AUROC")
+    legend_above(axes, 3)
 
 
 def _spread(records: Records, key: str, title: str, symbol: str, colour: str) -> Callable[[Axes], None]:

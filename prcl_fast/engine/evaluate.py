@@ -1,4 +1,4 @@
-"""Evaluation: the confusion matrix of every network on a split, and the IoU that follows from it."""
+"""Evaluation: the confusion matrix of every network on a split, the IoU that follows from it, and sigma^2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from prcl_fast.config import DataConfig, EvalConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.distributed import rank, summed, world_size
-from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
+from prcl_fast.engine.inference import has_variance, inference, inference_settings, segmentation_of
+from prcl_fast.engine.uncertainty import BINS, VarianceCounts, variance_histogram
 from prcl_fast.errors import InputError
 
 # Images of equal size share a batch if they lie in one run of this many batches. Processes take such runs in
@@ -34,6 +35,7 @@ class Evaluation:
     """
 
     confusion: np.ndarray  # int64 [C, C], row truth, column prediction
+    variance: VarianceCounts | None = None  # of the same pixels; None without probability head
 
     @property
     def iou(self) -> np.ndarray:
@@ -94,6 +96,11 @@ def evaluate(
     runs = _runs(source.splits[subset].names, _BATCHES_IN_RUN * settings.batch)[rank() :: world_size()]
     classes = len(source.classes)
     counts = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in networks}
+    histograms = {
+        name: torch.zeros(2, BINS, dtype=torch.int64, device=device)
+        for name, network in networks.items()
+        if has_variance(network)
+    }
     done = 0
     with inference(networks.values(), device, amp):
         for images, labels in _equal_batches(source, runs, settings, data.workers):
@@ -107,11 +114,14 @@ def evaluate(
                         f"network {name}: it has {found.num_classes} classes, the data have {classes}"
                     )
                 counts[name] += _confusion(truth, found.label, classes)
+                if found.variance is not None:
+                    histograms[name] += variance_histogram(truth, found.label, found.variance)
             done += len(images)
             if progress is not None:
                 progress(done, sum(map(len, runs)))
     total = summed(torch.stack(list(counts.values()))).cpu().numpy()
-    return {name: Evaluation(count) for name, count in zip(counts, total, strict=True)}
+    variances = {name: VarianceCounts(summed(found).cpu().numpy()) for name, found in histograms.items()}
+    return {name: Evaluation(count, variances.get(name)) for name, count in zip(counts, total, strict=True)}
 
 
 def format_table(results: Mapping[str, Evaluation], classes: Sequence[str]) -> Table:

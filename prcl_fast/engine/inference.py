@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from prcl_fast.config import DataConfig, EvalConfig
 from prcl_fast.device import autocast
+from prcl_fast.models.network import NetworkOutput
 from prcl_fast.ops import pseudo_label
 
 
@@ -61,11 +62,12 @@ class Segmentation(NamedTuple):
 
     label: Tensor  # uint8 [B, H, W]
     confidence: Tensor  # float32 [B, H, W], the largest class probability
+    variance: Tensor | None  # float32 [B, H, W], sigma^2, its mean over D; None without probability head
     num_classes: int
 
 
 def segmentation_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Segmentation:
-    """The class with the highest score of `logits_of`, pixel by pixel.
+    """The class with the highest score of `logits_of`, pixel by pixel, and sigma^2, averaged as scores are.
 
     One view of the whole image, the common case, never has scores at the image's size.
 
@@ -76,15 +78,19 @@ def segmentation_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> 
     views = _views(settings)
     if settings.mode != "sliding" and len(views) == 1:
         view = _scaled(image, views[0][0]).contiguous(memory_format=torch.channels_last)
-        logits = network(view, representations=False).logits
-        label, confidence = pseudo_label(logits, size)
-        return Segmentation(label, confidence, logits.shape[1])
-    scores = logits_of(network, image, settings)
+        output = network(view, representations=False)
+        label, confidence = pseudo_label(output.logits, size)
+        variance = _variance(network, output, size)
+        return Segmentation(
+            label, confidence, None if variance is None else variance[:, 0], output.logits.shape[1]
+        )
+    scores, variance = _averaged(network, image, settings)
     if settings.average == "softmax":
         confidence, label = scores.max(dim=1)
-        return Segmentation(label.to(torch.uint8), confidence, scores.shape[1])
-    label, confidence = pseudo_label(scores, size)
-    return Segmentation(label, confidence, scores.shape[1])
+        label = label.to(torch.uint8)
+    else:
+        label, confidence = pseudo_label(scores, size)
+    return Segmentation(label, confidence, variance, scores.shape[1])
 
 
 def logits_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor:
@@ -99,11 +105,19 @@ def logits_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor
     Returns:
         [B, C, H, W] float32: logits with `average: logits`, probabilities with `average: softmax`.
     """
+    return _averaged(network, image, settings)[0]
 
-    def scores(view: Tensor, size: tuple[int, int]) -> Tensor:
-        logits = network(view, representations=False).logits
-        logits = _upsample(logits, size)
-        return logits.softmax(dim=1) if settings.average == "softmax" else logits
+
+def _averaged(network: nn.Module, image: Tensor, settings: EvalConfig) -> tuple[Tensor, Tensor | None]:
+    """The scores of `logits_of`, and sigma^2 [B, H, W] or None, averaged over the same views and windows."""
+
+    def maps(view: Tensor, size: tuple[int, int]) -> Tensor:
+        output = network(view, representations=False)
+        scores = _upsample(output.logits, size)
+        if settings.average == "softmax":
+            scores = scores.softmax(dim=1)
+        variance = _variance(network, output, size)
+        return scores if variance is None else torch.cat([scores, variance], dim=1)
 
     size = (image.shape[2], image.shape[3])
     views = _views(settings)
@@ -112,33 +126,29 @@ def logits_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor
         view = _scaled(image, scale)
         if flip:
             view = view.flip(3)
-        result = _dense(scores, view, size, settings)
+        result = _dense(maps, view, size, settings)
         if flip:
             result = result.flip(3)
         total = result if total is None else total + result
     assert total is not None
-    return total / len(views)
+    averaged = total / len(views)
+    if not has_variance(network):
+        return averaged, None
+    return averaged[:, :-1], averaged[:, -1]
 
 
-def variance_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor | None:
-    """sigma^2 of every pixel, its mean over the D dimensions; None for a network without probability head.
+def has_variance(network: nn.Module) -> bool:
+    """Whether the network has a probability head."""
+    return getattr(network, "probability", None) is not None
 
-    Windows are averaged as in `logits_of`; further scales and the mirror image are left out.
 
-    Args:
-        image: [B, 3, H, W] float32, normalised.
-
-    Returns:
-        [B, H, W] float32 within [0, 1].
-    """
-    if getattr(network, "probability", None) is None:
+def _variance(network: nn.Module, output: NetworkOutput, size: tuple[int, int]) -> Tensor | None:
+    """sigma^2 of every pixel, its mean over D, [B, 1, *size]: of the pass that gave `output`."""
+    if not has_variance(network):
         return None
-
-    def mean_variance(view: Tensor, size: tuple[int, int]) -> Tensor:
-        var = network(view, representations=True).var
-        return _upsample(var.float().mean(dim=1, keepdim=True), size)
-
-    return _dense(mean_variance, image, (image.shape[2], image.shape[3]), settings)[:, 0]
+    # The means of the distributions, which a pass with representations would make too, are not needed.
+    var: Tensor = network.probability(output.features)  # type: ignore[operator]
+    return _upsample(var.float().mean(dim=1, keepdim=True), size)
 
 
 def window_starts(size: int, window: int, stride: float) -> list[int]:

@@ -45,6 +45,7 @@ class RunLog:
         )
         self._task = self._bar.add_task("train", total=total, completed=start, status="")
         self._noted = 0
+        self._told = False
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -79,10 +80,16 @@ class RunLog:
             self._noted = 0
 
     def evaluation(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """A record of an evaluation after `iteration` steps."""
+        """A record of an evaluation after `iteration` steps; its "note", a sentence, is shown once."""
         self._write("eval", iteration, values)
-        shown = ", ".join(f"{key} {values[key]:.2f}" for key in values if key.startswith("miou"))
+        digits = {"miou": 2, "miou_student": 2, "variance_auroc": 3, "probability_moved": 3}
+        shown = ", ".join(
+            f"{key} {values[key]:.{places}f}" for key, places in digits.items() if key in values
+        )
         self._say(f"iteration {iteration}: {shown}")
+        if "note" in values and not self._told:
+            self._told = True
+            self._say(f"iteration {iteration}: {values['note']}")
 
     def flush(self) -> None:
         """Everything so far is on disk when this returns: a checkpoint may rely on it."""

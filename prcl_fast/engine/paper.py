@@ -85,8 +85,9 @@ def paper_differences(config: Config) -> list[Difference]:
     for fact in facts:
         section, key = fact.key.split(".")
         holder = getattr(config, section)
-        if hasattr(holder, key) and getattr(holder, key) != fact.value:
-            here, there = _text(getattr(holder, key)), _text(fact.value)
+        value = config.probability_lr if key == "probability_lr" else getattr(holder, key, fact.value)
+        if value != fact.value:
+            here, there = _text(value), _text(fact.value)
             found.append(Difference(fact.key, here, there, fact.source, fact.meaning))
     return found
 

@@ -21,7 +21,7 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.images import IMAGE_SUFFIXES, read_image, save_index_png
 from prcl_fast.distributed import rank, world_size
 from prcl_fast.engine.checkpoint import LoadedRun
-from prcl_fast.engine.inference import inference, inference_settings, segmentation_of, variance_of
+from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.errors import InputError
 
 VARIANCE_COLOURS = "viridis"
@@ -57,11 +57,10 @@ def predict_image(network: nn.Module, image: np.ndarray, config: Config, device:
         pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float().div_(255)
         pixels = normalize(pixels, config.data.mean, config.data.std)
         found = segmentation_of(network, pixels, settings)
-        variance = variance_of(network, pixels, settings)
     return Prediction(
         found.label[0].cpu().numpy(),
         found.confidence[0].cpu().numpy(),
-        None if variance is None else variance[0].cpu().numpy(),
+        None if found.variance is None else found.variance[0].cpu().numpy(),
     )
 
 

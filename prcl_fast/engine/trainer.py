@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -34,12 +35,14 @@ from prcl_fast.engine.replicas import check_alike
 from prcl_fast.engine.rundir import claim_output, label_scan_cache
 from prcl_fast.engine.signals import StopRequest
 from prcl_fast.engine.step import TrainStep
+from prcl_fast.engine.uncertainty import HeadMovement, VarianceCounts, explain_unlearned
 from prcl_fast.engine.watchdog import Watchdog
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.methods import build_method
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
 
 _SKIPPED_IN_A_ROW = 10  # so many steps left out one after the other end the run
+_OF_VARIANCE = ("variance_auroc", "variance_auroc_student", "probability_moved")
 
 
 class InterruptedRunError(RunError):
@@ -78,6 +81,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Seed and file of weights give a run that goes on the same start again, before it is restored.
+        head = self.method.student.probability
+        self._head = None if head is None else HeadMovement(head)
         if world_size() > 1 and config.train.sync_bn:
             synchronize_batch_norm(self.method)
         self.method.lay_out()
@@ -164,6 +170,7 @@ class Trainer:
         return {
             "miou": last["miou"],
             "miou_student": last["miou_student"],
+            **{key: last[key] for key in _OF_VARIANCE if key in last},
             "best_miou": progress["best_miou"],
             "best_iteration": progress["best_iteration"],
             "iterations": self.iteration,
@@ -214,6 +221,7 @@ class Trainer:
         main = next(iter(results.values()))
         iou = dict(zip(self.source.classes, (100 * main.iou).tolist(), strict=True))
         last = {"miou": main.miou, "miou_student": results["student"].miou}
+        last |= self._uncertainty(main.variance, results["student"].variance)
         if log is not None:
             log.evaluation(self.iteration, last | {"iou": iou})
         self.progress |= {"last": last, "evaluated": self.iteration}
@@ -221,6 +229,19 @@ class Trainer:
             self._check_finite()
             self.progress |= {"best_miou": main.miou, "best_iteration": self.iteration}
             self._save("best.pt", log)
+
+    def _uncertainty(self, main: VarianceCounts | None, student: VarianceCounts | None) -> dict[str, Any]:
+        """What an evaluation logs about sigma^2; nothing without a probability head."""
+        if self._head is None or main is None or student is None:
+            return {}
+        moved = self._head.moved()
+        values: dict[str, Any] = main.summary() | {"probability_moved": moved}
+        if not math.isnan(student.auroc):
+            values["variance_auroc_student"] = student.auroc
+        # In the first half of a run there is time left to move.
+        note = explain_unlearned(moved, self.config.probability_lr)
+        late = 2 * self.iteration >= self.config.train.iterations
+        return values | ({"note": note} if late and note is not None else {})
 
     def _record(self) -> dict[str, Any]:
         values = self.train_step.take_record()

@@ -46,6 +46,7 @@ class Method(nn.Module):
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__()
         self.optim = config.optim
+        self.probability_lr = config.probability_lr
         self.mean, self.std = config.data.mean, config.data.std
         self.num_classes = num_classes
         self.warmup = config.method.warmup if isinstance(config.method, UnlabeledConfig) else 0
@@ -67,7 +68,7 @@ class Method(nn.Module):
         parts = [
             ("backbone", [network.backbone_parameters() for network in learners], backbone_lr),
             ("heads", [network.head_parameters() for network in learners], optim.lr),
-            ("probability", [network.probability_parameters() for network in learners], optim.probability_lr),
+            ("probability", [network.probability_parameters() for network in learners], self.probability_lr),
         ]
         # What two networks share is one parameter.
         groups = [

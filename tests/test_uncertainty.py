@@ -1,0 +1,297 @@
+"""sigma^2 as a detector of wrong pixels, and how far the probability head has moved."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_tree
+from rich.console import Console
+from test_evaluate import ArraySource, data_config, random_source
+from torch import Tensor, nn
+
+from prcl_fast.config import EvalConfig, parse_config
+from prcl_fast.engine.checkpoint import load_run
+from prcl_fast.engine.evaluate import evaluate
+from prcl_fast.engine.trainer import InterruptedRunError, Trainer
+from prcl_fast.engine.uncertainty import (
+    BINS,
+    MOVED,
+    HeadMovement,
+    VarianceCounts,
+    explain_unlearned,
+    variance_histogram,
+)
+from prcl_fast.models.heads import ProbabilityHead
+
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
+
+
+def pairwise_auroc(wrong: np.ndarray, right: np.ndarray) -> float:
+    """P(wrong > right) + P(wrong = right) / 2, over all pairs of pixels."""
+    difference = wrong.astype(np.float64)[:, None] - right.astype(np.float64)[None]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def split_pixels(truth: Tensor, label: Tensor, variance: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Variances of the wrong and of the right pixels that have a label."""
+    known = truth != 255
+    wrong, right = known & (truth != label), known & (truth == label)
+    return variance[wrong].numpy(), variance[right].numpy()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.6), (1e-6, 1.0), (0.499, 0.501), (1e-5, 2e-5)])
+def test_auroc_is_the_share_of_pairs_in_order(low: float, high: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 3, (2, 20, 30), generator=random, dtype=torch.uint8)
+    label = torch.randint(0, 3, (2, 20, 30), generator=random, dtype=torch.uint8)
+    truth[torch.rand(truth.shape, generator=random) < 0.1] = 255
+    # Wrong pixels lean to larger values.
+    share = torch.rand(truth.shape, generator=random) ** (1 + (truth == label).float())
+    variance = low + (high - low) * share
+    wrong, right = split_pixels(truth, label, variance)
+    found = VarianceCounts(variance_histogram(truth, label, variance).numpy())
+    assert found.histogram.sum(axis=1).tolist() == [len(right), len(wrong)]
+    expected = pairwise_auroc(wrong, right)
+    assert 0.6 < expected < 0.9
+    # Values within 0.03% of each other count as equal: some pairs where all lie within 0.4%.
+    assert found.auroc == pytest.approx(expected, abs=0.002)
+    assert found.means == pytest.approx((right.mean(), wrong.mean()), rel=3e-4)
+
+
+def test_equal_variances_say_nothing_and_separate_ones_everything() -> None:
+    truth, label = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4, dtype=torch.uint8)
+    label[0, :2] = 1
+
+    def auroc(variance: Tensor) -> float:
+        return VarianceCounts(variance_histogram(truth, label, variance).numpy()).auroc
+
+    assert auroc(torch.full((1, 4, 4), 0.4)) == 0.5
+    assert auroc(torch.where(truth == label, 0.3, 0.31)) == 1.0
+    assert auroc(torch.where(truth == label, 0.31, 0.3)) == 0.0
+    assert math.isnan(VarianceCounts(variance_histogram(truth, truth, torch.rand(1, 4, 4)).numpy()).auroc)
+    assert VarianceCounts(variance_histogram(truth, truth, torch.rand(1, 4, 4)).numpy()).summary() == {}
+
+
+def test_every_value_has_a_bin_in_order_and_unlabeled_pixels_have_none() -> None:
+    values = torch.cat([torch.tensor([0.0, 1e-6]), torch.logspace(-6, 0, 5000), torch.tensor([1.0])])
+    values = values.sort().values[None, None]
+    truth, label = torch.zeros(values.shape, dtype=torch.uint8), torch.zeros(values.shape, dtype=torch.uint8)
+    places = [
+        int(variance_histogram(truth[..., :1], label[..., :1], v.view(1, 1, 1))[0].argmax())
+        for v in values[0, 0, ::50]
+    ]
+    assert places == sorted(places)
+    assert variance_histogram(truth, label, values).sum() == values.numel()
+    assert variance_histogram(truth, label, torch.ones_like(values))[0, BINS - 1] == values.numel()
+    spoilt = torch.full_like(values, math.nan)
+    assert variance_histogram(truth, label, spoilt).sum() == values.numel()
+    assert variance_histogram(torch.full_like(truth, 255), label, values).sum() == 0
+
+
+class Uncertain(nn.Module):
+    """Class in the red channel, times 10, and sigma^2 of three dimensions in the green one, at full size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        data = data_config()
+        self.mean, self.std = torch.tensor(data.mean).view(3, 1, 1), torch.tensor(data.std).view(3, 1, 1)
+        self.probability = nn.Identity()
+
+    def forward(self, x: Tensor, representations: bool = True) -> types.SimpleNamespace:
+        assert not representations
+        colour = x * self.std + self.mean
+        wanted = torch.arange(4.0).view(1, -1, 1, 1)
+        green = colour[:, 1:2]
+        features = torch.cat([green / 2, green, green * 1.5], dim=1)
+        return types.SimpleNamespace(logits=-((25.5 * colour[:, :1] - wanted) ** 2), features=features)
+
+
+class TwoChannelSource(ArraySource):
+    """As ArraySource, with a variance in the green channel."""
+
+    def image(self, name: str) -> np.ndarray:
+        image: np.ndarray = super().image(name)
+        rng = np.random.default_rng(int(name))
+        wrong = self.predictions[int(name)] != self.labels[int(name)]
+        image[..., 1] = rng.integers(20, 120, wrong.shape) + 30 * wrong
+        return image
+
+
+SIZES = [(31, 40), (24, 20), (31, 40), (10, 50), (24, 20), (31, 40), (7, 9)]
+
+
+def uncertain_source(count: int = 1) -> TwoChannelSource:
+    source = random_source(SIZES * count)
+    return TwoChannelSource(source.predictions.values(), source.labels.values())
+
+
+def all_pixels(source: TwoChannelSource) -> tuple[np.ndarray, np.ndarray]:
+    parts = []
+    for index, truth in source.labels.items():
+        variance = torch.from_numpy(source.image(str(index))[..., 1] / 255.0)
+        parts.append(
+            split_pixels(torch.from_numpy(truth), torch.from_numpy(source.predictions[index]), variance)
+        )
+    wrong, right = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return wrong, right
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"flip": True}, {"mode": "sliding", "window": [16, 16], "batch": 3}, {"average": "logits"}],
+)
+def test_evaluation_finds_the_auroc_of_the_pixels_that_it_counts(settings: dict[str, Any]) -> None:
+    source = uncertain_source()
+    network = Uncertain()
+    settings = {"batch": 2} | settings
+    results = evaluate({"a": network}, source, data_config(), EvalConfig(**settings), CPU)
+    assert results["a"].variance is not None
+    wrong, right = all_pixels(source)
+    assert len(wrong) + len(right) == results["a"].confusion.sum()
+    expected = pairwise_auroc(wrong, right)
+    assert 0.6 < expected < 0.9
+    assert results["a"].variance.auroc == pytest.approx(expected, abs=0.003)  # averages differ by rounding
+
+
+def test_a_network_without_probability_head_has_no_variance() -> None:
+    network = Uncertain()
+    network.probability = None
+    results = evaluate({"a": network}, uncertain_source(), data_config(), EvalConfig(), CPU)
+    assert results["a"].variance is None
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_add_up_their_histograms(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    source, settings = uncertain_source(3), EvalConfig(batch=2)
+    whole = evaluate({"a": Uncertain()}, source, data_config(), settings, CPU)["a"].variance
+    assert whole is not None
+    monkeypatch.setattr("prcl_fast.engine.evaluate.world_size", lambda: world)
+    total = np.zeros_like(whole.histogram)
+    for rank in range(world):
+        monkeypatch.setattr("prcl_fast.engine.evaluate.rank", lambda rank=rank: rank)
+        part = evaluate({"a": Uncertain()}, source, data_config(), settings, CPU)["a"].variance
+        assert part is not None
+        assert 0 < part.histogram.sum() < whole.histogram.sum()
+        total += part.histogram
+    np.testing.assert_array_equal(total, whole.histogram)
+
+
+def test_movement_sees_the_layers_and_not_their_lengths() -> None:
+    torch.manual_seed(0)
+    head = ProbabilityHead(24, 16)
+    start = {name: value.clone() for name, value in head.state_dict().items()}
+    movement = HeadMovement(head)
+    assert movement.moved() == 0
+    with torch.no_grad():
+        head.fc1 *= 3  # weight decay shrinks rows, which the forward pass normalises
+        head.fc2 *= 0.5
+        head.beta += 1  # shows in the mean of sigma^2
+        head.gamma *= 2
+    assert movement.moved() == pytest.approx(0, abs=1e-7)
+    x = torch.randn(2, 24, 5, 5)
+    ranks = []
+    for state in (start, head.state_dict()):
+        head.load_state_dict(start | {name: state[name] for name in ("fc1", "fc2")})
+        ranks.append(head(x))
+    torch.testing.assert_close(*ranks)  # indeed the same sigma^2
+
+    head.load_state_dict(start)
+    # Two rows of 16, in one of two weights, turn by a right angle: sqrt(2 * 2) of |theta_0| = sqrt(3 * 16).
+    with torch.no_grad():
+        for row in (0, 1):
+            other = torch.randn(24)
+            own = start["fc1"][row]
+            head.fc1[row] = other - own * (other @ own) / (own @ own)
+    assert movement.moved() == pytest.approx(math.sqrt(4 / 48), rel=1e-5)
+    head.load_state_dict(start)
+    with torch.no_grad():
+        head.bn1.bias += 0.5
+    assert movement.moved() == pytest.approx(0.5 / math.sqrt(3), rel=1e-5)
+
+
+def test_a_still_head_is_told_with_the_key_that_helps() -> None:
+    sentence = explain_unlearned(0.0031, 5e-5)
+    assert sentence is not None
+    assert sentence.startswith("sigma^2 is not learned: the probability head has moved by 0.31% of its size")
+    assert sentence.endswith("raise optim.probability_lr, now 5e-05")
+    assert explain_unlearned(MOVED * 0.999, 0.0) is not None
+    assert explain_unlearned(MOVED, 0.0) is None
+
+
+def run_of(output: Path, console: Console = QUIET, method: Any = None, **optim: Any) -> Trainer:
+    tree = tiny_tree(output, **(method or {}))
+    tree["optim"] = {"lr": 0.05} | optim
+    return Trainer(parse_config(tree, "tiny"), console)
+
+
+def evaluations(output: Path) -> list[dict[str, Any]]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "eval"]
+
+
+def test_training_logs_what_sigma2_is_worth_and_says_once_that_it_stood_still(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = run_of(tmp_path / "run", Console(width=400), probability_lr=0.0)
+    summary = trainer.run()
+    half, end = evaluations(tmp_path / "run")
+    for record in (half, end):
+        assert 0 < record["variance_auroc"] < 1
+        assert 0 < record["variance_auroc_student"] < 1
+        assert 0 < record["variance_right"] < 1
+        assert 0 < record["variance_wrong"] < 1
+        assert record["probability_moved"] == 0
+        assert record["note"] == explain_unlearned(0.0, 0.0)
+    assert summary["variance_auroc"] == end["variance_auroc"]
+    said = capsys.readouterr().out
+    assert f"variance_auroc {end['variance_auroc']:.3f}, probability_moved 0.000" in said
+    assert said.count("sigma^2 is not learned") == 1
+
+    # prcl eval finds the same.
+    loaded = load_run(tmp_path / "run" / "last.pt", CPU)
+    config = trainer.config
+    results = evaluate(loaded.networks, trainer.source, config.data, config.eval, CPU)
+    variances = {name: result.variance for name, result in results.items()}
+    assert variances["teacher"] is not None
+    assert variances["teacher"].auroc == end["variance_auroc"]
+    assert variances["student"] is not None
+    assert variances["student"].auroc == end["variance_auroc_student"]
+
+
+def test_a_head_that_learns_moves_and_a_run_that_goes_on_measures_from_the_same_start(tmp_path: Path) -> None:
+    whole = run_of(tmp_path / "whole", probability_lr=0.5)
+    whole.run()
+    half, end = evaluations(tmp_path / "whole")
+    assert end["probability_moved"] > MOVED
+    assert "note" not in end
+
+    first = run_of(tmp_path / "halves", probability_lr=0.5)
+    first.stop.asked = True
+    with pytest.raises(InterruptedRunError):
+        first.run()
+    again = run_of(tmp_path / "halves", probability_lr=0.5)
+    assert again.iteration > 0
+    again.run()
+    assert [record["probability_moved"] for record in evaluations(tmp_path / "halves")] == [
+        half["probability_moved"],
+        end["probability_moved"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "supervised"}, {"representation": "deterministic", "virtual_negatives": 0}],
+    ids=["supervised", "deterministic"],
+)
+def test_a_run_without_probability_head_logs_nothing_of_it(tmp_path: Path, method: dict[str, Any]) -> None:
+    summary = run_of(tmp_path / "run", method=method).run()
+    for record in (*evaluations(tmp_path / "run"), summary):
+        assert not [key for key in record if "variance" in key or "probability" in key or key == "note"]
