@@ -314,8 +314,7 @@ __device__ __forceinline__ void contrast(const Problem<Mu, Var>& p, int a, const
   running.maximum = positive(t, u);
   add_candidates<kMayClamp, PixelRows<Mu, Var, kPerLane, kFull>, kRows>(pixels, p.negatives, p.logit_scale,
                                                                         anchor, running);
-  const float* const virtual_var =
-      p.virtual_var != nullptr ? p.virtual_var + L::first_channel() : nullptr;
+  const float* const virtual_var = p.virtual_var != nullptr ? p.virtual_var + L::first_channel() : nullptr;
   const VirtualRows<Mu, kPerLane, kFull> virtuals = {p.virtual_mu + L::first_channel(),
                                                      virtual_var,
                                                      p.virtual_inverse_norm,
