@@ -256,7 +256,7 @@ def test_processes_of_every_method_hold_the_same_state(two: Pair, tmp_path: Path
     assert all(value.isfinite().all() for value in state.values())
     if method == "pcr":  # on both sides of the warm-up's end
         assert state["predictor.known"].any()
-        assert state["samples.count"].max() == 2 * 64
+        assert 64 < state["samples.count"].max() <= 2 * 64
         assert torch.equal(state["samples.count"] > 0, state["predictor.known"])
         rows = zip(state["samples.features"], state["samples.count"], strict=True)
         centers = torch.stack([cluster_centers(features[:count], 4, 0) for features, count in rows])

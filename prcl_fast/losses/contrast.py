@@ -26,8 +26,6 @@ from prcl_fast.ops import (
 PROTOTYPES = ("global", "ema", "local")
 # Variance of every distribution in the deterministic case: two of them add up to one.
 _CONSTANT_VARIANCE = 0.5
-# Of each class's rows of the memory bank, those that a step writes anew: one of 8, at most so many.
-_ADDED = 64
 
 
 class ProbabilisticContrast(nn.Module):
@@ -66,8 +64,8 @@ class ProbabilisticContrast(nn.Module):
         ema_decay: share of the old state in the moving average.
         virtual_negatives: V, per class; 0 for none.
         beta: spread of the virtual negatives, eq. (10).
-        memory_bank: M, means of this and earlier batches kept per class; 0 for none. Negatives drawn from
-            them, points of variance 0, are what virtual negatives are an alternative to [IJCV, table 7].
+        memory_bank: M, representations of this and earlier batches kept per class; 0 for none. Negatives
+            drawn from them, of all classes, are what virtual negatives are an alternative to [IJCV, table 7].
         bank_negatives: V of the memory bank, per class.
         deterministic: plain cosine similarities instead of distributions.
     Raises:
@@ -132,11 +130,7 @@ class ProbabilisticContrast(nn.Module):
         self.ema_decay = ema_decay
         self.virtual_negatives = virtual_negatives
         self.beta = beta
-        self.bank = (
-            FeatureBank(num_classes, dim, size=memory_bank, rows=max(1, min(_ADDED, memory_bank // 8)))
-            if memory_bank
-            else None
-        )
+        self.bank = FeatureBank(num_classes, dim, dim, size=memory_bank) if memory_bank else None
         self.bank_negatives = bank_negatives if memory_bank else 0
         self.deterministic = deterministic
         if prototype == "global":
@@ -219,12 +213,12 @@ class ProbabilisticContrast(nn.Module):
                     seed,
                     lists=lists,
                 )
-                virtual_mu = None
+                virtual_mu = virtual_var = virtual_known = None
                 if self.virtual_negatives:
                     virtual_mu = virtual_negatives(positive, self.virtual_negatives, self.beta, seed)
                 if self.bank is not None:
-                    self.bank.add(mu, label, valid, seed, lists=lists)
-                    virtual_mu = self.bank.draw(self.bank_negatives, seed)
+                    self.bank.add((mu, var), label, valid, seed, lists=lists)
+                    virtual_mu, virtual_var, virtual_known = self.bank.draw(self.bank_negatives, seed)
             loss = probabilistic_info_nce(
                 mu,
                 var,
@@ -235,6 +229,8 @@ class ProbabilisticContrast(nn.Module):
                 tau=self.tau,
                 reduction=self.reduction,
                 normalize=self.normalize,
+                virtual_var=virtual_var,
+                virtual_known=virtual_known,
                 class_factor=batch.share,
                 inverse_norm=inverse_norm,
             )
