@@ -181,19 +181,27 @@ def _of_features(x: _Inputs, mu: Tensor, var: Tensor) -> Iterator[tuple[str, Cal
         anchors = sample_anchors(x.label, x.valid, x.hard, _CLASSES, _ANCHORS, x.seed)
         negatives = sample_negatives(x.probability, x.label, x.valid, _CLASSES, _ANCHORS, _NEGATIVES, x.seed)
     virtual_mu = positive.mean[:, None].repeat(1, _VIRTUAL, 1)
+    virtual_var = torch.full_like(virtual_mu, 0.1)
+    known = torch.arange(_CLASSES, device=mu.device) != 1
 
     def statistics() -> tuple[Tensor, ...]:
         found, inverse_norm = prototype_statistics(mu, var, x.label, x.valid, _CLASSES, with_norms=True)
         return found.precision, found.weighted_mean, found.count, inverse_norm
 
     yield "prototype_statistics", statistics
-    for share, virtual, normalize in ((1, None, False), (1, virtual_mu, True), (3, virtual_mu, True)):
+    for share, virtual, variance, normalize in (
+        (1, None, None, False),
+        (1, virtual_mu, None, True),
+        (3, virtual_mu, virtual_var, True),
+    ):
         loss = functools.partial(
             probabilistic_info_nce,
             anchor_index=anchors,
             negative_index=negatives[:, ::share],
             positive=positive,
             virtual_mu=virtual,
+            virtual_var=variance,
+            virtual_known=known,
             tau=0.1,
             reduction="mean",
             normalize=normalize,

@@ -49,8 +49,8 @@ class ContrastConfig(Section):
     negatives: Count = Field(512, description="Real negatives per anchor.")
     negative_classes: Literal["prototype", "local", "uniform"] = Field(
         "prototype",
-        description="The classes of real negatives are drawn by the scores of the anchors' positives, by those "
-        "of the batch's own prototypes, or all alike.",
+        description="Whose scores the classes of real negatives are drawn by: those of the anchors' positives, "
+        "those of the batch's own prototypes, or none, all alike.",
     )
     share: Count = Field(
         1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
@@ -58,7 +58,7 @@ class ContrastConfig(Section):
 
     @property
     def temperature(self) -> float:
-        """tau. Its default for distributions is the authors' public code's; for cosines it is this project's."""
+        """tau; the default is the authors' public code's for distributions, this project's for cosines."""
         if self.tau is not None:
             return self.tau
         return 0.5 if self.representation == "deterministic" else 100.0

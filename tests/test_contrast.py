@@ -38,7 +38,9 @@ def scene(seed: int = 0, labels: tuple[int, ...] = (0, 1, 2, 255)) -> dict[str, 
 
 def make(**options: Any) -> ProbabilisticContrast:
     return ProbabilisticContrast(
-        C, D, **{"tau": 0.1, "reduction": "mean", "normalize": True, "anchors": 16, "negatives": 32, **options}
+        C,
+        D,
+        **{"tau": 0.1, "reduction": "mean", "normalize": True, "anchors": 16, "negatives": 32, **options},
     )
 
 
@@ -255,7 +257,11 @@ def test_autocast_and_bfloat16_features_keep_float32_inside() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"representation": "deterministic", "virtual_negatives": 0}, {"memory_bank": 40, "virtual_negatives": 0}],
+    [
+        {},
+        {"representation": "deterministic", "virtual_negatives": 0},
+        {"memory_bank": 40, "virtual_negatives": 0},
+    ],
 )
 def test_means_may_be_narrower_than_variances(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Both as under autocast: the loss is that of the same values in float32, gradients have the dtypes."""
@@ -331,7 +337,10 @@ def test_wrong_arguments_are_named() -> None:
         ({"virtual_negatives": -1}, "virtual_negatives: input should be greater than or equal to 0"),
         ({"anchors": 0}, "anchors: input should be greater than or equal to 1, got 0"),
         ({"delta_s": 2.0}, "delta_s: input should be less than or equal to 1"),
-        ({"representation": "deterministic"}, "virtual_negatives: must be 0 with representation deterministic"),
+        (
+            {"representation": "deterministic"},
+            "virtual_negatives: must be 0 with representation deterministic",
+        ),
         ({"memory_bank": 8}, "memory_bank: takes the place of virtual_negatives"),
         ({"num_anchors": 8}, "unknown key num_anchors; did you mean anchors"),
     ):

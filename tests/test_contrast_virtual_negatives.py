@@ -1,4 +1,4 @@
-"""Virtual negatives in the contrast: of every class with a global prototype, and what else eq. (15) is made of."""
+"""The contrast as in eq. (15): virtual negatives of every class with a global prototype, and its terms."""
 
 from __future__ import annotations
 
@@ -209,9 +209,7 @@ def test_the_spread_of_a_class_is_the_variance_of_its_means() -> None:
     """At a batch whose means have a spread of 0.5 around the class's centre."""
     batch = scene()
     wide = {name: batch[name].detach().repeat(40, *[1] * (batch[name].dim() - 1)) for name in ("mu", "label")}
-    wide["mu"] = wide["mu"] + 0.1 * torch.randn(
-        wide["mu"].shape, generator=torch.Generator().manual_seed(0)
-    )
+    wide["mu"] = wide["mu"] + 0.1 * torch.randn(wide["mu"].shape, generator=torch.Generator().manual_seed(0))
     valid = torch.ones_like(wide["label"], dtype=torch.bool)
     lists = class_lists(wide["label"], valid, valid, C)
     found = torch.stack(

@@ -118,7 +118,9 @@ def _contrast(rank: int, change: str) -> dict[str, Any]:
         batch["valid"][1] = False
     own = {name: value if name == "seed" else value[rank : rank + 1] for name, value in batch.items()}
     own["mu"].requires_grad_()
-    contrast = ProbabilisticContrast(2, 3, tau=0.7, anchors=8, negatives=8, virtual_negatives=0)
+    contrast = ProbabilisticContrast(
+        2, 3, tau=0.7, anchors=8, negatives=8, virtual_negatives=0, reduction="mean", normalize=True
+    )
     loss = contrast(**own)
     loss.backward()
     state = {name: value.clone() for name, value in contrast.state_dict().items()}
@@ -256,7 +258,7 @@ def test_processes_of_every_method_hold_the_same_state(two: Pair, tmp_path: Path
     assert all(value.isfinite().all() for value in state.values())
     if method == "pcr":  # on both sides of the warm-up's end
         assert state["predictor.known"].any()
-        assert state["samples.count"].max() == 2 * 64
+        assert 64 < state["samples.count"].max() <= 2 * 64
         assert torch.equal(state["samples.count"] > 0, state["predictor.known"])
         rows = zip(state["samples.features"], state["samples.count"], strict=True)
         centers = torch.stack([cluster_centers(features[:count], 4, 0) for features, count in rows])

@@ -191,7 +191,7 @@ def test_the_warm_up_learns_from_labels_alone_and_keeps_their_features() -> None
     for c in range(C):
         allowed = {tuple(row) for row in output.features.movedim(1, -1)[label == c].tolist()}
         kept = int(pcr.samples.count[c])
-        assert kept == 8
+        assert kept == min(8, int((label == c).sum()))
         assert {tuple(row) for row in pcr.samples.features[c, :kept].tolist()} <= allowed
 
 

@@ -2,8 +2,8 @@
 // (a group of one where each has its own).
 //
 // The candidates of an anchor (its prototype first, then its negatives, then the virtual negatives of the
-// other known classes) pass in batches of kBatch rows, prefetched a batch ahead; a batch stays in L1 while all
-// anchors of the group pass over it. For each pair the first pass makes the score and, when gradients are
+// other known classes) pass in batches of kBatch rows, prefetched a batch ahead; a batch stays in L1 while
+// all anchors of the group pass over it. For each pair the first pass makes the score and, when gradients are
 // wanted, per dimension t = (mu_j - mu_i) r and u = t^2 - r with r = 1 / (s_i + s_j), also kept in L1. The
 // second adds w t and w u to the anchor's sums, w = exp(score - highest): an online softmax, the sums being
 // rescaled when the highest score rises. The positive stays out of them: its weight, softmax minus one, is

@@ -62,15 +62,12 @@ std::vector<double> class_weights(const int64_t* anchors, const std::vector<uint
   return weight;
 }
 
-std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index,
-                                                          Tensor negative_index, Tensor positive_mean,
-                                                          Tensor positive_variance, Tensor positive_count,
-                                                          std::optional<Tensor> virtual_mu,
-                                                          std::optional<Tensor> virtual_var,
-                                                          std::optional<Tensor> virtual_known,
-                                                          std::optional<Tensor> class_factor,
-                                                          std::optional<Tensor> inverse_norm, double tau,
-                                                          bool mean, bool normalize, bool needs_grad) {
+std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(
+    Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index, Tensor positive_mean,
+    Tensor positive_variance, Tensor positive_count, std::optional<Tensor> virtual_mu,
+    std::optional<Tensor> virtual_var, std::optional<Tensor> virtual_known,
+    std::optional<Tensor> class_factor, std::optional<Tensor> inverse_norm, double tau, bool mean,
+    bool normalize, bool needs_grad) {
   const int64_t pixels = mu.size(0), dims = mu.size(1), num_classes = anchor_index.size(0),
                 num_anchors = anchor_index.size(1), num_groups = negative_index.size(1),
                 num_virtual = virtual_mu ? virtual_mu->size(1) : 0;
@@ -122,9 +119,9 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var,
     // Points share one row of zeros.
     const std::vector<T> zeros(dims);
     const Buffer<T> virtual_variances =
-        virtual_var ? padded(virtual_var->const_data_ptr<T>(), num_classes * num_virtual, dims, width, padding,
-                             false)
-                    : padded(zeros.data(), 1, dims, width, padding, false);
+        virtual_var
+            ? padded(virtual_var->const_data_ptr<T>(), num_classes * num_virtual, dims, width, padding, false)
+            : padded(zeros.data(), 1, dims, width, padding, false);
     const info_nce::Problem<Mu, Var> problem{mu.const_data_ptr<Mu>(),
                                              var.const_data_ptr<Var>(),
                                              norms,

@@ -147,10 +147,12 @@ struct PixelRows {
 };
 
 // Virtual negatives of the known classes but the anchor's, float32; points, of variance 0, without `var`.
+// Variances are read as late as they are used: there are no registers for those of all rows in flight.
 template <class Mu, int kPerLane, bool kFull>
 struct VirtualRows {
   struct Raw {
-    float mu[kPerLane], var[kPerLane];
+    float mu[kPerLane];
+    int row;
   };
   const float* mu;  // at the lane's first channel of row 0
   const float* var;
@@ -165,18 +167,19 @@ struct VirtualRows {
     return {usable ? i : -1, usable && inverse_norm != nullptr ? inverse_norm[i] : 1.0f};
   }
   __device__ __forceinline__ Raw fetch(int row, float) const {
-    Raw raw = {};
-    const int64_t at = offset<kPerLane, kFull>(row, dims);
-    load_floats<Mu, kPerLane, kFull>(mu + at, dims, aligned, raw.mu);
-    if (var != nullptr) load_floats<Mu, kPerLane, kFull>(var + at, dims, aligned, raw.var);
+    Raw raw;
+    load_floats<Mu, kPerLane, kFull>(mu + offset<kPerLane, kFull>(row, dims), dims, aligned, raw.mu);
+    raw.row = row;
     return raw;
   }
-  __device__ __forceinline__ static void convert(const Raw& raw, Row<kPerLane>& to) {
+  __device__ __forceinline__ void convert(const Raw& raw, Row<kPerLane>& to) const {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       to.mu[i] = raw.mu[i];
-      to.var[i] = raw.var[i];
+      to.var[i] = 0.0f;
     }
+    if (var == nullptr) return;
+    load_floats<Mu, kPerLane, kFull>(var + offset<kPerLane, kFull>(raw.row, dims), dims, aligned, to.var);
   }
 };
 
@@ -222,7 +225,7 @@ __device__ __forceinline__ void add_rows(const Rows& rows, const Candidate& mine
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     Row<kPerLane> other;
-    Rows::convert(raw[r], other);
+    rows.convert(raw[r], other);
     const float inverse_norm = __shfl_sync(kAllLanes, mine.inverse_norm, first + r);
     part[r] = pair_terms<kMayClamp>(anchor, other, inverse_norm, t[r], u[r]);
   }
@@ -311,8 +314,7 @@ __device__ __forceinline__ void contrast(const Problem<Mu, Var>& p, int a, const
   running.maximum = positive(t, u);
   add_candidates<kMayClamp, PixelRows<Mu, Var, kPerLane, kFull>, kRows>(pixels, p.negatives, p.logit_scale,
                                                                         anchor, running);
-  const float* const virtual_var =
-      p.virtual_var != nullptr ? p.virtual_var + L::first_channel() : nullptr;
+  const float* const virtual_var = p.virtual_var != nullptr ? p.virtual_var + L::first_channel() : nullptr;
   const VirtualRows<Mu, kPerLane, kFull> virtuals = {p.virtual_mu + L::first_channel(),
                                                      virtual_var,
                                                      p.virtual_inverse_norm,

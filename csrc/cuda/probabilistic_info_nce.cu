@@ -71,15 +71,12 @@ void launch_info_nce(const OnDeviceOf& device, const Problem<Mu, Var>& problem) 
   run(info_nce::info_nce_kernel<Mu, Var, 32, false>);
 }
 
-std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index,
-                                                          Tensor negative_index, Tensor positive_mean,
-                                                          Tensor positive_variance, Tensor positive_count,
-                                                          std::optional<Tensor> virtual_mu,
-                                                          std::optional<Tensor> virtual_var,
-                                                          std::optional<Tensor> virtual_known,
-                                                          std::optional<Tensor> class_factor,
-                                                          std::optional<Tensor> inverse_norm, double tau,
-                                                          bool mean, bool normalize, bool needs_grad) {
+std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(
+    Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index, Tensor positive_mean,
+    Tensor positive_variance, Tensor positive_count, std::optional<Tensor> virtual_mu,
+    std::optional<Tensor> virtual_var, std::optional<Tensor> virtual_known,
+    std::optional<Tensor> class_factor, std::optional<Tensor> inverse_norm, double tau, bool mean,
+    bool normalize, bool needs_grad) {
   const OnDeviceOf device(mu);
   const int64_t classes = anchor_index.size(0), anchors = anchor_index.size(1), dims = mu.size(1);
   const int64_t groups = negative_index.size(1), negatives = negative_index.size(2);

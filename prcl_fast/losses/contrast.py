@@ -28,8 +28,6 @@ from prcl_fast.ops import (
 
 # Variance of every distribution in the deterministic case: two of them add up to one.
 _CONSTANT_VARIANCE = 0.5
-# Of each class's rows of the memory bank, those that a step writes anew: one of 8, at most so many.
-_ADDED = 64
 
 
 class ProbabilisticContrast(nn.Module):
@@ -50,10 +48,9 @@ class ProbabilisticContrast(nn.Module):
     negatives from its own pixels. What it returns is such that the mean over the processes is the loss: a
     class's anchors on a process stand for that process's share of the class's hard pixels.
 
-    With representation "deterministic" every variance, the prototypes' included, is the constant 0.5 and means
-    are L2-normalised and summed over (`reduction` and `normalize` are not looked at): the score is then exactly
-    the cosine similarity less one, up to the constant of eq. (3), and the loss is the common deterministic
-    pixel contrast.
+    With representation "deterministic" every variance, the prototypes' included, is the constant 0.5, and the
+    score is the sum with L2-normalised means (`reduction` and `normalize` are not looked at): exactly the
+    cosine similarity less one, up to the constant of eq. (3). The loss is the common pixel contrast.
 
     Args:
         num_classes: C.
@@ -87,8 +84,7 @@ class ProbabilisticContrast(nn.Module):
         self.normalize = settings.normalize or self.deterministic
         self.bank: FeatureBank | None = None
         if settings.memory_bank:
-            rows = max(1, min(_ADDED, settings.memory_bank // 8))
-            self.bank = FeatureBank(num_classes, dim, size=settings.memory_bank, rows=rows)
+            self.bank = FeatureBank(num_classes, dim, dim, size=settings.memory_bank)
         self.keeps_global = settings.prototype == "global" or settings.virtual_negatives > 0
         if self.keeps_global:
             # Sums over a whole training: float32 would stop growing.
@@ -179,7 +175,7 @@ class ProbabilisticContrast(nn.Module):
                 if settings.virtual_negatives:
                     virtual_mu, known, deviation = self._virtual_negatives(seed)
                 elif self.bank is not None:
-                    self.bank.add(torch.cat([mu, var.to(mu.dtype)], dim=1), label, valid, seed, lists=lists)
+                    self.bank.add((mu, var), label, valid, seed, lists=lists)
                     virtual_mu, virtual_var, known = self.bank.draw(settings.bank_negatives, seed)
             loss = probabilistic_info_nce(
                 mu,
@@ -222,10 +218,11 @@ class ProbabilisticContrast(nn.Module):
             )
         if mu.dim() == 4 and mu.shape[1] != self.dim:
             raise ValueError(f"mu must have {self.dim} channels; got {mu.shape[1]}")
-        # A nan is not refused here: a step that is not finite is the log's to report.
-        at_hand = var.device.type == "cpu" and not self.deterministic and not torch.compiler.is_compiling()
-        if at_hand and var.numel() and float(var.detach().amin()) <= 0:
-            raise ValueError(f"var must be positive; its smallest value is {float(var.detach().amin()):g}")
+        if not self.deterministic and var.numel() and _values_are_at_hand(var):
+            # A nan is not refused here: a step that is not finite is the log's to report.
+            smallest = float(var.detach().amin())
+            if smallest <= 0:
+                raise ValueError(f"var must be positive; its smallest value is {smallest:g}")
 
     def _kept_mean(self) -> Tensor | None:
         """[C, D]: the means of the positives kept from step to step, nan where there is none yet."""
@@ -290,7 +287,8 @@ class ProbabilisticContrast(nn.Module):
             score = torch.zeros_like(score)
         itself = torch.eye(self.num_classes, dtype=torch.bool, device=score.device)
         allowed = present[:, None] & present[None, :] & ~itself
-        probability = torch.softmax((score / self.settings.temperature).masked_fill(~allowed, -torch.inf), dim=1)
+        score = (score / self.settings.temperature).masked_fill(~allowed, -torch.inf)
+        probability = torch.softmax(score, dim=1)
         return torch.where(allowed, probability, 0.0)
 
     def _virtual_negatives(self, seed: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -343,6 +341,11 @@ class ProbabilisticContrast(nn.Module):
         if before is not None and after is not None:
             shift = F.normalize(after, dim=1) - F.normalize(before, dim=1)
             self.diagnostics["prototype_shift"] = shift.norm(dim=1)
+
+
+def _values_are_at_hand(x: Tensor) -> bool:
+    """Whether the host may look at values without stalling the device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _with_options(settings: ContrastConfig | None, options: dict[str, Any]) -> ContrastConfig:

@@ -33,7 +33,9 @@ def explain_inert(diagnostics: Mapping[str, Tensor]) -> str | None:
         return "no hard pixel: every valid one has a confidence of at least delta_s, so there is no anchor"
     if chance == 0:
         name = int(valid.argmax())
-        return f"only class {name} has valid pixels or a prototype, so there is no negative; the contrast is 0"
+        return (
+            f"only class {name} has valid pixels or a prototype, so there is no negative; the contrast is 0"
+        )
     if abs(loss - chance) <= _AT_CHANCE * chance:
         return (
             f"the contrast, {loss:.4f}, is at the chance level, {chance:.4f}: tau is too large "
