@@ -51,7 +51,7 @@ WARMUP, STEPS, ROUNDS = 2, 5, 5  # steps, and turns of each network
 _SMALL = "small"  # of bench.step
 _HERE = ("train.device=cpu", "train.threads=1", "data.synthetic.unlabeled=16")
 _MEASURED = ("train.batch_labeled=8", "train.batch_unlabeled=8")
-# The papers' D, so that features weigh beside gradients; fewer anchors, so that steps are short.
+# The public code's D, so that features weigh beside gradients; fewer anchors, so that steps are short.
 _SIMULATED = ("model.dim=256", "method.anchors=64", "method.negatives=128")
 
 SETTING_UP, USED, UNKNOWN = "setting up", "which parameters were used", "unknown"

@@ -30,11 +30,12 @@ class UnlabeledConfig(Section):
 class ConsistencyConfig(UnlabeledConfig):
     """What every method with a teacher and pseudo-labels has."""
 
-    delta_u: Fraction = Field(0.97, description="Confidence above which a pixel counts for omega, eq. (14).")
+    delta_u: Fraction = Field(0.97, description="Confidence above which a pixel counts for omega.")
     omega: Literal["batch", "image", "pixel"] = Field(
         "batch",
-        description="Weight of L_u: share of confident pixels in the batch, or in each image; or pixel: 1 "
-        "for a confident one, 0 for others.",
+        description="Weight of L_u. batch: the batch's share of confident pixels, IJCV eq. (14); pixel: mean "
+        "over the confident pixels times their share, which is 1 for a confident pixel and 0 for others, "
+        "AAAI eq. (11); image: each image's share, the PRCL authors' public code.",
     )
     ema: Fraction = Field(0.99, description="Largest decay of the teacher's exponential moving average.")
     forward: Literal["concatenated", "separate"] = Field(
@@ -43,7 +44,7 @@ class ConsistencyConfig(UnlabeledConfig):
 
 
 class MeanTeacherConfig(ConsistencyConfig):
-    """Consistency with an EMA teacher; `mix` makes it ClassMix, CutMix or CutOut."""
+    """Consistency with an EMA teacher: Mean Teacher with mix none; else ClassMix, CutMix or CutOut."""
 
     name: Literal["mean_teacher"]
 

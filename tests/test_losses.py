@@ -29,41 +29,60 @@ def test_supervised_loss_is_the_mean_over_labeled_pixels() -> None:
     torch.testing.assert_close(supervised_loss(logits, label), expected, rtol=1e-5, atol=0)
 
 
-def test_unsupervised_loss_is_weighed_by_the_batchs_share_of_confident_pixels() -> None:
-    logits, label, confidence = scene()
+def exact_losses(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, W] float64: -log softmax at the label, 0 where ignored; and where it is not ignored."""
+    full = F.interpolate(logits.double(), label.shape[1:], mode="bilinear", align_corners=True)
     kept = label != 255
-    omega = (confidence[kept] > 0.7).float().mean()
-    expected = omega * pixel_losses(logits, label).sum() / kept.sum()
-    torch.testing.assert_close(unsupervised_loss(logits, label, confidence, 0.7), expected, rtol=1e-5, atol=0)
+    loss = -full.log_softmax(1).gather(1, label.long().where(kept, 0)[:, None])[:, 0]
+    return loss * kept, kept
 
 
-def test_unsupervised_loss_weighs_each_image_by_its_own_share() -> None:
-    logits, label, confidence = scene()
-    confidence[0] = 0.0
-    kept = label != 255
-    weight = (confidence >= 0.7).sum((1, 2)) / kept.sum((1, 2))
-    expected = (weight[:, None, None] * pixel_losses(logits, label)).sum() / kept.sum()
-    loss = unsupervised_loss(logits, label, confidence, 0.7, omega="image")
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    loss.backward()
-    assert (logits.grad[0] == 0).all()
-    assert (logits.grad[1] != 0).any()
-
-
-def test_unsupervised_loss_takes_confident_pixels_whole_and_leaves_others_out() -> None:
-    logits, label, confidence = scene()
-    confidence[0, 0, 0], label[0, 0, 0] = 0.7, 1  # at the threshold is not above it
-    kept = label != 255
-    total, own = logits.new_zeros((), dtype=torch.float64), logits.double()
-    full = F.interpolate(own, label.shape[1:], mode="bilinear", align_corners=True)
-    for b, y, x in (kept & (confidence > 0.7)).nonzero().tolist():
-        total = total - full[b, :, y, x].log_softmax(0)[int(label[b, y, x])]
-    expected = total / kept.sum()
+def assert_loss_and_gradient(omega: str, expected: Tensor, scene_: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, label, confidence = scene_
     (wanted,) = torch.autograd.grad(expected, logits)
-    loss = unsupervised_loss(logits, label, confidence, 0.7, omega="pixel")
+    loss = unsupervised_loss(logits, label, confidence, 0.7, omega=omega)
     loss.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(logits.grad, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_omega_batch_is_equation_14_of_the_ijcv_paper() -> None:
+    logits, label, confidence = scene()
+    loss, kept = exact_losses(logits, label)
+    omega = (kept & (confidence > 0.7)).sum().double() / kept.sum()  # N^ / N
+    assert_loss_and_gradient("batch", omega * loss.sum() / kept.sum(), (logits, label, confidence))
+
+
+def test_omega_pixel_is_equation_11_of_the_aaai_paper() -> None:
+    logits, label, confidence = scene()
+    confidence[0, 0, 0], label[0, 0, 0] = 0.7, 1  # at the threshold is not above it
+    loss, kept = exact_losses(logits, label)
+    confident = kept & (confidence > 0.7)
+    only = loss[confident].mean()  # "we only consider the pixels whose predicted confidence" is above delta_u
+    lambda_u = confident.sum().double() / kept.sum()  # "the percentage of them"
+    assert_loss_and_gradient("pixel", lambda_u * only, (logits, label, confidence))
+
+
+def test_equation_11_of_the_aaai_paper_is_the_same_image_by_image() -> None:
+    logits, label, confidence = scene()
+    label[label == 255] = 0  # so that all images have as many pixels
+    loss, _ = exact_losses(logits, label)
+    confident = confidence > 0.7
+    each = [confident[i].double().mean() * loss[i][confident[i]].mean() for i in range(len(loss))]
+    assert_loss_and_gradient("pixel", torch.stack(each).mean(), (logits, label, confidence))
+
+
+def test_omega_image_is_the_public_code_of_the_aaai_papers_authors() -> None:
+    logits, label, confidence = scene()
+    confidence[0] = 0.0
+    loss, kept = exact_losses(logits, label)
+    weight = (confidence >= 0.7).sum((1, 2)).double() / kept.sum((1, 2))
+    # Their mean is over positive losses: here, those that are not ignored.
+    assert (loss[kept] > 0).all()
+    expected = (weight[:, None, None] * loss)[loss > 0].mean()
+    assert_loss_and_gradient("image", expected, (logits, label, confidence))
+    assert (logits.grad[0] == 0).all()
+    assert (logits.grad[1] != 0).any()
 
 
 @pytest.mark.parametrize("omega", ["batch", "image", "pixel"])

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from prcl_fast.engine.batch_plan import MemoryPlan, Micro, Remedy, TimePlan
+    from prcl_fast.engine.paper import Difference
     from prcl_fast.engine.plan import Plan
 
 
@@ -59,16 +60,23 @@ def _print(plan: Plan) -> None:
             typer.echo("a rough figure: more steps, or larger ones, would have taken too long to measure")
     for line in _batch_lines(plan):
         typer.echo(line)
-    if not plan.paper_knows:
+    if plan.paper is None:
         typer.echo("paper: has no such data set, so there is nothing to compare with")
     elif not plan.differences:
-        typer.echo("paper: no setting differs")
+        typer.echo(f"{plan.paper} paper: no setting differs")
     else:
-        rows = [(d.key, d.here, d.there, d.source, d.meaning) for d in plan.differences]
-        title = "Differences from the paper; configs: not in the paper's text, but in this program's configs"
-        print_table(title, ["key", "here", "paper", "source", "what it means"], rows)
+        rows = [(d.key, d.here, d.there, _origin(d, plan.paper), d.meaning) for d in plan.differences]
+        title = (
+            f"Differences from PRCL in the {plan.paper} paper; public code: its text has no value, its "
+            "authors' code has; ours: neither has"
+        )
+        print_table(title, ["key", "here", "there", "source", "what it means"], rows)
     for note in plan.notes:
         typer.echo(f"note: {note}")
+
+
+def _origin(difference: Difference, paper: str) -> str:
+    return f"{paper} {difference.section}" if difference.source == "paper" else difference.source
 
 
 def _memory_rows(memory: MemoryPlan) -> list[tuple[str, str]]:
@@ -121,7 +129,9 @@ def _batch_lines(plan: Plan) -> list[str]:
         lines.append(f"largest pass that fits: {_micro(plan.largest)}")
     if plan.paper_batch is not None:
         there = plan.paper_batch
-        lines.append(f"the paper's batch of {there.labeled} + {there.unlabeled}: {_remedy(there)}")
+        lines.append(
+            f"for a batch of {there.labeled} + {there.unlabeled}, as compared with below: {_remedy(there)}"
+        )
     return lines
 
 

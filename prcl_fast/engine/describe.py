@@ -9,7 +9,7 @@ import torch
 from prcl_fast.config import Config
 from prcl_fast.data.source import Source
 from prcl_fast.distributed import world_size
-from prcl_fast.engine.paper import paper_batch
+from prcl_fast.engine.paper import paper_batch, paper_of
 from prcl_fast.methods import Method
 
 
@@ -36,9 +36,10 @@ def describe_run(config: Config, source: Source, method: Method, device: torch.d
             f"{world_size()} processes of {share[0]} + {share[1]} images a pass, batch norm over the images "
             f"of {'all of them' if train.sync_bn else 'each'}"
         )
-    paper = paper_batch(config)
-    if paper is not None and batch != paper:
+    paper, there = paper_of(config), paper_batch(config)
+    if there is not None and batch != there:
         yield (
-            f"note: {batch[0]} + {batch[1]} images a step over all processes, {paper[0]} + {paper[1]} in the "
-            f"papers; the learning rate stays {config.optim.lr:g}, as configured"
+            f"note: {batch[0]} + {batch[1]} images a step over all processes, {there[0]} + {there[1]} in "
+            f"this program's settings of the {paper} paper; the learning rate stays {config.optim.lr:g}, as "
+            "configured"
         )

@@ -1,4 +1,4 @@
-"""What a run will take on this device, before it starts, and how its setting differs from the papers'.
+"""What a run will take on this device, before it starts, and how its setting differs from the paper's.
 
 Needs no data set and writes nothing.
 """
@@ -19,7 +19,7 @@ from prcl_fast.device import choose_device
 from prcl_fast.engine.batch_plan import BatchPlanner, MemoryPlan, Micro, Remedy, TimePlan
 from prcl_fast.engine.measured_step import StepTimer
 from prcl_fast.engine.memory_estimate import MemoryEstimator
-from prcl_fast.engine.paper import Difference, paper_batch, paper_differences
+from prcl_fast.engine.paper import Difference, Paper, paper_batch, paper_differences, paper_of
 from prcl_fast.memory import available_memory
 
 _SECONDS = {"cpu": 50.0, "cuda": 15.0}  # for all measured steps together
@@ -42,14 +42,14 @@ class Plan:
     time: TimePlan | None  # None: not even the smallest micro-batch fits
     largest: Micro | None  # the largest micro-batch that fits; None: none does, or free memory is not known
     remedy: Remedy | None  # where the configured micro-batch does not fit
-    paper_batch: Remedy | None  # where the batch is not the papers'
-    paper_knows: bool  # whether the papers have this data set
+    paper_batch: Remedy | None  # where the batch is not the paper's
+    paper: Paper | None  # that the configuration is compared with; None: the papers lack this data set
     differences: list[Difference]
     notes: list[str]
 
 
 def make_plan(config: Config) -> Plan:
-    """Estimates, measures some real steps on random images, and compares with the papers.
+    """Estimates, measures some real steps on random images, and compares with the paper.
 
     Raises:
         InputError: a device that this machine does not have, or a file of class names that cannot be read.
@@ -80,7 +80,7 @@ def make_plan(config: Config) -> Plan:
         largest=planner.largest(),
         remedy=remedy,
         paper_batch=planner.remedy(*reference) if reference is not None and asks else None,
-        paper_knows=reference is not None,
+        paper=paper_of(config),
         differences=paper_differences(config),
         notes=_notes(config, device),
     )

@@ -58,11 +58,11 @@ def explain_variance(mean: float) -> str | None:
     if mean > _EXPLODED:
         return (
             f"the variances explode: their mean is {mean:.3f} of at most 1, every pixel is called uncertain; "
-            "lower optim.probability_lr (5e-5 in the papers) or method.lambda_c"
+            "lower optim.probability_lr (5e-5 in the IJCV paper) or method.lambda_c"
         )
     if mean < _COLLAPSED:
         return (
             f"the variances collapse: their mean is {mean:.1e}, and the precisions of the prototypes grow "
-            "without bound; lower optim.probability_lr (5e-5 in the papers) or raise method.tau"
+            "without bound; lower optim.probability_lr (5e-5 in the IJCV paper) or raise method.tau"
         )
     return None

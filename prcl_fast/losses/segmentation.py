@@ -92,22 +92,28 @@ def unsupervised_loss(
     ignore_index: int = 255,
     align_corners: bool = True,
 ) -> Tensor:
-    """L_u, eq. (14) of the IJCV paper: omega times the cross-entropy against the pseudo-labels.
+    """L_u: the cross-entropy against the pseudo-labels, weighted by how many pixels are confident.
 
-    The mean runs over all pixels that are not ignored, the uncertain ones included: they are weighed down by
-    omega. omega = "batch" is the paper's: the share, among the batch's pixels that are not ignored, of those
-    with p > delta_u. omega = "image" is the authors' public code's: one weight per image, the number of its
-    pixels with p >= delta_u, ignored or not, over the number of those not ignored, so that it can exceed one.
-    (That code leaves pixels whose loss rounds to exactly 0 out of the mean; here they count.) omega = "pixel"
-    takes a pixel with p > delta_u whole and leaves others out, in the mean over all pixels that are not
-    ignored [Sohn et al., FixMatch, 2020, eq. (4)].
+    N counts the pixels that are not ignored. The mean runs over all N, the uncertain ones included, and omega
+    says how they are weighted:
+
+    - "batch": IJCV paper, eq. (14): every pixel by omega = N^ / N, the share of the batch's pixels with
+      p > delta_u.
+    - "pixel": AAAI paper, eq. (11): "we only consider the pixels whose predicted confidence" is above
+      delta_u, "and lambda_u is defined as the percentage of them". Their mean, (1 / N^) sum of their losses,
+      times lambda_u = N^ / N is (1 / N) sum of their losses: weight 1 with p > delta_u, 0 for others. It is
+      the same whether mean and percentage are each image's or the batch's, if all images have N alike.
+      FixMatch [Sohn et al., 2020, eq. (4)] has this form, too.
+    - "image": the PRCL authors' public code: every pixel of an image by the number of the image's pixels with
+      p >= delta_u, ignored or not, over the number of those not ignored, so that it can exceed one. That code
+      leaves pixels whose loss rounds to exactly 0 out of the mean; here they count.
 
     Args:
         logits: [B, C, h, w] floating, upsampled bilinearly to the label's size.
         pseudo_label: [B, H, W] uint8 or int64, class or `ignore_index`.
         confidence: [B, H, W] floating, p.
         delta_u: threshold of the confidence.
-        omega: "batch", "image" or "pixel".
+        omega: "batch" (IJCV paper), "pixel" (AAAI paper) or "image" (the authors' public code).
         counts: of `start_counting`, where mean and omega are those of several processes' pixels.
     Returns:
         scalar; a 0 that stays in the graph where every pixel is ignored.
