@@ -49,8 +49,8 @@ class ContrastConfig(Section):
     negatives: Count = Field(512, description="Real negatives per anchor.")
     negative_classes: Literal["prototype", "local", "uniform"] = Field(
         "prototype",
-        description="Whose scores the classes of real negatives are drawn by: those of the anchors' positives, "
-        "those of the batch's own prototypes, or none, all alike.",
+        description="Whose scores the classes of real negatives are drawn by: the anchors' positives', the "
+        "batch's own prototypes', or nobody's, all alike.",
     )
     share: Count = Field(
         1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
