@@ -166,7 +166,7 @@ class PublishedTraining:
             method.anchors,
             method.negatives,
             method.virtual_negatives,
-            contrast_settings(method),
+            contrast_settings(method, self.config.model.dim),
         )
 
     @torch.no_grad()

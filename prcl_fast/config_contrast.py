@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from prcl_fast.config_types import Count, Fraction, NonNegative, Positive, Section
 
+# The authors' public code has this temperature in 256 dimensions, for a mean over them that it leaves at chance.
+_TAU, _DIM = 100.0, 256
+_COSINE_TAU = 0.5
+
 
 class ContrastConfig(Section):
     """The contrast L_c, eq. (15) of the IJCV paper.
@@ -41,7 +45,9 @@ class ContrastConfig(Section):
     bank_negatives: Count = Field(4, description="Negatives per class drawn from the memory bank.")
     delta_s: Fraction = Field(0.8, description="Confidence below which a valid pixel is hard.")
     tau: Positive | None = Field(
-        None, description="Temperature of the contrast, eq. (15); null: 100, or 0.5 for cosine similarities."
+        None,
+        description="Temperature of the contrast, eq. (15); null: 100 for a sum over 256 dimensions and in "
+        "proportion for fewer, 100 / 256 for a mean, 0.5 for cosine similarities.",
     )
     reduction: Literal["sum", "mean"] = Field("sum", description="The score over the dimensions, eq. (3).")
     normalize: bool = Field(False, description="L2-normalise mu inside the score, as the authors' code does.")
@@ -56,12 +62,14 @@ class ContrastConfig(Section):
         1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
     )
 
-    @property
-    def temperature(self) -> float:
-        """tau; the default is the authors' public code's for distributions, this project's for cosines."""
+    def temperature(self, dim: int) -> float:
+        """tau, or what its null stands for with a representation of `dim` dimensions."""
         if self.tau is not None:
             return self.tau
-        return 0.5 if self.representation == "deterministic" else 100.0
+        if self.representation == "deterministic":
+            return _COSINE_TAU
+        # As sharp in each dimension whatever their number, and the same loss with either reduction.
+        return _TAU * (dim if self.reduction == "sum" else 1) / _DIM
 
     @model_validator(mode="after")
     def _consistent(self) -> ContrastConfig:

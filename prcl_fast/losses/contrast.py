@@ -82,6 +82,7 @@ class ProbabilisticContrast(nn.Module):
         self.deterministic = settings.representation == "deterministic"
         self.reduction = "sum" if self.deterministic else settings.reduction
         self.normalize = settings.normalize or self.deterministic
+        self.tau = settings.temperature(dim)
         self.bank: FeatureBank | None = None
         if settings.memory_bank:
             self.bank = FeatureBank(num_classes, dim, dim, size=settings.memory_bank)
@@ -186,7 +187,7 @@ class ProbabilisticContrast(nn.Module):
                 virtual_mu,
                 virtual_var=virtual_var,
                 virtual_known=known,
-                tau=settings.temperature,
+                tau=self.tau,
                 reduction=self.reduction,
                 normalize=self.normalize,
                 class_factor=batch.share,
@@ -205,7 +206,7 @@ class ProbabilisticContrast(nn.Module):
             known,
             deviation,
             class_probability,
-            settings.temperature,
+            self.tau,
             self.reduction,
             self.normalize,
         )
@@ -287,7 +288,7 @@ class ProbabilisticContrast(nn.Module):
             score = torch.zeros_like(score)
         itself = torch.eye(self.num_classes, dtype=torch.bool, device=score.device)
         allowed = present[:, None] & present[None, :] & ~itself
-        score = (score / self.settings.temperature).masked_fill(~allowed, -torch.inf)
+        score = (score / self.tau).masked_fill(~allowed, -torch.inf)
         probability = torch.softmax(score, dim=1)
         return torch.where(allowed, probability, 0.0)
 
