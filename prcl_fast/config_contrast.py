@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from prcl_fast.config_errors import first_message
 from prcl_fast.config_types import Count, Fraction, NonNegative, Positive, Section
 
-# The authors' public code has this temperature in 256 dimensions, for a mean over them that it leaves at chance.
+# The authors' public code has this temperature, for a mean over 256 dimensions, which it leaves at chance.
 _TAU, _DIM = 100.0, 256
 _COSINE_TAU = 0.5
 
@@ -61,6 +63,20 @@ class ContrastConfig(Section):
     share: Count = Field(
         1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
     )
+
+    def changed(self, options: Mapping[str, Any]) -> ContrastConfig:
+        """These settings with some of them changed.
+
+        Raises:
+            ValueError: an option that is unknown, or out of its range.
+        """
+        if not options:
+            return self
+        given = self.model_dump(include=set(ContrastConfig.model_fields)) | dict(options)
+        try:
+            return ContrastConfig(**given)
+        except ValidationError as error:
+            raise ValueError(first_message(error, given, ContrastConfig)) from None
 
     def temperature(self, dim: int) -> float:
         """tau, or what its null stands for with a representation of `dim` dimensions."""

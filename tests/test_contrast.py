@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prcl_fast.losses import ProbabilisticContrast, explain_inert
 from prcl_fast.losses import contrast as contrast_module
+from prcl_fast.losses.negative_classes import negative_class_probability
 from prcl_fast.losses.virtual_negatives import virtual_negatives
 from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce, prototype_statistics
 
@@ -171,9 +172,8 @@ def test_anchors_are_valid_and_below_delta_s() -> None:
 
 
 def test_negative_classes_follow_the_scores_of_the_prototypes() -> None:
-    contrast = make(tau=0.5, reduction="sum", normalize=False, prototype="local")
     positive = local(scene())
-    got = contrast._negative_classes(positive, positive)
+    got = negative_class_probability(positive, 0.5, reduction="sum", normalize=False, uniform=False)
     present = positive.count > 0
     for c in range(C):
         for k in range(C):

@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prcl_fast.config_contrast import ContrastConfig
-from prcl_fast.config_errors import first_message
 from prcl_fast.distributed import world_size
 from prcl_fast.losses.batch_prototypes import BatchPrototypes, start_summing
 from prcl_fast.losses.contrast_terms import ANCHORS, ContrastTerms
+from prcl_fast.losses.diagnostics import chance_level
 from prcl_fast.losses.feature_bank import FeatureBank
+from prcl_fast.losses.negative_classes import negative_class_probability
 from prcl_fast.losses.virtual_negatives import moments_of_means, variance_of_means, virtual_negatives
 from prcl_fast.ops import (
     PrototypeStatistics,
     class_lists,
-    mutual_likelihood_score,
     probabilistic_info_nce,
     prototype_statistics,
     sample_anchors,
@@ -78,7 +77,7 @@ class ProbabilisticContrast(nn.Module):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
         self.num_classes, self.dim = num_classes, dim
-        self.settings = settings = _with_options(settings, options)
+        self.settings = settings = (settings or ContrastConfig()).changed(options)
         self.deterministic = settings.representation == "deterministic"
         self.reduction = "sum" if self.deterministic else settings.reduction
         self.normalize = settings.normalize or self.deterministic
@@ -161,7 +160,14 @@ class ProbabilisticContrast(nn.Module):
                 )
                 batch = total()
                 positive = self._updated(batch)
-                class_probability = self._negative_classes(positive, batch.statistics)
+                by_local = settings.negative_classes == "local"
+                class_probability = negative_class_probability(
+                    self._as_scored(batch.statistics) if by_local else positive,
+                    self.tau,
+                    reduction=self.reduction,
+                    normalize=self.normalize,
+                    uniform=settings.negative_classes == "uniform",
+                )
                 negatives = sample_negatives(
                     class_probability,
                     label,
@@ -251,11 +257,13 @@ class ProbabilisticContrast(nn.Module):
         if self.keeps_global or kind == "ema":
             self.count += torch.where(known, local.count, 0)
         if kind == "local":
-            return self._as_scored(local.precision, local.mean, local.count)
+            return self._as_scored(local)
         if kind == "ema":
-            return self._as_scored(self.variance.reciprocal(), self.mean, local.count)
-        state = self._global()
-        return self._as_scored(state.precision, state.mean, local.count)
+            precision, mean = self.variance.reciprocal(), self.mean
+        else:
+            state = self._global()
+            precision, mean = state.precision, state.mean
+        return self._as_scored(PrototypeStatistics(precision, precision * mean, local.count))
 
     def _move(self, state: Tensor, new: Tensor, known: Tensor) -> None:
         """One step of the moving average of eq. (16), which starts at the first value of a class."""
@@ -269,28 +277,12 @@ class ProbabilisticContrast(nn.Module):
         precision = self.precision.float()
         return PrototypeStatistics(precision, precision * mean, self.count)
 
-    def _as_scored(self, precision: Tensor, mean: Tensor, count: Tensor) -> PrototypeStatistics:
+    def _as_scored(self, prototypes: PrototypeStatistics) -> PrototypeStatistics:
+        mean = prototypes.mean
+        precision = prototypes.precision
         if self.deterministic:
             precision = torch.full_like(mean, 1.0 / _CONSTANT_VARIANCE)
-        return PrototypeStatistics(precision, precision * mean, count)
-
-    def _negative_classes(self, positive: PrototypeStatistics, local: PrototypeStatistics) -> Tensor:
-        """[C, C]: softmax of the prototypes' scores over tau, over the other classes present."""
-        present = positive.count > 0
-        if self.settings.negative_classes == "local":
-            positive = self._as_scored(local.precision, local.mean, local.count)
-        mean = positive.mean
-        variance = torch.where(present[:, None], positive.variance, 1.0)
-        score = mutual_likelihood_score(
-            mean, variance, mean, variance, reduction=self.reduction, normalize=self.normalize
-        )
-        if self.settings.negative_classes == "uniform":
-            score = torch.zeros_like(score)
-        itself = torch.eye(self.num_classes, dtype=torch.bool, device=score.device)
-        allowed = present[:, None] & present[None, :] & ~itself
-        score = (score / self.tau).masked_fill(~allowed, -torch.inf)
-        probability = torch.softmax(score, dim=1)
-        return torch.where(allowed, probability, 0.0)
+        return PrototypeStatistics(precision, precision * mean, prototypes.count)
 
     def _virtual_negatives(self, seed: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Eq. (10): [C, V, D], the classes that have some, and centres and deviations, [C, D] each."""
@@ -321,12 +313,8 @@ class ProbabilisticContrast(nn.Module):
         distance between a class's L2-normalised one before and after the step, nan where it has none.
         """
         settings, present = self.settings, batch.statistics.count > 0
-        real = settings.negatives * (present.sum() > 1) * present
         points = settings.virtual_negatives or (settings.bank_negatives if self.bank is not None else 0)
         known = torch.zeros_like(present) if known is None else known
-        # An anchor is set against the virtual negatives of the other classes.
-        virtual = points * (known.sum() - known.long())
-        expected = torch.where(batch.hard > 0, torch.log1p((real + virtual).float()), 0.0)
         self.diagnostics = {
             "valid_per_class": batch.statistics.count,
             "hard_per_class": batch.hard,
@@ -336,7 +324,7 @@ class ProbabilisticContrast(nn.Module):
             "negatives": (negatives[:, 0, 0] >= 0).sum() * (settings.anchors * settings.negatives),
             "virtual_classes": known.sum(),
             "loss": loss.detach(),
-            "chance_level": expected.sum() / present.sum().clamp(min=1),
+            "chance_level": chance_level(present, batch.hard > 0, known, settings.negatives, points),
         }
         after = self._kept_mean()
         if before is not None and after is not None:
@@ -347,19 +335,3 @@ class ProbabilisticContrast(nn.Module):
 def _values_are_at_hand(x: Tensor) -> bool:
     """Whether the host may look at values without stalling the device."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _with_options(settings: ContrastConfig | None, options: dict[str, Any]) -> ContrastConfig:
-    """The settings with some of them changed.
-
-    Raises:
-        ValueError: an option that is unknown, or out of its range.
-    """
-    if settings is not None and not options:
-        return settings
-    given = {} if settings is None else settings.model_dump(include=set(ContrastConfig.model_fields))
-    given |= options
-    try:
-        return ContrastConfig(**given)
-    except ValidationError as error:
-        raise ValueError(first_message(error, given, ContrastConfig)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 _AT_CHANCE = 1e-3
@@ -12,6 +13,24 @@ _SATURATED = 1e-3
 # Of a variance between 0 and 1 that starts near 1/2.
 _EXPLODED = 0.95
 _COLLAPSED = 1e-3
+
+
+def chance_level(present: Tensor, hard: Tensor, known: Tensor, negatives: int, points: int) -> Tensor:
+    """What eq. (15) is if all scores are equal: the mean over the classes present of log(1 + negatives).
+
+    Args:
+        present: [C] bool, classes with valid pixels.
+        hard: [C] bool, classes with anchors; the others count as 0.
+        known: [C] bool, classes with virtual negatives.
+        negatives: real negatives of an anchor, if another class is present.
+        points: virtual negatives of a class.
+    Returns:
+        scalar, float32.
+    """
+    real = negatives * (present.sum() > 1) * present
+    virtual = points * (known.sum() - known.long())
+    expected = torch.where(hard, torch.log1p((real + virtual).float()), 0.0)
+    return expected.sum() / present.sum().clamp(min=1)
 
 
 def explain_inert(diagnostics: Mapping[str, Tensor]) -> str | None:
