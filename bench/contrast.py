@@ -7,6 +7,7 @@ package's draws. The loop draws otherwise, so that its loss agrees only up to th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -59,10 +60,9 @@ def _case(
     virtual: int, sizes: Sizes, options: Options, batch: Batch, inputs: list[tuple[Tensor, ...]]
 ) -> Case:
     amounts = sizes.classes, sizes.anchors, sizes.negatives, virtual
-    # Local prototypes: no state, hence the same in every call.
     settings: dict[str, Any] = {"prototype": "local", "virtual_negatives": virtual}
-    own = contrast_module(sizes, options.device, **settings)
-    shared = contrast_module(sizes, options.device, share=SHARE, **settings)
+    own = _first_step(contrast_module(sizes, options.device, **settings))
+    shared = _first_step(contrast_module(sizes, options.device, share=SHARE, **settings))
 
     def loop(mu: Tensor, var: Tensor, *others: Tensor) -> Tensor:
         label, valid, confidence, _ = others
@@ -115,6 +115,18 @@ def _case(
         check="loss and gradients with the same seed; loop: its loss, of other draws",
         leaves=(0, 1),
     )
+
+
+def _first_step(module: ProbabilisticContrast) -> Callable[..., Tensor]:
+    """The module, its state zeroed before: what virtual negatives come from is the same in every call."""
+
+    def call(*arguments: Tensor) -> Tensor:
+        for buffer in module.buffers():
+            buffer.zero_()
+        loss: Tensor = module(*arguments)
+        return loss
+
+    return call
 
 
 def contrast_module(sizes: Sizes, device: str, **arguments: Any) -> ProbabilisticContrast:
