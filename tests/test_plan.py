@@ -220,6 +220,16 @@ def test_the_papers_configurations_differ_only_where_the_authors_code_does() -> 
         assert [d.key for d in paper_differences(config)] == ["method.normalize", "method.confidence"]
 
 
+@pytest.mark.parametrize(("iterations", "here"), [(80000, None), (40000, None), (20000, "0.0001")])
+def test_a_null_rate_of_the_probability_head_is_compared_by_what_it_stands_for(
+    iterations: int, here: str | None
+) -> None:
+    changes = ["optim.probability_lr=null", f"train.iterations={iterations}"]
+    config = load_config(CONFIGS / "voc" / "base.yaml", changes)
+    found = [d.here for d in paper_differences(config) if d.key == "optim.probability_lr"]
+    assert found == ([] if here is None else [here])
+
+
 def test_every_fact_names_a_key_of_the_configuration() -> None:
     tree = load_config(CONFIGS / "voc" / "base.yaml").model_dump()
     for fact in paper._FACTS + paper._PRCL_FACTS:
