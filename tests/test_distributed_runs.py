@@ -89,7 +89,12 @@ def _evaluate(rank: int, run: str) -> Tensor:
         loaded = load_run(Path(run) / "last.pt", CPU)
     source = build_source(loaded.config.data)
     results = evaluate(loaded.networks, source, loaded.config.data, loaded.config.eval, CPU)
-    return torch.stack([torch.from_numpy(result.confusion) for result in results.values()])
+    found = [torch.from_numpy(result.confusion).flatten() for result in results.values()]
+    uncertainty = [result.uncertainty for result in results.values()]
+    assert None not in uncertainty
+    for one in (part for both in uncertainty if both for part in (both.variance, both.confidence)):
+        found.append(torch.from_numpy(one.histogram).flatten())
+    return torch.cat(found)
 
 
 def test_losses_prototypes_and_evaluation_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:

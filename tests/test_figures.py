@@ -55,6 +55,10 @@ def test_records_are_read_by_kind_and_null_is_left_out(tmp_path):
         ('{"kind": "test", "iteration": 1}', "kind: expected train or eval, got 'test'"),
         ('{"kind": "train", "iteration": "7"}', "iteration: expected an integer, got '7'"),
         ('{"kind": "train", "iteration": 7, "loss": "low"}', "loss: expected a number, got 'low'"),
+        (
+            '{"kind": "eval", "iteration": 7, "variance_auroc": "x"}',
+            "variance_auroc: expected a number, got 'x'",
+        ),
         ('{"kind": "train", "iteration": 7, "loss": NaN}', "loss: expected a number, got nan"),
     ],
 )
@@ -111,11 +115,14 @@ def test_legends_stand_above_the_data(tmp_path):
 
 
 def test_representation_shows_mean_and_standard_deviation_of_variance_and_mu(tmp_path):
-    variance, mu = draw_representation(metrics_of(tmp_path, "prcl")).axes
+    variance, mu, auroc = draw_representation(metrics_of(tmp_path, "prcl")).axes
     assert curve(variance, "mean")[1][-1] == pytest.approx(0.3)
     band = variance.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(0.25)
     assert mu.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(2.0)
+    assert curve(auroc, r"$\sigma^2$, teacher")[1].tolist() == pytest.approx([0.55, 0.6, 0.65, 0.7])
+    assert curve(auroc, r"$\sigma^2$, student")[1][-1] == pytest.approx(0.6)
+    assert set(curve(auroc, "1 - confidence")[1]) == {0.8}
 
 
 def test_running_mean_is_centred_and_shorter_at_the_ends():

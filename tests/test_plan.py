@@ -213,9 +213,6 @@ def test_an_allocators_share_is_added_beyond_the_measured_sizes(
     assert found.largest.labeled == 10
 
 
-SCORE = {"method.tau", "method.reduction", "method.normalize", "method.confidence"}
-
-
 @pytest.mark.parametrize(
     ("file", "paper_"),
     [
@@ -226,11 +223,23 @@ SCORE = {"method.tau", "method.reduction", "method.normalize", "method.confidenc
         ("cityscapes/prcl_aaai.yaml", "AAAI"),
     ],
 )
-def test_the_papers_configurations_differ_in_the_score_alone(file: str, paper_: str) -> None:
+def test_the_papers_configurations_differ_in_whose_confidence_picks_anchors_alone(
+    file: str, paper_: str
+) -> None:
     config = load_config(CONFIGS / file)
     assert plan.num_classes(config.data) == {"voc": 21, "cityscapes": 19}[config.data.kind]
     assert paper.paper_of(config) == paper_
-    assert {d.key for d in paper_differences(config)} <= SCORE
+    assert [d.key for d in paper_differences(config)] == ["method.confidence"]
+
+
+@pytest.mark.parametrize(("iterations", "here"), [(80000, None), (40000, None), (20000, "0.0001")])
+def test_a_null_rate_of_the_probability_head_is_compared_by_what_it_stands_for(
+    iterations: int, here: str | None
+) -> None:
+    changes = ["optim.probability_lr=null", f"train.iterations={iterations}"]
+    config = load_config(CONFIGS / "voc" / "base.yaml", changes)
+    found = [d.here for d in paper_differences(config) if d.key == "optim.probability_lr"]
+    assert found == ([] if here is None else [here])
 
 
 @pytest.mark.parametrize("paper_", ["IJCV", "AAAI"])

@@ -37,8 +37,8 @@ class RedIsTheClass(nn.Module):
         image = x * self.std + self.mean
         red, green = image[:, :1] * 255, image[:, 1:2]
         logits = -(((red / 60) - torch.arange(4.0).view(1, 4, 1, 1)) ** 2)
-        var = torch.cat([green, torch.zeros_like(green)], dim=1) if representations else None
-        return types.SimpleNamespace(logits=logits, mu=None, var=var)
+        features = torch.cat([green, torch.zeros_like(green)], dim=1)
+        return types.SimpleNamespace(logits=logits, features=features)
 
 
 @pytest.fixture

@@ -23,10 +23,11 @@ from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.engine.uncertainty import (
     BINS,
     MOVED,
+    ErrorDetector,
     HeadMovement,
-    VarianceCounts,
+    Uncertainty,
     explain_unlearned,
-    variance_histogram,
+    histogram_by_error,
 )
 from prcl_fast.models.heads import ProbabilityHead
 
@@ -57,7 +58,7 @@ def test_auroc_is_the_share_of_pairs_in_order(low: float, high: float) -> None:
     share = torch.rand(truth.shape, generator=random) ** (1 + (truth == label).float())
     variance = low + (high - low) * share
     wrong, right = split_pixels(truth, label, variance)
-    found = VarianceCounts(variance_histogram(truth, label, variance).numpy())
+    found = ErrorDetector(histogram_by_error(truth, label, variance).numpy())
     assert found.histogram.sum(axis=1).tolist() == [len(right), len(wrong)]
     expected = pairwise_auroc(wrong, right)
     assert 0.6 < expected < 0.9
@@ -71,13 +72,14 @@ def test_equal_variances_say_nothing_and_separate_ones_everything() -> None:
     label[0, :2] = 1
 
     def auroc(variance: Tensor) -> float:
-        return VarianceCounts(variance_histogram(truth, label, variance).numpy()).auroc
+        return ErrorDetector(histogram_by_error(truth, label, variance).numpy()).auroc
 
     assert auroc(torch.full((1, 4, 4), 0.4)) == 0.5
     assert auroc(torch.where(truth == label, 0.3, 0.31)) == 1.0
     assert auroc(torch.where(truth == label, 0.31, 0.3)) == 0.0
-    assert math.isnan(VarianceCounts(variance_histogram(truth, truth, torch.rand(1, 4, 4)).numpy()).auroc)
-    assert VarianceCounts(variance_histogram(truth, truth, torch.rand(1, 4, 4)).numpy()).summary() == {}
+    assert math.isnan(ErrorDetector(histogram_by_error(truth, truth, torch.rand(1, 4, 4)).numpy()).auroc)
+    constant = ErrorDetector(histogram_by_error(truth, truth, torch.rand(1, 4, 4)).numpy())
+    assert Uncertainty(constant, constant).summary() == {}
 
 
 def test_every_value_has_a_bin_in_order_and_unlabeled_pixels_have_none() -> None:
@@ -85,15 +87,15 @@ def test_every_value_has_a_bin_in_order_and_unlabeled_pixels_have_none() -> None
     values = values.sort().values[None, None]
     truth, label = torch.zeros(values.shape, dtype=torch.uint8), torch.zeros(values.shape, dtype=torch.uint8)
     places = [
-        int(variance_histogram(truth[..., :1], label[..., :1], v.view(1, 1, 1))[0].argmax())
+        int(histogram_by_error(truth[..., :1], label[..., :1], v.view(1, 1, 1))[0].argmax())
         for v in values[0, 0, ::50]
     ]
     assert places == sorted(places)
-    assert variance_histogram(truth, label, values).sum() == values.numel()
-    assert variance_histogram(truth, label, torch.ones_like(values))[0, BINS - 1] == values.numel()
+    assert histogram_by_error(truth, label, values).sum() == values.numel()
+    assert histogram_by_error(truth, label, torch.ones_like(values))[0, BINS - 1] == values.numel()
     spoilt = torch.full_like(values, math.nan)
-    assert variance_histogram(truth, label, spoilt).sum() == values.numel()
-    assert variance_histogram(torch.full_like(truth, 255), label, values).sum() == 0
+    assert histogram_by_error(truth, label, spoilt).sum() == values.numel()
+    assert histogram_by_error(torch.full_like(truth, 255), label, values).sum() == 0
 
 
 class Uncertain(nn.Module):
@@ -153,35 +155,52 @@ def test_evaluation_finds_the_auroc_of_the_pixels_that_it_counts(settings: dict[
     network = Uncertain()
     settings = {"batch": 2} | settings
     results = evaluate({"a": network}, source, data_config(), EvalConfig(**settings), CPU)
-    assert results["a"].variance is not None
+    found = results["a"].uncertainty
+    assert found is not None
     wrong, right = all_pixels(source)
     assert len(wrong) + len(right) == results["a"].confusion.sum()
     expected = pairwise_auroc(wrong, right)
     assert 0.6 < expected < 0.9
-    assert results["a"].variance.auroc == pytest.approx(expected, abs=0.003)  # averages differ by rounding
+    assert found.variance.auroc == pytest.approx(expected, abs=0.003)  # averages differ by rounding
+    assert found.confidence.histogram.sum(axis=1).tolist() == [len(right), len(wrong)]
+
+
+def test_the_confidence_is_measured_beside_sigma2() -> None:
+    class Sure(Uncertain):
+        """The same classes, surer where the green channel is low."""
+
+        def forward(self, x: Tensor, representations: bool = True) -> types.SimpleNamespace:
+            output = super().forward(x, representations)
+            output.logits = output.logits * (2 - output.features[:, 1:2])
+            return output
+
+    result = evaluate({"a": Sure()}, uncertain_source(), data_config(), EvalConfig(), CPU)["a"].uncertainty
+    assert result is not None
+    # One decides by the other, but for classes at the end of the range, which have one neighbour.
+    assert 0.6 < result.confidence.auroc < 0.9
 
 
 def test_a_network_without_probability_head_has_no_variance() -> None:
     network = Uncertain()
     network.probability = None
     results = evaluate({"a": network}, uncertain_source(), data_config(), EvalConfig(), CPU)
-    assert results["a"].variance is None
+    assert results["a"].uncertainty is None
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_add_up_their_histograms(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
     source, settings = uncertain_source(3), EvalConfig(batch=2)
-    whole = evaluate({"a": Uncertain()}, source, data_config(), settings, CPU)["a"].variance
+    whole = evaluate({"a": Uncertain()}, source, data_config(), settings, CPU)["a"].uncertainty
     assert whole is not None
     monkeypatch.setattr("prcl_fast.engine.evaluate.world_size", lambda: world)
-    total = np.zeros_like(whole.histogram)
+    total = np.zeros_like(whole.variance.histogram)
     for rank in range(world):
         monkeypatch.setattr("prcl_fast.engine.evaluate.rank", lambda rank=rank: rank)
-        part = evaluate({"a": Uncertain()}, source, data_config(), settings, CPU)["a"].variance
+        part = evaluate({"a": Uncertain()}, source, data_config(), settings, CPU)["a"].uncertainty
         assert part is not None
-        assert 0 < part.histogram.sum() < whole.histogram.sum()
-        total += part.histogram
-    np.testing.assert_array_equal(total, whole.histogram)
+        assert 0 < part.variance.histogram.sum() < whole.variance.histogram.sum()
+        total += part.variance.histogram
+    np.testing.assert_array_equal(total, whole.variance.histogram)
 
 
 def test_movement_sees_the_layers_and_not_their_lengths() -> None:
@@ -246,24 +265,26 @@ def test_training_logs_what_sigma2_is_worth_and_says_once_that_it_stood_still(
     for record in (half, end):
         assert 0 < record["variance_auroc"] < 1
         assert 0 < record["variance_auroc_student"] < 1
+        assert 0 < record["confidence_auroc"] < 1
         assert 0 < record["variance_right"] < 1
         assert 0 < record["variance_wrong"] < 1
         assert record["probability_moved"] == 0
         assert record["note"] == explain_unlearned(0.0, 0.0)
     assert summary["variance_auroc"] == end["variance_auroc"]
     said = capsys.readouterr().out
-    assert f"variance_auroc {end['variance_auroc']:.3f}, probability_moved 0.000" in said
+    assert f"variance_auroc {end['variance_auroc']:.3f}, confidence_auroc" in said
+    assert "probability_moved 0.0000" in said
     assert said.count("sigma^2 is not learned") == 1
 
     # prcl eval finds the same.
     loaded = load_run(tmp_path / "run" / "last.pt", CPU)
     config = trainer.config
     results = evaluate(loaded.networks, trainer.source, config.data, config.eval, CPU)
-    variances = {name: result.variance for name, result in results.items()}
-    assert variances["teacher"] is not None
-    assert variances["teacher"].auroc == end["variance_auroc"]
-    assert variances["student"] is not None
-    assert variances["student"].auroc == end["variance_auroc_student"]
+    teacher, student = results["teacher"].uncertainty, results["student"].uncertainty
+    assert teacher is not None
+    assert student is not None
+    assert teacher.summary().items() <= end.items()
+    assert student.variance.auroc == end["variance_auroc_student"]
 
 
 def test_a_head_that_learns_moves_and_a_run_that_goes_on_measures_from_the_same_start(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def draw_curves(metrics: Metrics) -> Figure:
 def draw_representation(metrics: Metrics) -> Figure | None:
     """Mean and standard deviation of sigma^2 and mu, figure 3a of the AAAI paper; None where not logged.
 
-    With a probability head also how well sigma^2 finds wrong pixels.
+    With a probability head also how well sigma^2, and the confidence, find wrong pixels.
     """
     parts: list[Callable[[Axes], None]] = []
     for key, title, label, colour in (
@@ -109,13 +109,14 @@ def _draw_miou(axes: Axes, records: Records) -> None:
 
 def _draw_auroc(axes: Axes, records: Records) -> None:
     for key, name, colour in (
-        ("variance_auroc", "teacher", BLUE),
-        ("variance_auroc_student", "student", ORANGE),
+        ("variance_auroc", r"$\sigma^2$, teacher", BLUE),
+        ("variance_auroc_student", r"$\sigma^2$, student", ORANGE),
+        ("confidence_auroc", "1 - confidence", GREEN),
     ):
         iterations, values = series(records, key)
         axes.plot(iterations, values, "-o", color=colour, linewidth=1.4, markersize=2.5, label=name)
-    axes.axhline(0.5, linestyle="--", color=GREY, linewidth=1.2, label="chance level")
-    axes.set_title(r"$\sigma^2$ as detector of wrong pixels", pad=22)
+    axes.axhline(0.5, linestyle="--", color=GREY, linewidth=1.2)  # the chance level
+    axes.set_title("Finding wrong pixels", pad=22)
     axes.set_ylabel("AUROC")
     legend_above(axes, 3)
 

@@ -72,5 +72,6 @@ def _record(where: str, line: str) -> Mapping[str, Any]:
 # The keys that figures draw; the others may hold anything.
 DRAWN = {
     *("loss", "loss_supervised", "loss_unsupervised", "loss_contrast", "chance", "miou", "miou_student"),
-    *("variance_mean", "variance_std", "mu_mean", "mu_std", "variance_auroc", "variance_auroc_student"),
+    *("variance_mean", "variance_std", "mu_mean", "mu_std"),
+    *("variance_auroc", "variance_auroc_student", "confidence_auroc"),
 }

@@ -87,7 +87,7 @@ def evaluate_command(
             "subset": subset,
             "mode": config.eval.mode,
             "images": len(split.names),
-            **({} if main.variance is None else main.variance.summary()),
+            **({} if main.uncertainty is None else main.uncertainty.summary()),
             "iou": main.iou_by_class(source.classes),
             "iou_student": results["student"].iou_by_class(source.classes),
         }

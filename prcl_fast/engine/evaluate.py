@@ -18,7 +18,7 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.distributed import rank, summed, world_size
 from prcl_fast.engine.inference import has_variance, inference, inference_settings, segmentation_of
-from prcl_fast.engine.uncertainty import BINS, VarianceCounts, variance_histogram
+from prcl_fast.engine.uncertainty import BINS, ErrorDetector, Uncertainty, histogram_by_error
 from prcl_fast.errors import InputError
 
 # Images of equal size share a batch if they lie in one run of this many batches. Processes take such runs in
@@ -35,7 +35,7 @@ class Evaluation:
     """
 
     confusion: np.ndarray  # int64 [C, C], row truth, column prediction
-    variance: VarianceCounts | None = None  # of the same pixels; None without probability head
+    uncertainty: Uncertainty | None = None  # of the same pixels; None without probability head
 
     @property
     def iou(self) -> np.ndarray:
@@ -97,7 +97,7 @@ def evaluate(
     classes = len(source.classes)
     counts = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in networks}
     histograms = {
-        name: torch.zeros(2, BINS, dtype=torch.int64, device=device)
+        name: torch.zeros(2, 2, BINS, dtype=torch.int64, device=device)
         for name, network in networks.items()
         if has_variance(network)
     }
@@ -115,13 +115,19 @@ def evaluate(
                     )
                 counts[name] += _confusion(truth, found.label, classes)
                 if found.variance is not None:
-                    histograms[name] += variance_histogram(truth, found.label, found.variance)
+                    for sums, values in zip(
+                        histograms[name], (found.variance, 1 - found.confidence), strict=True
+                    ):
+                        sums += histogram_by_error(truth, found.label, values)
             done += len(images)
             if progress is not None:
                 progress(done, sum(map(len, runs)))
     total = summed(torch.stack(list(counts.values()))).cpu().numpy()
-    variances = {name: VarianceCounts(summed(found).cpu().numpy()) for name, found in histograms.items()}
-    return {name: Evaluation(count, variances.get(name)) for name, count in zip(counts, total, strict=True)}
+    uncertainty = {
+        name: Uncertainty(*map(ErrorDetector, summed(found).cpu().numpy()))
+        for name, found in histograms.items()
+    }
+    return {name: Evaluation(count, uncertainty.get(name)) for name, count in zip(counts, total, strict=True)}
 
 
 def format_table(results: Mapping[str, Evaluation], classes: Sequence[str]) -> Table:

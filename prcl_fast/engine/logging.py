@@ -16,6 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from prcl_fast.engine.durable import append, cannot_write, sync_file, write_whole
 from prcl_fast.engine.event_file import EventFile
 
+# What of an evaluation is shown, with how many decimals.
+_SHOWN = {
+    **{"miou": 2, "miou_student": 2},
+    **{"variance_auroc": 3, "confidence_auroc": 3, "probability_moved": 4},
+}
+
 
 class RunLog:
     """The log of one run. A run that goes on at `start` drops the records that lie after it.
@@ -82,9 +88,8 @@ class RunLog:
     def evaluation(self, iteration: int, values: Mapping[str, Any]) -> None:
         """A record of an evaluation after `iteration` steps; its "note", a sentence, is shown once."""
         self._write("eval", iteration, values)
-        digits = {"miou": 2, "miou_student": 2, "variance_auroc": 3, "probability_moved": 3}
         shown = ", ".join(
-            f"{key} {values[key]:.{places}f}" for key, places in digits.items() if key in values
+            f"{key} {values[key]:.{places}f}" for key, places in _SHOWN.items() if key in values
         )
         self._say(f"iteration {iteration}: {shown}")
         if "note" in values and not self._told:

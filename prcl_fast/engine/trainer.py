@@ -35,14 +35,14 @@ from prcl_fast.engine.replicas import check_alike
 from prcl_fast.engine.rundir import claim_output, label_scan_cache
 from prcl_fast.engine.signals import StopRequest
 from prcl_fast.engine.step import TrainStep
-from prcl_fast.engine.uncertainty import HeadMovement, VarianceCounts, explain_unlearned
+from prcl_fast.engine.uncertainty import HeadMovement, Uncertainty, explain_unlearned
 from prcl_fast.engine.watchdog import Watchdog
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.methods import build_method
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
 
 _SKIPPED_IN_A_ROW = 10  # so many steps left out one after the other end the run
-_OF_VARIANCE = ("variance_auroc", "variance_auroc_student", "probability_moved")
+_OF_VARIANCE = ("variance_auroc", "variance_auroc_student", "confidence_auroc", "probability_moved")
 
 
 class InterruptedRunError(RunError):
@@ -221,7 +221,7 @@ class Trainer:
         main = next(iter(results.values()))
         iou = dict(zip(self.source.classes, (100 * main.iou).tolist(), strict=True))
         last = {"miou": main.miou, "miou_student": results["student"].miou}
-        last |= self._uncertainty(main.variance, results["student"].variance)
+        last |= self._uncertainty(main.uncertainty, results["student"].uncertainty)
         if log is not None:
             log.evaluation(self.iteration, last | {"iou": iou})
         self.progress |= {"last": last, "evaluated": self.iteration}
@@ -230,14 +230,14 @@ class Trainer:
             self.progress |= {"best_miou": main.miou, "best_iteration": self.iteration}
             self._save("best.pt", log)
 
-    def _uncertainty(self, main: VarianceCounts | None, student: VarianceCounts | None) -> dict[str, Any]:
+    def _uncertainty(self, main: Uncertainty | None, student: Uncertainty | None) -> dict[str, Any]:
         """What an evaluation logs about sigma^2; nothing without a probability head."""
         if self._head is None or main is None or student is None:
             return {}
         moved = self._head.moved()
         values: dict[str, Any] = main.summary() | {"probability_moved": moved}
-        if not math.isnan(student.auroc):
-            values["variance_auroc_student"] = student.auroc
+        if not math.isnan(student.variance.auroc):
+            values["variance_auroc_student"] = student.variance.auroc
         # In the first half of a run there is time left to move.
         note = explain_unlearned(moved, self.config.probability_lr)
         late = 2 * self.iteration >= self.config.train.iterations

@@ -24,28 +24,28 @@ BINS = (int(np.float32(1.0).view(np.int32)) >> _DROPPED_BITS) - _FIRST + 1
 MOVED = 0.05
 
 
-def variance_histogram(truth: Tensor, prediction: Tensor, variance: Tensor) -> Tensor:
-    """int64 [2, BINS]: sigma^2 of the right pixels and of the wrong ones, pixels without label left out.
+def histogram_by_error(truth: Tensor, prediction: Tensor, values: Tensor) -> Tensor:
+    """int64 [2, BINS]: values of the right pixels and of the wrong ones, pixels without label left out.
 
     Args:
         truth, prediction: uint8 [B, H, W].
-        variance: float32 [B, H, W], between 1e-6 and 1.
+        values: float32 [B, H, W] from 0 to 1; those below 2^-20 count as equal.
     """
-    bins = ((variance.contiguous().view(torch.int32) >> _DROPPED_BITS) - _FIRST).clamp_(0, BINS - 1)
+    bins = ((values.contiguous().view(torch.int32) >> _DROPPED_BITS) - _FIRST).clamp_(0, BINS - 1)
     # Ignored pixels go to a bin of their own: a boolean index would cost a synchronisation more.
     cell = torch.where(truth == IGNORE, 2 * BINS, bins + BINS * (truth != prediction))
     return torch.bincount(cell.flatten(), minlength=2 * BINS + 1)[:-1].view(2, BINS)
 
 
 @dataclass(frozen=True, eq=False)
-class VarianceCounts:
-    """The pixels of one network by their sigma^2, its mean over the dimensions."""
+class ErrorDetector:
+    """The pixels of one network by a value that should be large where it is wrong."""
 
     histogram: np.ndarray  # int64 [2, BINS], row 0 right pixels, row 1 wrong ones
 
     @property
     def auroc(self) -> float:
-        """The probability that a wrong pixel has a larger sigma^2 than a right one, equal ones counted half.
+        """The probability that a wrong pixel has a larger value than a right one, equal ones counted half.
 
         0.5 says nothing, 1 tells them apart; nan where all pixels are right, or all wrong.
         """
@@ -58,18 +58,31 @@ class VarianceCounts:
 
     @property
     def means(self) -> tuple[float, float]:
-        """The mean sigma^2 of the right pixels and of the wrong ones, to 0.03%; nan where there are none."""
+        """The mean value of the right pixels and of the wrong ones, to 0.03%; nan where there are none."""
         edges = (np.arange(BINS, dtype=np.int32) + _FIRST) << _DROPPED_BITS
         middle = (edges + (1 << (_DROPPED_BITS - 1))).view(np.float32).astype(np.float64)
         right, wrong = ((row * middle).sum() / row.sum() if row.any() else np.nan for row in self.histogram)
         return float(right), float(wrong)
 
+
+@dataclass(frozen=True, eq=False)
+class Uncertainty:
+    """What finds the wrong pixels of a network with a probability head."""
+
+    variance: ErrorDetector  # sigma^2, its mean over the dimensions
+    confidence: ErrorDetector  # 1 - the largest class probability, which every network has
+
     def summary(self) -> dict[str, float]:
-        """`auroc` and `means` under the names that logs give them; empty where one of them is not known."""
-        right, wrong = self.means
-        if math.isnan(self.auroc):
+        """The figures under the names that logs give them; empty where all pixels are right, or all wrong."""
+        if math.isnan(self.variance.auroc):
             return {}
-        return {"variance_auroc": self.auroc, "variance_right": right, "variance_wrong": wrong}
+        right, wrong = self.variance.means
+        return {
+            "variance_auroc": self.variance.auroc,
+            "confidence_auroc": self.confidence.auroc,
+            "variance_right": right,
+            "variance_wrong": wrong,
+        }
 
 
 class HeadMovement:
