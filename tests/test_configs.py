@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from prcl_fast.config import Config, SyntheticConfig, load_config, override_config
-from prcl_fast.config_methods import PRCLConfig
+from prcl_fast.config_methods import PCRConfig, PRCLConfig
 from prcl_fast.data.scene import CLASSES, render
 from prcl_fast.data.synthetic import write_synthetic
 from prcl_fast.engine.trainer import Trainer
@@ -140,6 +140,8 @@ def small(path: Path, data: list[str], output: Path) -> Config:
     overrides = [*SMALL, f"output={output}", *data]
     if getattr(config.method, "warmup", 0):  # one supervised step, one of the method
         overrides += ["train.iterations=2", "method.warmup=1"]
+    if isinstance(config.method, PCRConfig):  # no trained network is there
+        overrides += ["train.iterations=2", "method.warmup=1", "method.prototypes_from=null"]
     return override_config(config, overrides)
 
 

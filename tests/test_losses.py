@@ -52,11 +52,11 @@ def test_unsupervised_loss_weighs_each_image_by_its_own_share() -> None:
 
 def test_unsupervised_loss_takes_confident_pixels_whole_and_leaves_others_out() -> None:
     logits, label, confidence = scene()
-    confidence[0, 0, 0], label[0, 0, 0] = 0.7, 1  # at the threshold is not above it
+    confidence[0, 0, 0], label[0, 0, 0] = 0.7, 1  # eq. (9) of PCR counts what is at the threshold
     kept = label != 255
     total, own = logits.new_zeros((), dtype=torch.float64), logits.double()
     full = F.interpolate(own, label.shape[1:], mode="bilinear", align_corners=True)
-    for b, y, x in (kept & (confidence > 0.7)).nonzero().tolist():
+    for b, y, x in (kept & (confidence >= 0.7)).nonzero().tolist():
         total = total - full[b, :, y, x].log_softmax(0)[int(label[b, y, x])]
     expected = total / kept.sum()
     (wanted,) = torch.autograd.grad(expected, logits)

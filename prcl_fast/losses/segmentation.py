@@ -99,8 +99,8 @@ def unsupervised_loss(
     with p > delta_u. omega = "image" is the authors' public code's: one weight per image, the number of its
     pixels with p >= delta_u, ignored or not, over the number of those not ignored, so that it can exceed one.
     (That code leaves pixels whose loss rounds to exactly 0 out of the mean; here they count.) omega = "pixel"
-    takes a pixel with p > delta_u whole and leaves others out, in the mean over all pixels that are not
-    ignored [Sohn et al., FixMatch, 2020, eq. (4)].
+    takes a pixel with p >= delta_u whole and leaves others out, in the mean over all pixels that are not
+    ignored [Sohn et al., FixMatch, 2020, eq. (4); Xu et al., PCR, 2022, eq. (9)].
 
     Args:
         logits: [B, C, h, w] floating, upsampled bilinearly to the label's size.
@@ -129,7 +129,7 @@ def unsupervised_loss(
     elif omega == "image":
         weight = (confidence >= delta_u).sum((1, 2)) / kept.sum((1, 2)).clamp(min=1)
     elif omega == "pixel":
-        weight = confidence > delta_u
+        weight = confidence >= delta_u
     else:
         raise ValueError(f"omega must be one of {', '.join(OMEGA)}; got {omega!r}")
     return _mean(
