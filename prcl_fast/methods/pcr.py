@@ -158,7 +158,9 @@ class PrototypeNetwork(nn.Module):
 
 def prototype_features(output: NetworkOutput, predictor: PrototypePredictor) -> Tensor:
     """[B, D, h, w]: those of the decoder's channels that prototypes are made of: all, or ASPP's, the last."""
-    return output.features[:, -predictor.prototypes.shape[-1] :]
+    features, dim = output.features, predictor.prototypes.shape[-1]
+    # A slice of all channels would give its gradient back in another memory format than the features have.
+    return features if features.shape[1] == dim else features[:, -dim:]
 
 
 def cluster_centers(features: Tensor, number: int, seed: int) -> Tensor:
