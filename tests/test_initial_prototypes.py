@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +172,23 @@ def test_two_processes_make_the_prototypes_of_one(two: Pair, trained: Path, tmp_
         assert torch.equal(parts[0][name], parts[1][name])
         assert torch.equal(parts[0][name], value)
     assert whole["known"].any()
+
+
+def _three_steps(rank: int, tree: dict[str, Any]) -> dict[str, Tensor]:
+    with small_backbones():
+        trainer, method = made(tree)
+    with contextlib.closing(trainer.batches()) as batches:
+        losses = [trainer.step(batches) for _ in range(3)]
+    assert all(value.isfinite() for step in losses for value in step.values())
+    return {name: value.clone() for name, value in method.state_dict().items()}
+
+
+def test_two_processes_learn_without_a_linear_predictor(two: Pair, trained: Path, tmp_path: Path) -> None:
+    method = pcr_tree(tmp_path, trained, predictor="prototype")["method"]
+    state, other = two(_three_steps, shared_tree(tmp_path / "two") | {"method": method})
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+    alone = _first_prototypes(0, shared_tree(tmp_path / "one") | {"method": method})
+    assert not torch.equal(state["predictor.prototypes"], alone["prototypes"])
 
 
 def unfinished(folder: Path) -> None:
