@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from prcl_fast.config_errors import first_message
-from prcl_fast.config_files import PATH_KEYS, apply_override, plain_path, read_tree
+from prcl_fast.config_files import PATH_KEYS, RUN_KEYS, apply_override, plain_path, read_tree
 from prcl_fast.config_methods import MethodConfig, PPSConfig, UnlabeledConfig
 from prcl_fast.config_types import Count, Fraction, NonNegative, PathString, Positive, Rgb, Section, Size
 from prcl_fast.errors import InputError
@@ -277,8 +277,8 @@ NEUTRAL_KEYS = (
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, its chain of `base:` files and `key.path=value` overrides.
 
-    Relative paths inside `data` and `model` are relative to the file that names them; `output` is relative to
-    the working directory, as is every path in an override.
+    Relative paths inside `data` and `model` are relative to the file that names them; `output`, and a path to
+    another run's, are relative to the working directory, as is every path in an override.
 
     Raises:
         InputError: naming the file and the key.
@@ -308,9 +308,9 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
 def dump_config(config: Config) -> dict[str, Any]:
     """A plain tree of YAML types, paths absolute and without `..`, that `parse_config` reads back."""
     tree = config.model_dump()
-    for section, key in (("", "output"), *PATH_KEYS):
+    for section, key in (("", "output"), *PATH_KEYS, *RUN_KEYS):
         holder = tree[section] if section else tree
-        if isinstance(holder[key], Path):
+        if isinstance(holder.get(key), Path):
             holder[key] = str(plain_path(holder[key]))
     return tree
 

@@ -30,6 +30,8 @@ PATH_KEYS = (
     ("data", "cache_dir"),
     ("model", "weights"),
 )
+# Those whose values are folders that runs write, as `output`: relative to the working directory.
+RUN_KEYS = (("method", "prototypes_from"),)
 
 
 def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

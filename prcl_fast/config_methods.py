@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from prcl_fast.config_contrast import ContrastConfig
-from prcl_fast.config_types import Count, Fraction, NonNegative, Positive, Section
+from prcl_fast.config_types import Count, Fraction, NonNegative, PathString, Positive, Section
 
 
 class SupervisedConfig(Section):
@@ -75,13 +75,39 @@ class PCRConfig(ConsistencyConfig):
     omega: Literal["batch", "image", "pixel"] = Field(
         "pixel", description="Weight of the losses on unlabeled pixels, as in mean_teacher."
     )
+    predictor: Literal["both", "prototype"] = Field(
+        "both",
+        description="Linear and prototype predictor; or the latter alone, which then also labels the "
+        "unlabeled images, table 4. (The linear one alone is mean_teacher.)",
+    )
+    features: Literal["decoder", "aspp"] = Field(
+        "decoder",
+        description="What prototypes are made of: what the classifier reads, eq. (3) and Algorithm 2, or "
+        "ASPP's output, section 4.1.",
+    )
     prototypes: int = Field(4, ge=1, le=64, description="K, prototypes per class.")
+    prototypes_from: PathString | None = Field(
+        None,
+        description="Run folder or checkpoint of method supervised, whose features make the first "
+        "prototypes, Algorithm 2, relative to the working directory; null: the warm-up's features do.",
+    )
     temperature: Positive = Field(0.1, description="T of the prototype predictor, eq. (2).")
     prototype_ema: Fraction = Field(0.99, description="alpha of the prototypes' running average, eq. (11).")
-    lambda_prototype: NonNegative = Field(1.0, description="Weight of the prototype predictor's losses.")
-    warmup: Count = Field(
-        1000, description="Supervised iterations, after which K-means makes the prototypes, Algorithm 2."
+    lambda_prototype: NonNegative = Field(
+        1.0, description="Weight of the prototype predictor's losses beside the linear one's."
     )
+    warmup: int = Field(
+        1000,
+        ge=0,
+        description="Supervised iterations of the linear predictor at the start; without prototypes_from "
+        "at least 1, for K-means over their features makes the prototypes.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PCRConfig:
+        if self.warmup == 0 and self.prototypes_from is None:
+            raise ValueError("warmup: must be at least 1 without prototypes_from, whose place it takes")
+        return self
 
 
 class CPSConfig(UnlabeledConfig):

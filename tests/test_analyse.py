@@ -82,7 +82,10 @@ def test_a_run_gets_numbers_and_pictures_and_the_last_line_is_json(run, capsys):
     folder = run / "analysis"
     assert sorted(path.name for path in folder.iterdir()) == ["analysis.json", "prototypes.png", "tsne.png"]
     result = result_of(folder)
-    keys = ("silhouette", "davies_bouldin", "intra_variance", "inter_variance")
+    keys = ["silhouette", "davies_bouldin", "intra_variance", "inter_variance"]
+    keys += ["trace_intra", "trace_inter", "trace_ratio"]
+    metrics = result["metrics"]
+    assert metrics["trace_ratio"] == pytest.approx(metrics["trace_inter"] / metrics["trace_intra"])
     assert summary == {key: result["metrics"][key] for key in keys} | {"output": str(folder)}
     assert set(keys) <= result["definitions"].keys()
     assert (result["network"], result["representation"]["kind"]) == ("teacher", "mu")

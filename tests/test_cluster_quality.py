@@ -46,6 +46,20 @@ def test_every_class_counts_alike_in_intra_and_inter_variance():
     assert quality.inter_variance == pytest.approx(((means - means.mean(0)) ** 2).sum(1).mean())
 
 
+def test_traces_are_those_of_the_variance_matrices_of_representations_as_they_are():
+    """PCR, table 5: "intra-/inter-class variance", tr of the matrices of linear discriminant analysis."""
+    x, group = points(2)
+    means = np.array([x[group == c].mean(0) for c in (0, 1, 3)])
+    within = np.mean([np.cov(x[group == c].T, bias=True) for c in (0, 1, 3)], axis=0)
+    between = np.cov(means.T, bias=True)
+    quality = cluster_quality(x.astype(np.float32), group, 5)
+    assert quality.trace_intra == pytest.approx(np.trace(within), rel=1e-6)
+    assert quality.trace_inter == pytest.approx(np.trace(between), rel=1e-6)
+    larger = cluster_quality(10 * x, group, 5)
+    assert larger.trace_intra == pytest.approx(100 * np.trace(within), rel=1e-6)
+    assert larger.intra_variance == pytest.approx(quality.intra_variance, rel=1e-5)
+
+
 def test_a_vector_of_zeros_stays_zero_when_lengths_become_one():
     assert normalized(np.array([[3.0, 4], [0, 0]])).tolist() == [[0.6, 0.8], [0, 0]]
 

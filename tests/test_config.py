@@ -162,6 +162,7 @@ def test_a_mistake_is_one_line_that_names_the_key(file: Path, override: str, mes
             ["method.name=pcr", "method.prototypes=65"],
             "method.prototypes: input should be less than or equal to 64, got 65",
         ),
+        (["method={name: pcr, warmup: 0}"], "method.warmup: must be at least 1 without prototypes_from"),
         (["method.name=pps", "model.dim=12"], "method.heads: must divide model.dim 12, got 8"),
         (
             ["method={name: cps, mix: classmix}"],

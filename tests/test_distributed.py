@@ -233,6 +233,7 @@ def test_processes_hold_the_same_state_after_every_step(two: Pair, tmp_path: Pat
 
 METHODS = {
     "pcr": {"name": "pcr", "warmup": 2, "delta_u": 0.1915},  # between the confidences of the first step
+    "pcr prototypes alone": {"name": "pcr", "warmup": 2, "delta_u": 0.1915, "predictor": "prototype"},
     "cps": {"name": "cps", "mix": "cutmix"},
     "cps without mixing": {"name": "cps", "mix": "none"},
     "pps": {"name": "pps", "prototypes": 2, "layers": 1, "heads": 2},
@@ -251,7 +252,7 @@ def _small_steps(rank: int, config: dict[str, Any], steps: int) -> dict[str, Ten
         return _steps(rank, config, steps)
 
 
-@pytest.mark.parametrize("method", ["pcr", "cps", "pps", "memory bank"])
+@pytest.mark.parametrize("method", ["pcr", "pcr prototypes alone", "cps", "pps", "memory bank"])
 def test_processes_of_every_method_hold_the_same_state(two: Pair, tmp_path: Path, method: str) -> None:
     state, other = two(_small_steps, _method_tree(tmp_path, method), 4)
     assert all(torch.equal(state[name], other[name]) for name in state)
@@ -294,7 +295,7 @@ def _first_step(rank: int, config: dict[str, Any]) -> dict[str, Tensor]:
     return found | {"moved": _weights_of(method.student) - before}
 
 
-@pytest.mark.parametrize("method", ["pcr", "cps", "cps without mixing", "pps"])
+@pytest.mark.parametrize("method", ["pcr", "pcr prototypes alone", "cps", "cps without mixing", "pps"])
 def test_losses_of_every_method_are_those_of_one_process(two: Pair, tmp_path: Path, method: str) -> None:
     parts = two(_first_step, _method_tree(tmp_path / "two", method))
     whole = _first_step(0, _method_tree(tmp_path / "one", method))

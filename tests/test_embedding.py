@@ -8,11 +8,12 @@ import torch
 from conftest import tiny_tree
 from run_folders import write_run
 
-from prcl_fast.analysis.embedding import at_resolution, draw_pixels, embed, label_maps
+from prcl_fast.analysis.embedding import at_resolution, embed, label_maps
 from prcl_fast.analysis.prototypes import pixel_prototypes, stored_prototypes, virtual_negatives
 from prcl_fast.config import parse_config
+from prcl_fast.data.pixel_draws import draw_pixels
 from prcl_fast.data.source import build_source
-from prcl_fast.engine.checkpoint import load_run
+from prcl_fast.engine.checkpoint import load_checkpoint, load_run
 from prcl_fast.engine.inference import inference
 
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ def test_an_embedding_holds_what_the_network_says_at_the_drawn_pixels(tmp_path, 
         np.ones_like(embedding.representation) * weight
     )[own].sum(0)
     prototypes = pixel_prototypes(embedding, drawn, len(loaded.classes))
-    np.testing.assert_allclose(prototypes.mean[drawn.group[0]], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(prototypes.mean[drawn.group[0], 0], expected, rtol=1e-4, atol=1e-6)
     absent = np.setdiff1d(np.arange(len(loaded.classes)), drawn.group)
     assert np.isnan(prototypes.mean[absent]).all()
 
@@ -123,7 +124,7 @@ def test_stored_prototypes_and_virtual_negatives_are_those_of_the_runs_state(tmp
     else:
         state |= {"contrast.precision": 1 / variance, "contrast.weighted_mean": mean / variance}
     prototypes = stored_prototypes(method, state)
-    np.testing.assert_allclose(prototypes.mean[:2], mean[:2])
+    np.testing.assert_allclose(prototypes.mean[:2, 0], mean[:2])
     assert np.isnan(prototypes.mean[2]).all()
     virtual = virtual_negatives(prototypes, method, seed=1)
     assert virtual.shape == (3, method.virtual_negatives, 2)
@@ -132,6 +133,37 @@ def test_stored_prototypes_and_virtual_negatives_are_those_of_the_runs_state(tmp
     assert np.abs(noise.mean(axis=1)).max() < 0.25  # five standard deviations
     assert np.abs(noise.std(axis=1) - 1).max() < 0.18
     assert len(np.unique(noise.round(6))) == noise.size
+
+
+def test_stored_prototypes_of_pcr_are_all_of_every_class(tmp_path):
+    method = parse_config(tiny_tree(tmp_path, name="pcr", prototypes=2, warmup=1), "test").method
+    stored = torch.arange(12, dtype=torch.float32).view(3, 2, 2)
+    state = {"predictor.prototypes": stored, "predictor.known": torch.tensor([True, True, False])}
+    prototypes = stored_prototypes(method, state)
+    np.testing.assert_array_equal(prototypes.mean[:2], stored[:2])
+    assert np.isnan(prototypes.mean[2]).all()
+    assert "student's pixels" in prototypes.origin
+    assert virtual_negatives(prototypes, method, 0) is None
+
+
+@pytest.mark.parametrize("features", ["decoder", "aspp"])
+def test_an_embedding_of_pcr_lies_where_its_prototypes_do(tmp_path, features):
+    write_run(tmp_path, tiny_tree(tmp_path, name="pcr", features=features, warmup=1))
+    loaded = load_run(tmp_path, CPU)
+    source = build_source(loaded.config.data)
+    names = source.splits["val"].names
+    drawn = draw_pixels(label_maps(source, names), 5, seed=0)
+    network = loaded.networks["teacher"]
+    embedding = embed(network, source, names, drawn, loaded.config, CPU, lambda done, total: None)
+    stored = load_checkpoint(tmp_path / "best.pt")["method"]["predictor.prototypes"]
+    assert embedding.representation.shape[1] == stored.shape[-1] == (32 if features == "decoder" else 16)
+    image = torch.from_numpy(source.image(names[drawn.image[0]])).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (loaded.config.data.mean, loaded.config.data.std))
+    with inference([network], CPU, "off"):
+        expected = network((image - mean) / std).features[
+            0, -stored.shape[-1] :, drawn.row[0], drawn.column[0]
+        ]
+    np.testing.assert_allclose(embedding.representation[0], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_without_kept_prototypes_or_virtual_negatives_has_none(tmp_path):

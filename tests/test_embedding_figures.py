@@ -20,7 +20,7 @@ def space(**changes):
         "representation": x,
         "group": group,
         "by": "true class",
-        "prototypes": prototypes,
+        "prototypes": prototypes[:, None],
         "virtual": virtual,
         "variance": np.linspace(0.2, 0.6, 16),
         "wrong": np.arange(16) % 4 == 0,
@@ -50,9 +50,22 @@ def test_tsne_shows_pixels_prototypes_and_virtual_negatives_in_the_colours_of_th
     assert [text.get_text() for text in plain.legends[0].get_texts()][-1] == "prototype"
 
 
+def test_every_prototype_of_a_class_is_a_star_in_its_colour():
+    two = np.concatenate([space().prototypes, space().prototypes * [1, 1, 0, 1]], axis=1)
+    figure = draw_tsne(space(prototypes=two, virtual=None), seed=0)
+    pixels, stars, _ = figure.axes[0].collections  # no virtual negative is drawn
+    assert [len(drawn_points(part)) for part in (pixels, stars)] == [16, 6]
+    np.testing.assert_allclose(stars.get_facecolors()[:, :3], np.repeat(space().palette, 2, axis=0) / 255)
+    figure = draw_prototypes(space(prototypes=two), [10, 20], np.stack([two[:, ::-1], two]), None)
+    lines = figure.axes[0].get_lines()
+    assert [len(line.get_xdata()) for line in lines] == [2] * 6
+    np.testing.assert_allclose(lines[0].get_xydata(), lines[1].get_xydata()[::-1])
+    assert not np.array_equal(lines[0].get_color(), lines[2].get_color())
+
+
 def test_paths_lead_to_the_star_of_the_last_checkpoint_in_one_projection():
     prototypes = space().prototypes
-    first = np.where(np.arange(5)[:, None] == 1, np.nan, prototypes[:, ::-1])
+    first = np.where(np.arange(5)[:, None, None] == 1, np.nan, prototypes[..., ::-1])
     figure = draw_prototypes(space(), [10, 20], np.stack([first, prototypes]), None)
     lengths = [len(line.get_xdata()) for line in figure.axes[0].get_lines()]
     assert lengths == [2, 1, 2]  # class b had no prototype at iteration 10

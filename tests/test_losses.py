@@ -55,7 +55,6 @@ def test_omega_batch_is_equation_14_of_the_ijcv_paper() -> None:
 
 def test_omega_pixel_is_equation_11_of_the_aaai_paper() -> None:
     logits, label, confidence = scene()
-    confidence[0, 0, 0], label[0, 0, 0] = 0.7, 1  # at the threshold is not above it
     loss, kept = exact_losses(logits, label)
     confident = kept & (confidence > 0.7)
     only = loss[confident].mean()  # "we only consider the pixels whose predicted confidence" is above delta_u
@@ -70,6 +69,14 @@ def test_equation_11_of_the_aaai_paper_is_the_same_image_by_image() -> None:
     confident = confidence > 0.7
     each = [confident[i].double().mean() * loss[i][confident[i]].mean() for i in range(len(loss))]
     assert_loss_and_gradient("pixel", torch.stack(each).mean(), (logits, label, confidence))
+
+
+def test_omega_pixel_is_equation_9_of_pcr_at_the_threshold_too() -> None:
+    logits, label, confidence = scene()
+    confidence[0, 0, 0], label[0, 0, 0] = 0.7, 1
+    loss, kept = exact_losses(logits, label)
+    total = (loss * (confidence >= 0.7)).sum() / kept.sum()
+    assert_loss_and_gradient("pixel", total, (logits, label, confidence))
 
 
 def test_omega_image_is_the_public_code_of_the_aaai_papers_authors() -> None:

@@ -55,6 +55,10 @@ SURE = {"delta_u": 0.2}
         pytest.param(BASELINE | SURE, id="prcl baseline"),
         pytest.param(BANK | SURE, id="prcl memory bank"),
         pytest.param({"name": "pcr", "warmup": 10} | SURE, id="pcr"),
+        pytest.param({"name": "pcr", "warmup": 10, "features": "aspp"} | SURE, id="pcr aspp"),
+        pytest.param(
+            {"name": "pcr", "warmup": 10, "predictor": "prototype"} | SURE, id="pcr prototypes alone"
+        ),
         pytest.param({"name": "cps", "mix": "cutmix"}, id="cps cutmix"),
         pytest.param({"name": "cps", "mix": "none"}, id="cps"),
         pytest.param(PPS, id="pps"),

@@ -1,182 +1,25 @@
-"""PCR against a plain transcription: the prototype predictor, its K-means, and both phases of the method."""
+"""PCR against a plain transcription: both phases of the method, and its variants."""
 
 from __future__ import annotations
 
 import contextlib
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_tree
+from plain_pcr import C, D, K, draw, plain_scores, plain_update, step, with_stub
 from rich.console import Console
-from stub_networks import IGNORE, PixelNetwork, cross_entropy, small_batch
+from stub_networks import IGNORE, cross_entropy, cut_mixed, small_batch, upsampled
 from torch import Tensor
 
 from prcl_fast.config import parse_config
 from prcl_fast.engine import trainer as trainer_module
 from prcl_fast.engine.graph import CapturedStep
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.losses import FeatureBank, PrototypePredictor
-from prcl_fast.methods import PCR, Step, build_method
-from prcl_fast.methods.pcr import cluster_centers
-from prcl_fast.models.teacher import EMATeacher
-
-C, K, D, T = 3, 2, 4, 0.2
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def predictor(known: tuple[bool, ...] = (True, True, True), decay: float = 0.99) -> PrototypePredictor:
-    made = PrototypePredictor(C, K, D, temperature=T, decay=decay)
-    made.initialize(draw(C, K, D, seed=9) * torch.tensor(known)[:, None, None], torch.tensor(known))
-    return made
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())
-
-
-# Eq. (2).
-
-
-def plain_scores(features: Tensor, prototypes: Tensor) -> Tensor:
-    """[B, D, h, w] -> [B, C, h, w]: the largest cosine with one of the class's prototypes, over T."""
-    batch, _, height, width = features.shape
-    rows = [
-        max(cosine(features[b, :, y, x], p) for p in prototypes[c]) / T
-        for b, c, y, x in product(range(batch), range(C), range(height), range(width))
-    ]
-    return torch.stack(rows).view(batch, C, height, width)
-
-
-def test_scores_are_of_the_nearest_prototype_and_their_gradient_is_the_features() -> None:
-    made, features = predictor(), draw(2, D, 3, 4).double().requires_grad_()
-    scores, expected = made.double()(features), plain_scores(features, made.prototypes)
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
-    weight = draw(*scores.shape, seed=1).double()
-    (expected.softmax(1) * weight).sum().backward()
-    wanted, features.grad = features.grad, None
-    (scores.double().softmax(1) * weight).sum().backward()
-    torch.testing.assert_close(features.grad, wanted, rtol=1e-4, atol=1e-6)
-    assert not made.prototypes.requires_grad
-    assert not list(made.parameters())
-
-
-def test_a_class_without_prototypes_has_the_lowest_score() -> None:
-    scores = predictor((True, False, True))(draw(2, D, 3, 4))
-    assert (scores[:, 1] == -1 / T).all()
-    assert (scores[:, [0, 2]] > -1 / T).all()
-
-
-def test_scores_under_autocast_are_float32() -> None:
-    made, features = predictor(), draw(2, D, 3, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = made(features.bfloat16())
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, made(features), rtol=0, atol=0.03 / T)
-
-
-# Eq. (11).
-
-
-def plain_update(
-    prototypes: Tensor, features: Tensor, label: Tensor, valid: Tensor, known: tuple[bool, ...]
-) -> tuple[Tensor, set[tuple[int, int]]]:
-    """The prototypes after the update, and which of them have pixels."""
-    pixels: dict[tuple[int, int], list[Tensor]] = {}
-    for b, y, x in product(*map(range, label.shape)):
-        c, feature = int(label[b, y, x]), features[b, :, y, x].double()
-        if valid[b, y, x] and c < C and known[c]:
-            nearest = max(range(K), key=lambda k: float(cosine(feature, prototypes[c, k].double())))
-            pixels.setdefault((c, nearest), []).append(feature)
-    updated = prototypes.double().clone()
-    for key, members in pixels.items():
-        updated[key] = 0.99 * updated[key] + 0.01 * torch.stack(members).mean(0)
-    return updated, set(pixels)
-
-
-def labels(seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    label = torch.tensor([0, 1, 2, IGNORE, C])[torch.randint(0, 5, (2, 3, 4), generator=generator)]
-    return label, torch.rand(2, 3, 4, generator=generator) < 0.7
-
-
-def test_prototypes_move_to_the_mean_of_the_nearest_features_of_their_class() -> None:
-    made, features, (label, valid) = predictor(), 5 * draw(2, D, 3, 4), labels()
-    label[label == 0] = 1  # class 0 has no pixels
-    features[:, :, 0] = torch.nan  # nor does it matter what those hold that do not count
-    valid[:, 0] = False
-    before = made.prototypes.clone()
-    expected, moved = plain_update(before, features, label, valid, (True,) * C)
-    made.update(features, label.to(torch.uint8), valid)
-    torch.testing.assert_close(made.prototypes.double(), expected, rtol=1e-6, atol=1e-6)
-    assert {
-        key for key in product(range(C), range(K)) if not torch.equal(made.prototypes[key], before[key])
-    } == moved
-    assert 2 <= len(moved) <= 2 * K
-
-
-def test_a_class_without_prototypes_at_the_start_stays_without() -> None:
-    made, (label, valid) = predictor((True, False, True)), labels()
-    made.update(draw(2, D, 3, 4), label, valid)
-    assert not made.prototypes[1].any()
-    assert made.prototypes[0].any()
-    assert made.known.tolist() == [True, False, True]
-
-
-# Algorithm 2.
-
-
-def test_k_means_finds_clusters_that_are_apart() -> None:
-    centers = 10 * draw(4, D)
-    order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
-    features = (centers.repeat(20, 1) + 0.1 * draw(80, D, seed=2))[order]
-    found = cluster_centers(features, 4, seed=0)
-    distance = torch.cdist(centers, found)
-    assert (distance.min(1).values < 0.15).all()
-    assert sorted(distance.argmin(1).tolist()) == [0, 1, 2, 3]
-    assert found.dtype == torch.float32
-    assert torch.equal(found, cluster_centers(features, 4, seed=0))
-
-
-@pytest.mark.parametrize("distinct", [1, 3])
-def test_k_means_of_fewer_features_than_prototypes_repeats_them(distinct: int) -> None:
-    features = draw(distinct, D)
-    for rows in (features, features.repeat(4, 1)):
-        found = cluster_centers(rows, 8, seed=2**40)
-        assert found.shape == (8, D)
-        distance = torch.cdist(found, features)
-        assert distance.min(1).values.max() < 1e-5
-        assert distance.argmin(1).unique().tolist() == list(range(distinct))
-
-
-def test_a_class_without_features_has_no_centers() -> None:
-    assert not cluster_centers(torch.empty(0, D), K, seed=0).any()
-
-
-# The method.
-
-
-def with_stub(**settings: Any) -> PCR:
-    torch.manual_seed(0)
-    tree = tiny_tree(Path("unused"), **{"name": "pcr", "prototypes": K, "warmup": 2, **settings})
-    method = build_method(parse_config(tree, "tiny"), C)
-    assert isinstance(method, PCR)
-    torch.manual_seed(3)
-    method.student = PixelNetwork(C, D)  # type: ignore[assignment]
-    method.teacher = EMATeacher(method.student)
-    method.predictor = predictor()
-    method.predictor.temperature = T
-    method.samples = FeatureBank(C, D, size=32, rows=8)
-    return method
-
-
-def step(iteration: int) -> Step:
-    return Step(torch.tensor(iteration), 6)
+from prcl_fast.methods import PCR, build_method
+from prcl_fast.methods.pcr import prototype_features
 
 
 def test_the_warm_up_learns_from_labels_alone_and_keeps_their_features() -> None:
@@ -196,14 +39,18 @@ def test_the_warm_up_learns_from_labels_alone_and_keeps_their_features() -> None
 
 
 def test_both_predictors_learn_from_labels_and_from_confident_pseudo_labels() -> None:
-    weights = {"delta_u": 0.4, "lambda_prototype": 0.7}
-    pcr, batch = with_stub(**weights), small_batch(C, torch.float32)
+    """Eq. (4)-(6), (8)-(11): both predictors, and pseudo-labels with p >= tau, one of them p = tau."""
+    first, batch = with_stub(), small_batch(C, torch.float32)
+    pseudo = first.pseudo_labeled(batch)
+    seen = pseudo.confidence[:, ::2, ::2][pseudo.label[:, ::2, ::2] != IGNORE]  # by the prototypes
+    tau = float(seen.sort().values[len(seen) // 2])
+    pcr = with_stub(delta_u=tau, lambda_prototype=0.7)
     assert not pcr.begin_step(4)
     before = pcr.predictor.prototypes.clone()
     losses = pcr.losses(batch, step(4))
 
     unlabeled = pcr.pseudo_labeled(batch)
-    certain = unlabeled.confidence > 0.4
+    certain = unlabeled.confidence >= tau
     assert 0.2 < certain.float().mean() < 0.8
     outputs = [pcr.student(image) for image in (pcr.normalize(batch.labeled_image), unlabeled.image)]
     expected = {}
@@ -233,6 +80,83 @@ def test_both_predictors_learn_from_labels_and_from_confident_pseudo_labels() ->
     updated, moved = plain_update(before, features, label, valid, (True,) * C)
     torch.testing.assert_close(pcr.predictor.prototypes.double(), updated, rtol=1e-5, atol=1e-6)
     assert moved
+
+
+def test_prototypes_alone_label_the_unlabeled_images_and_learn_from_their_labels() -> None:
+    """Table 4, variant 2: eq. (2) on the teacher's features in place of eq. (7), and no linear loss."""
+    pcr, batch = with_stub(delta_u=0.5, predictor="prototype"), small_batch(C, torch.float32)
+    pcr.begin_step(4)
+    with torch.no_grad():
+        for parameter in pcr.teacher.network.parameters():
+            parameter.add_(0.3 * draw(*parameter.shape, seed=7))  # so that it is not the student
+    before, unlabeled = pcr.predictor.prototypes.clone(), pcr.pseudo_labeled(batch)
+    losses = pcr.losses(batch, step(4))
+    assert batch.unlabeled_image is not None
+    assert batch.inside is not None
+    assert batch.strong is not None
+    weak = pcr.teacher(pcr.normalize(batch.unlabeled_image)).features
+    probability = upsampled(plain_scores(weak.double(), before.double())).softmax(1)
+    confidence, label = probability.max(1)
+    label, confidence = label.masked_fill(~batch.inside, IGNORE), confidence.masked_fill(~batch.inside, 0)
+    label, confidence = cut_mixed(label, batch.strong), cut_mixed(confidence, batch.strong)
+    certain = confidence >= 0.5
+    assert 0.2 < certain.float().mean() < 0.8
+    assert torch.equal(unlabeled.label.long(), label)
+    torch.testing.assert_close(unlabeled.confidence.double(), confidence, rtol=1e-4, atol=1e-5)
+    images = (pcr.normalize(batch.labeled_image), unlabeled.image)
+    scores = [plain_scores(pcr.student(image).features, before) for image in images]
+    expected = {
+        "loss_supervised": cross_entropy(scores[0], batch.label),
+        "loss_unsupervised": cross_entropy(scores[1], label, certain),
+    }
+    expected["loss"] = expected["loss_supervised"] + expected["loss_unsupervised"]
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
+    losses["loss"].backward()
+    assert pcr.student.classify.weight.grad is None
+    assert not torch.equal(pcr.predictor.prototypes, before)
+
+
+@pytest.mark.parametrize("predictor", ["both", "prototype"])
+def test_the_prototype_predictor_is_evaluated_on_the_features_of_its_network(predictor: str) -> None:
+    """Table 7, second row."""
+    pcr, image = with_stub(predictor=predictor), small_batch(C, torch.float32).labeled_image
+    networks = pcr.networks()
+    assert next(iter(networks)) == "teacher"
+    assert networks.keys() == {"teacher", "student"} | (
+        {"teacher_prototypes"} if predictor == "both" else set()
+    )
+    own = {"teacher": pcr.teacher.network, "student": pcr.student, "teacher_prototypes": pcr.teacher.network}
+    with torch.no_grad():
+        pcr.teacher.network.embed.weight.mul_(-1)
+        for name, network in networks.items():
+            output = own[name](image)
+            expected = output.logits
+            if name == "teacher_prototypes" or predictor == "prototype":
+                expected = plain_scores(output.features, pcr.predictor.prototypes)
+            torch.testing.assert_close(network(image, representations=False).logits, expected)
+
+
+def test_prototypes_are_of_what_the_classifier_reads_or_of_the_aspp() -> None:
+    tree = tiny_tree(Path("unused"), name="pcr", warmup=2)
+    for features in ("decoder", "aspp"):
+        tree["method"]["features"] = features
+        pcr = build_method(parse_config(tree, "tiny"), C)
+        assert isinstance(pcr, PCR)
+        pcr.eval()
+        seen = {}
+        pcr.student.decoder.aspp.register_forward_hook(lambda *args, seen=seen: seen.update(aspp=args[2]))
+        pcr.student.classifier.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.update(decoder=args[0])
+        )
+        output = pcr.student(draw(1, 3, 32, 48))
+        wanted = seen[features]
+        if features == "aspp":
+            wanted = upsampled(wanted, (8, 12))
+        found = prototype_features(output, pcr.predictor)
+        torch.testing.assert_close(found, wanted)
+        assert found.shape[1] == pcr.predictor.prototypes.shape[2] == {"decoder": 32, "aspp": 16}[features]
 
 
 def test_k_means_makes_the_prototypes_once_where_the_warm_up_ends() -> None:

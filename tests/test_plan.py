@@ -28,7 +28,7 @@ from prcl_fast.engine.memory_estimate import (
 from prcl_fast.engine.paper import paper_differences
 from prcl_fast.engine.random_batch import random_batch
 from prcl_fast.errors import InputError
-from prcl_fast.methods import Step, build_method
+from prcl_fast.methods import PCR, Step, build_method
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -124,6 +124,19 @@ def test_states_are_exact_and_gradients_that_accumulate_are_there_all_the_time(t
     accumulating = estimator.one_pass(2, 2, accumulates=True)
     assert accumulating.peak > learned + accumulating.saved
     assert MemoryEstimator(tiny_config(tmp_path, name="supervised"), CLASSES, CPU).states().teacher == 0
+
+
+@pytest.mark.parametrize("predictor", ["both", "prototype"])
+def test_networks_that_share_their_tensors_count_once(tmp_path: Path, predictor: str) -> None:
+    config = tiny_config(tmp_path, name="pcr", predictor=predictor, warmup=1)
+    method = build_method(config, CLASSES)
+    states = MemoryEstimator(config, CLASSES, CPU).states()
+    assert isinstance(method, PCR)
+    assert method.samples is not None
+    assert states.student == states.teacher
+    assert states.prototypes == sum(
+        x.nbytes for module in (method.predictor, method.samples) for x in module.buffers()
+    )
 
 
 def test_a_batch_that_does_not_fit_gets_the_fewest_passes_that_make_it_fit(

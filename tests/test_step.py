@@ -41,6 +41,7 @@ def trainer_in(folder: Path, train: dict[str, Any], method: dict[str, Any]) -> T
         ({"amp": "bf16"}, {"name": "mean_teacher", "mix": "cutout"}),
         ({}, {"name": "supervised"}),
         ({}, {"name": "pcr", "warmup": 4, "delta_u": 0.2}),
+        ({}, {"name": "pcr", "warmup": 4, "delta_u": 0.2, "predictor": "prototype", "features": "aspp"}),
         ({}, {"name": "cps", "mix": "cutmix"}),
         ({"amp": "bf16"}, {"name": "cps", "mix": "none"}),
         ({}, {"name": "pps", "prototypes": 2, "layers": 1, "heads": 2}),
@@ -48,7 +49,7 @@ def trainer_in(folder: Path, train: dict[str, Any], method: dict[str, Any]) -> T
     ],
     ids=[
         *("prcl", "accumulated", "fp16", "mean_teacher", "supervised"),
-        *("pcr", "cutmix cps", "cps", "pps", "memory_bank"),
+        *("pcr", "prototypes alone", "cutmix cps", "cps", "pps", "memory_bank"),
     ],
 )
 def test_replayed_steps_are_the_eager_ones(

@@ -19,6 +19,10 @@ DEFINITIONS = {
     "representations to their mean; smaller is tighter",
     "inter_variance": "mean squared distance of the class means to the mean of the class means, of "
     "L2-normalised representations; larger is further apart",
+    "trace_intra": "trace of the within-class variance matrix, as intra_variance but of representations as "
+    "they are, not L2-normalised: PCR table 5; it grows with the square of their scale",
+    "trace_inter": "trace of the between-class variance matrix, as inter_variance but not L2-normalised",
+    "trace_ratio": "trace_inter / trace_intra, larger is better separated",
     "variance_auroc": "probability that a wrongly predicted pixel has a larger mean sigma^2 than a right "
     "one, over the drawn pixels; 0.5 where sigma^2 says nothing",
     "wrong_share": "share of wrongly predicted pixels among the drawn ones, of which every class has as many "
@@ -27,7 +31,8 @@ DEFINITIONS = {
     "iou": "in %, on the validation images, as the run logged it at this checkpoint; iou_rank: 1 the best",
     "variance_iou_correlation": "Spearman's rank correlation over classes of mean sigma^2 and IoU; -1 where "
     "the worse classes are the less certain ones",
-    "moved": "distance of a class's L2-normalised prototype from that of the checkpoint before",
+    "moved": "distance of a class's L2-normalised prototype from that of the checkpoint before; of several, "
+    "the mean",
 }
 
 
@@ -39,6 +44,8 @@ class ClusterQuality:
     davies_bouldin: float
     intra_variance: float
     inter_variance: float
+    trace_intra: float
+    trace_inter: float
     intra_by_class: np.ndarray  # float64 [C], nan where a class has no pixel
 
 
@@ -52,28 +59,41 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
 def cluster_quality(representation: np.ndarray, group: np.ndarray, num_classes: int) -> ClusterQuality:
     """Silhouette and Davies-Bouldin index (IJCV table 4), intra- and inter-class variance (PCR table 5).
 
-    All are taken of L2-normalised representations, x. With m_c the mean over class c, each of the K classes
-    that have pixels counting alike however many they are:
+    With m_c the mean over class c, each of the K classes that have pixels counting alike however many they
+    are:
 
         intra = 1/K sum_c mean_{i in c} |x_i - m_c|^2,    inter = 1/K sum_c |m_c - m|^2,  m = 1/K sum_c m_c.
+
+    These are the traces of the within- and between-class variance matrices of linear discriminant analysis.
+    PCR's table has those of the features as they are, `trace_intra` and `trace_inter`; all other numbers are
+    of L2-normalised representations.
 
     Args:
         representation: [P, D], not all equal.
         group: int [P], 0 .. num_classes - 1; at least 2 classes, and fewer classes than pixels.
     """
     points = normalized(representation)
-    present = np.unique(group)
-    means = np.stack([points[group == index].mean(axis=0) for index in present])
-    intra = np.full(num_classes, np.nan)
-    for index, mean in zip(present, means, strict=True):
-        intra[index] = np.square(points[group == index] - mean).sum(axis=1).mean()
+    intra, inter_variance = _variances(points, group, num_classes)
+    trace_intra, trace_inter = _variances(representation.astype(np.float64), group, num_classes)
     return ClusterQuality(
         silhouette=float(silhouette_score(points, group, metric="euclidean")),
         davies_bouldin=float(davies_bouldin_score(points, group)),
-        intra_variance=float(intra[present].mean()),
-        inter_variance=float(np.square(means - means.mean(axis=0)).sum(axis=1).mean()),
+        intra_variance=float(np.nanmean(intra)),
+        inter_variance=inter_variance,
+        trace_intra=float(np.nanmean(trace_intra)),
+        trace_inter=trace_inter,
         intra_by_class=intra,
     )
+
+
+def _variances(points: np.ndarray, group: np.ndarray, num_classes: int) -> tuple[np.ndarray, float]:
+    """Within each class [C], nan where it has no pixel, and between the classes."""
+    present = np.unique(group)
+    means = np.stack([points[group == index].mean(axis=0) for index in present])
+    within = np.full(num_classes, np.nan)
+    for index, mean in zip(present, means, strict=True):
+        within[index] = np.square(points[group == index] - mean).sum(axis=1).mean()
+    return within, float(np.square(means - means.mean(axis=0)).sum(axis=1).mean())
 
 
 def variance_auroc(variance: np.ndarray, wrong: np.ndarray) -> float | None:

@@ -12,12 +12,12 @@ from typing import Any
 from prcl_fast.analysis.run_result import RunResult, read_result
 from prcl_fast.analysis.seed_statistics import MISSING, Summary, cell_texts, summarize
 from prcl_fast.config import Config, load_config
-from prcl_fast.config_files import PATH_KEYS
+from prcl_fast.config_files import PATH_KEYS, RUN_KEYS
 from prcl_fast.engine.settings import settings
 from prcl_fast.errors import InputError
 
 _RESULTS = ("seeds", "mIoU", "best", "iterations", "minutes")
-_PATHS = {f"{section}.{key}" for section, key in PATH_KEYS}
+_PATHS = {f"{section}.{key}" for section, key in (*PATH_KEYS, *RUN_KEYS)}
 _SEED = "{seed}"
 # What an evaluation depends on besides the network.
 _EVALUATION = ("data.kind", "data.root", "data.val", "data.labels", "data.label_map", "data.ignore")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,31 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.config import Config
+from prcl_fast.config_methods import PCRConfig
 from prcl_fast.data.augment import normalize
+from prcl_fast.data.pixel_draws import DrawnPixels
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.engine.inference import inference
 from prcl_fast.errors import InputError
 from prcl_fast.methods import resolution
 
 Progress = Callable[[int, int], None]
-MU, FEATURES = "mu", "features"
+MU, FEATURES, ASPP = "mu", "features", "aspp"
 # What `Embedding.kind` means, for whoever reads the numbers.
 MEANING = {
     MU: "mu of the representation head",
     FEATURES: "no representation head: the decoder's joined features, which the segmentation head reads",
+    ASPP: "the ASPP's output, upsampled, of which the run's prototypes are made",
 }
 _STRIDE = 4  # of the decoder's maps
-
-
-@dataclass(frozen=True, eq=False)
-class DrawnPixels:
-    """P pixels of some images in the order of the images, on the decoder's grid, h = ceil(H/4)."""
-
-    image: np.ndarray  # int64 [P], position in the list of images
-    row: np.ndarray  # int64 [P], 0 .. h-1
-    column: np.ndarray  # int64 [P], 0 .. w-1
-    group: np.ndarray  # int64 [P], the class by which a pixel was drawn
-    truth: np.ndarray | None  # int64 [P], its true class; None where no label was read
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,37 +36,7 @@ class Embedding:
     representation: np.ndarray  # float32 [P, D], not normalised
     variance: np.ndarray | None  # float32 [P, D], sigma^2; None without a probability head
     prediction: np.ndarray  # int64 [P]
-    kind: str  # MU or FEATURES
-
-
-def draw_pixels(maps: Iterable[tuple[np.ndarray, np.ndarray | None]], count: int, seed: int) -> DrawnPixels:
-    """At most `count` pixels of each class, uniformly from all images, without replacement.
-
-    Every pixel has a random number, a function of (seed, image, place), and a class takes its pixels of the
-    smallest numbers. Equal class maps therefore give equal pixels, whatever network is looked at.
-
-    Args:
-        maps: for each image the classes [h, w] to draw by and, where known, the true ones; IGNORE is never
-            drawn.
-    """
-    kept: dict[int, np.ndarray] = {}  # class -> float64 [n, 5]: number, image, row, column, truth
-    labeled = False
-    for index, (group, truth) in enumerate(maps):
-        labeled = truth is not None
-        numbers = np.random.Generator(np.random.Philox(key=[seed, index])).random(group.shape)
-        for name in np.unique(group):
-            if name == IGNORE:
-                continue
-            rows, columns = np.nonzero(group == name)
-            true = truth[rows, columns] if truth is not None else np.full(len(rows), IGNORE)
-            found = np.stack([numbers[rows, columns], np.full(len(rows), index), rows, columns, true], axis=1)
-            found = np.concatenate([kept.get(int(name), np.empty((0, 5))), found])
-            kept[int(name)] = found[np.argsort(found[:, 0])[:count]]
-    table = np.concatenate(
-        [np.insert(found, 5, name, axis=1) for name, found in kept.items()] or [np.empty((0, 6))]
-    )
-    table = table[np.lexsort((table[:, 3], table[:, 2], table[:, 1]))].astype(np.int64)
-    return DrawnPixels(table[:, 1], table[:, 2], table[:, 3], table[:, 5], table[:, 4] if labeled else None)
+    kind: str  # MU, FEATURES or ASPP
 
 
 def label_maps(source: Source, names: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -134,9 +96,12 @@ def embed(
             output = network(_pixels(source.image(names[index]), config, device))
             here = drawn.image == index
             rows, columns = (torch.from_numpy(x[here]).to(device) for x in (drawn.row, drawn.column))
-            if output.mu is None:
-                kind = FEATURES
-            maps = output.features if output.mu is None else output.mu
+            if isinstance(config.method, PCRConfig) and config.method.features == "aspp":
+                kind, maps = ASPP, output.features[:, -config.model.width :]
+            elif output.mu is None:
+                kind, maps = FEATURES, output.features
+            else:
+                maps = output.mu
             representations.append(maps[0, :, rows, columns].T.float().cpu())
             if output.var is not None:
                 variances.append(output.var[0, :, rows, columns].T.float().cpu())

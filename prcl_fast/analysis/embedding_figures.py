@@ -29,7 +29,7 @@ class Space:
     representation: np.ndarray  # [P, D]
     group: np.ndarray  # int [P]
     by: str  # what `group` is, such as "true class"
-    prototypes: np.ndarray  # [C, D], nan where a class has none
+    prototypes: np.ndarray  # [C, K, D], nan where a class has none
     virtual: np.ndarray | None  # [C, V, D], nan where a class has none
     variance: np.ndarray | None  # [P], mean of sigma^2 over the dimensions
     wrong: np.ndarray | None  # bool [P], predicted wrongly; None where the truth is not known
@@ -45,9 +45,9 @@ def draw_tsne(space: Space, seed: int) -> Figure:
 
     With a variance, the same points again, coloured by it, wrongly predicted ones marked.
     """
-    classes, dim = space.prototypes.shape
+    classes, per_class, dim = space.prototypes.shape
     virtual = np.empty((classes, 0, dim)) if space.virtual is None else space.virtual
-    everything = [space.representation, space.prototypes, virtual.reshape(-1, dim)]
+    everything = [space.representation, space.prototypes.reshape(-1, dim), virtual.reshape(-1, dim)]
     points = normalized(np.concatenate(everything))
     known = ~np.isnan(points).any(axis=1)
     placed = np.full((len(points), 2), np.nan)
@@ -63,7 +63,7 @@ def draw_tsne(space: Space, seed: int) -> Figure:
         colours = space.palette / 255.0
         axes[0].scatter(pixels[:, 0], pixels[:, 1], s=7, c=colours[space.group], alpha=0.7, linewidths=0)
         owners = np.repeat(np.arange(classes), virtual.shape[1])
-        _stars(axes[0], stars, colours)
+        _stars(axes[0], stars, np.repeat(colours, per_class, axis=0))
         _crosses(axes[0], crosses, colours[owners])
         if space.variance is not None:
             _bare(axes[1], r"The same, by variance $\sigma^2$", placed)
@@ -82,11 +82,11 @@ def draw_prototypes(
 
     Args:
         iterations: of the checkpoints, ascending.
-        paths: [len(iterations), C, D], prototypes, nan where a class had none; the last ones are stars.
+        paths: [len(iterations), C, K, D], prototypes, nan where a class had none; the last ones are stars.
         shift: iterations [n] and distances [n, C], nan where there is none, of the log.
     """
     pixels, path = normalized(space.representation), normalized(paths)
-    known = path[~np.isnan(path).any(axis=2)]
+    known = path[~np.isnan(path).any(axis=3)]
     pca = PCA(2, svd_solver="full").fit(np.concatenate([pixels, known]))
     share = 100 * pca.explained_variance_ratio_
     background = pca.transform(pixels)
@@ -102,8 +102,9 @@ def draw_prototypes(
         first.scatter(
             background[:, 0], background[:, 1], s=4, c=colours[space.group], alpha=0.25, linewidths=0
         )
-        for index, colour in enumerate(colours):
-            places = path[:, index][~np.isnan(path[:, index]).any(axis=1)]
+        for index, number in np.ndindex(path.shape[1:3]):
+            places, colour = path[:, index, number], colours[index]
+            places = places[~np.isnan(places).any(axis=1)]
             if len(places):
                 places = pca.transform(places)
                 first.plot(*places.T, "-o", color=colour, markersize=4, mec="black", mew=0.5, linewidth=1.4)
@@ -153,7 +154,7 @@ def _draw_shift(axes: Axes, iterations: np.ndarray, distances: np.ndarray, colou
 
 def _figure(width: float, height: float, space: Space, virtual: bool) -> tuple[Figure, list[Line2D]]:
     """A figure with room for its legend, and the legend's entries."""
-    present = np.union1d(space.group, np.flatnonzero(~np.isnan(space.prototypes).any(axis=1)))
+    present = np.union1d(space.group, np.flatnonzero(~np.isnan(space.prototypes).any(axis=(1, 2))))
     handles = [
         Line2D(
             [], [], linestyle="", marker="o", color=space.palette[index] / 255.0, label=space.classes[index]

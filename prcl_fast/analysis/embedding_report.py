@@ -23,10 +23,8 @@ from prcl_fast.analysis.cluster_quality import (
 )
 from prcl_fast.analysis.embedding import (
     MEANING,
-    DrawnPixels,
     Embedding,
     Progress,
-    draw_pixels,
     embed,
     label_maps,
     prediction_maps,
@@ -44,6 +42,7 @@ from prcl_fast.analysis.prototypes import Prototypes, pixel_prototypes, virtual_
 from prcl_fast.analysis.style import save_figure
 from prcl_fast.config import Config, override_config
 from prcl_fast.data.atomic import write_text
+from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source, build_source
 from prcl_fast.engine.checkpoint import LoadedRun, find_checkpoint, load_run
 from prcl_fast.errors import InputError
@@ -135,7 +134,7 @@ def write_analysis(
             "kind": embedding.kind,
             "meaning": MEANING[embedding.kind],
             "dim": embedding.representation.shape[1],
-            "normalised": "L2, for every number and picture",
+            "normalised": "L2, for every number but the traces and every picture",
         },
         **_numbers(space, quality, iou),
         "prototypes": {"origin": current.origin, "checkpoints": moves(path, loaded.classes)},
@@ -237,6 +236,9 @@ def _numbers(space: Space, quality: ClusterQuality, iou: Mapping[str, float]) ->
         "davies_bouldin": quality.davies_bouldin,
         "intra_variance": quality.intra_variance,
         "inter_variance": quality.inter_variance,
+        "trace_intra": quality.trace_intra,
+        "trace_inter": quality.trace_inter,
+        "trace_ratio": quality.trace_inter / quality.trace_intra if quality.trace_intra else None,
         "variance_auroc": auroc,
         "variance_iou_correlation": rank_correlation(variance, accuracy),
         "wrong_share": None if space.wrong is None else float(space.wrong.mean()),

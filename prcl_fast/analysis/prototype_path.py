@@ -66,12 +66,15 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def moves(path: Sequence[PathPoint], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Each checkpoint, and by class the distance of L2-normalised means from the checkpoint before it."""
+    """Each checkpoint, and by class the distance of L2-normalised means from the checkpoint before it.
+
+    Of K prototypes of a class it is the mean distance.
+    """
     result: list[dict[str, Any]] = []
-    before: np.ndarray = np.full((len(classes), 1), np.nan)
+    before: np.ndarray = np.full((len(classes), 1, 1), np.nan)
     for point in path:
         mean = normalized(point.prototypes.mean)
-        distances = np.linalg.norm(mean - before, axis=1)
+        distances = np.linalg.norm(mean - before, axis=2).mean(axis=1)
         moved = {
             name: None if np.isnan(distance) else float(distance)
             for name, distance in zip(classes, distances, strict=True)

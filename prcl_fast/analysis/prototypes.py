@@ -9,32 +9,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prcl_fast.analysis.embedding import DrawnPixels, Embedding
-from prcl_fast.config_methods import MethodConfig, PRCLConfig
+from prcl_fast.analysis.embedding import Embedding
+from prcl_fast.config_methods import MethodConfig, PCRConfig, PRCLConfig
+from prcl_fast.data.pixel_draws import DrawnPixels
 from prcl_fast.losses import contrast
 from prcl_fast.ops import PrototypeStatistics, prototype_statistics
 
 
 @dataclass(frozen=True)
 class Prototypes:
-    """The prototypes of C classes and where they come from, a sentence."""
+    """K prototypes of each of C classes and where they come from, a sentence.
 
-    statistics: PrototypeStatistics
+    Attributes:
+        mean: float64 [C, K, D], nan for a class without prototypes.
+        statistics: of the classes' distributions, K = 1; None where prototypes are points.
+    """
+
+    mean: np.ndarray
     origin: str
-
-    @property
-    def mean(self) -> np.ndarray:
-        """float64 [C, D], nan for a class without prototype."""
-        mean = self.statistics.mean.double()
-        return torch.where(self.statistics.count[:, None] > 0, mean, torch.nan).numpy()
+    statistics: PrototypeStatistics | None = None
 
 
 def stored_prototypes(method: MethodConfig, state: Mapping[str, Tensor]) -> Prototypes | None:
-    """The prototypes that a run of PRCL keeps; None for another method, and with `prototype: local`.
+    """The prototypes that a run of PRCL or PCR keeps; None for other methods, and with `prototype: local`.
 
     Args:
         state: the method's state in a checkpoint.
     """
+    if isinstance(method, PCRConfig):
+        known = state["predictor.known"][:, None, None]
+        mean = torch.where(known, state["predictor.prototypes"].double(), torch.nan).numpy()
+        return Prototypes(mean, "kept by the run, K-means and running average, of the student's pixels")
     if not isinstance(method, PRCLConfig) or method.prototype == "local":
         return None
     count = state["contrast.count"]
@@ -44,7 +49,7 @@ def stored_prototypes(method: MethodConfig, state: Mapping[str, Tensor]) -> Prot
         precision = state["contrast.variance"].reciprocal()
         weighted_mean = precision * state["contrast.mean"]
     origin = f"kept by the run, prototype {method.prototype}, of the student's pixels"
-    return Prototypes(PrototypeStatistics(precision, weighted_mean, count), origin)
+    return _distributions(PrototypeStatistics(precision, weighted_mean, count), origin)
 
 
 def pixel_prototypes(embedding: Embedding, drawn: DrawnPixels, num_classes: int) -> Prototypes:
@@ -59,15 +64,20 @@ def pixel_prototypes(embedding: Embedding, drawn: DrawnPixels, num_classes: int)
     valid = torch.ones_like(group, dtype=torch.bool)
     weighted = "" if embedding.variance is None else "precision-weighted "
     origin = f"{weighted}mean of the drawn pixels, for the run keeps none"
-    return Prototypes(prototype_statistics(mu, var, group, valid, num_classes), origin)
+    return _distributions(prototype_statistics(mu, var, group, valid, num_classes), origin)
 
 
 def virtual_negatives(prototypes: Prototypes, method: MethodConfig, seed: int) -> np.ndarray | None:
     """[C, V, D]: as the run draws them; nan for a class without prototype, None without V."""
-    if not isinstance(method, PRCLConfig) or not method.virtual_negatives:
-        return None
     statistics = prototypes.statistics
+    if statistics is None or not isinstance(method, PRCLConfig) or not method.virtual_negatives:
+        return None
     drawn = contrast.virtual_negatives(
         statistics, method.virtual_negatives, method.beta, torch.tensor([seed, 0])
     )
     return torch.where((statistics.count > 0)[:, None, None], drawn.double(), torch.nan).numpy()
+
+
+def _distributions(statistics: PrototypeStatistics, origin: str) -> Prototypes:
+    mean = torch.where(statistics.count[:, None] > 0, statistics.mean.double(), torch.nan)
+    return Prototypes(mean[:, None].numpy(), origin, statistics)

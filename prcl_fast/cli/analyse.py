@@ -56,7 +56,10 @@ def analyse_command(
         result = write_analysis(run, further, overrides, question, out, choose_device(device), progress)
     _print(result)
     metrics = result["metrics"]
-    keys = ("silhouette", "davies_bouldin", "intra_variance", "inter_variance")
+    keys = (
+        *("silhouette", "davies_bouldin", "intra_variance", "inter_variance"),
+        *("trace_intra", "trace_inter", "trace_ratio"),
+    )
     print(json.dumps({key: metrics[key] for key in keys} | {"output": result["output"]}))
 
 
@@ -105,6 +108,10 @@ def _print(result: dict[str, Any]) -> None:
     typer.echo(
         f"silhouette {metrics['silhouette']:.4f}, Davies-Bouldin {metrics['davies_bouldin']:.3f}, "
         f"intra-class variance {metrics['intra_variance']:.4f}, inter-class {metrics['inter_variance']:.4f}"
+    )
+    typer.echo(
+        f"not normalised: tr(inter-class) / tr(intra-class) {_number(metrics['trace_ratio'], 3)}, "
+        f"tr(inter-class) {metrics['trace_inter']:.4g}, tr(intra-class) {metrics['trace_intra']:.4g}"
     )
     if metrics["variance_auroc"] is not None:
         typer.echo(

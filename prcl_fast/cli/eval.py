@@ -91,6 +91,8 @@ def evaluate_command(
             "iou": main.iou_by_class(source.classes),
             "iou_student": results["student"].iou_by_class(source.classes),
         }
+        if "teacher_prototypes" in results:
+            summary["miou_teacher_prototypes"] = results["teacher_prototypes"].miou
         here.result(json.dumps(summary))
 
 

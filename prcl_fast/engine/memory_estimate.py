@@ -74,8 +74,8 @@ class MemoryEstimator:
         """Weights, teacher, prototypes and momentum."""
         method = self.method
         student = tensor_bytes(_state(method.student))
-        others = [network for network in method.networks().values() if network is not method.student]
-        teacher = tensor_bytes(tensor for network in others for tensor in _state(network))
+        networks = [method.student, *method.networks().values()]  # some share tensors
+        teacher = tensor_bytes(tensor for network in networks for tensor in _state(network)) - student
         learned = [parameter for group in method.parameter_groups() for parameter in group["params"]]
         momentum = tensor_bytes(learned) if self.config.optim.momentum else 0
         return StateBytes(student, teacher, tensor_bytes(_state(method)) - student - teacher, momentum)

@@ -30,6 +30,7 @@ from prcl_fast.engine.describe import describe_run
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import CapturedStep, on_stream, warm_up_steps
 from prcl_fast.engine.guard import NonFiniteLossError, named
+from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
 from prcl_fast.engine.logging import RunLog
 from prcl_fast.engine.replicas import check_alike
 from prcl_fast.engine.rundir import claim_output, label_scan_cache
@@ -78,6 +79,7 @@ class Trainer:
         self.source = build_source(config.data)
         if config.data.scan and rank() == 0:
             scan_labels(self.source, cache=label_scan_cache())
+        prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -110,6 +112,12 @@ class Trainer:
         if rank() == 0:
             claim_output(config)
         self._resume()
+        if prototypes_from is not None and self.iteration == 0:
+            self.watchdog.at("making prototypes")
+            initialize_prototypes(
+                self.method, prototypes_from, self.source, config, self.device,
+                say=self._say, alive=self.watchdog.alive,
+            )  # fmt: skip
         if config.train.compile:
             for network in self.method.networks().values():
                 network.compile()
@@ -221,6 +229,8 @@ class Trainer:
         main = next(iter(results.values()))
         iou = dict(zip(self.source.classes, (100 * main.iou).tolist(), strict=True))
         last = {"miou": main.miou, "miou_student": results["student"].miou}
+        if "teacher_prototypes" in results:
+            last["miou_teacher_prototypes"] = results["teacher_prototypes"].miou
         last |= self._uncertainty(main.uncertainty, results["student"].uncertainty)
         if log is not None:
             log.evaluation(self.iteration, last | {"iou": iou})

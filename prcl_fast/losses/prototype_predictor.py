@@ -61,7 +61,9 @@ class PrototypePredictor(nn.Module):
         """Eq. (11): p_ck moves to alpha p_ck + (1 - alpha) times the mean of the features nearest to it.
 
         Of a class's valid pixels each belongs to the nearest of the class's own prototypes. A prototype
-        without pixels stays; so does a class that had no prototypes at the start.
+        without pixels stays; so does a class that had no prototypes at the start. The equation names one
+        pixel, F[a, b]. One update for each of a batch's thousands of pixels would leave alpha^n, nothing, of
+        the prototype before; so a step makes one update of each prototype.
 
         Args:
             features: [B, D, h, w].

@@ -101,9 +101,10 @@ def unsupervised_loss(
       p > delta_u.
     - "pixel": AAAI paper, eq. (11): "we only consider the pixels whose predicted confidence" is above
       delta_u, "and lambda_u is defined as the percentage of them". Their mean, (1 / N^) sum of their losses,
-      times lambda_u = N^ / N is (1 / N) sum of their losses: weight 1 with p > delta_u, 0 for others. It is
+      times lambda_u = N^ / N is (1 / N) sum of their losses: weight 1 with p >= delta_u, 0 for others. It is
       the same whether mean and percentage are each image's or the batch's, if all images have N alike.
-      FixMatch [Sohn et al., 2020, eq. (4)] has this form, too.
+      FixMatch [Sohn et al., 2020, eq. (4)] and PCR [Xu et al., 2022, eq. (9)] have this form, and count
+      p = delta_u, too.
     - "image": the PRCL authors' public code: every pixel of an image by the number of the image's pixels with
       p >= delta_u, ignored or not, over the number of those not ignored, so that it can exceed one. That code
       leaves pixels whose loss rounds to exactly 0 out of the mean; here they count.
@@ -135,7 +136,7 @@ def unsupervised_loss(
     elif omega == "image":
         weight = (confidence >= delta_u).sum((1, 2)) / kept.sum((1, 2)).clamp(min=1)
     elif omega == "pixel":
-        weight = confidence > delta_u
+        weight = confidence >= delta_u
     else:
         raise ValueError(f"omega must be one of {', '.join(OMEGA)}; got {omega!r}")
     return _mean(

@@ -59,8 +59,7 @@ class MeanTeacher(Method):
         assert batch.strong is not None
         weak = batch.unlabeled_image
         with torch.no_grad(), part("teacher"):
-            logits = self.teacher(self.normalize(weak), representations=False).logits
-            label, confidence = pseudo_label(logits, weak.shape[-2:])
+            label, confidence = pseudo_label(self.teacher_scores(self.normalize(weak)), weak.shape[-2:])
             label = label.masked_fill(~batch.inside, IGNORE)
             confidence = confidence.masked_fill(~batch.inside, 0.0)
         with torch.no_grad(), part("strong augmentation"):
@@ -69,6 +68,10 @@ class MeanTeacher(Method):
             # Their sums travel while the student works.
             counts = start_counting(batch.label, label, confidence, self.settings.delta_u)
             return Unlabeled(self.normalize(image), label, confidence, counts)
+
+    def teacher_scores(self, image: Tensor) -> Tensor:
+        """[B, C, h, w]: the scores from which pseudo-labels of normalised images [B, 3, H, W] are taken."""
+        return self.teacher(image, representations=False).logits
 
     def student_pass(self, batch: Batch, unlabeled: Unlabeled, *, representations: bool) -> NetworkOutput:
         """The student on the labeled images, then on the unlabeled ones: the rows of one output.

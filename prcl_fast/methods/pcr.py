@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prcl_fast.config import Config
 from prcl_fast.config_methods import PCRConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
 from prcl_fast.distributed import rank, summed
-from prcl_fast.losses import FeatureBank, PrototypePredictor, supervised_loss, unsupervised_loss
+from prcl_fast.losses import FeatureBank, PrototypePredictor
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.mean_teacher import MeanTeacher
 from prcl_fast.methods.resolution import at_resolution
+from prcl_fast.models.network import NetworkOutput
 from prcl_fast.parts import part
 
 # Features of each class that K-means sees, and how many of them a step of the warm-up adds.
-_SAMPLES, _ADDED = 1024, 64
+SAMPLES, _ADDED = 1024, 64
 
 
 class PCR(MeanTeacher):
     """A linear and a prototype-based predictor learn from the same labels and pseudo-labels.
 
     Source: Xu et al., "Semi-supervised Semantic Segmentation with Prototype-based Consistency Regularization"
-    (NeurIPS 2022), equation and algorithm numbers are that paper's. Both predictors read the decoder's
-    features; the teacher's linear predictor labels the unlabeled images (its confident pixels only), which
-    then are mixed. The first `warmup` iterations are supervised; K-means over the features that labeled
-    pixels had in the last of them makes the prototypes (Algorithm 2). All pixels at the decoder's resolution
+    (NeurIPS 2022), equation and algorithm numbers are that paper's. The teacher's linear predictor labels the
+    unlabeled images (its confident pixels only), which then are mixed. All pixels at the decoder's resolution
     take part, where the authors' public code draws one of every patch.
-    """
 
-    unlabeled_terms: tuple[str, ...] = (
-        *MeanTeacher.unlabeled_terms,
-        "loss_prototype_supervised",
-        "loss_prototype_unsupervised",
-    )
+    The first prototypes are the centres of K-means over features of labeled pixels, Algorithm 2: of a network
+    that was trained before on the labeled images alone (`prototypes_from`), or, without one, of the student
+    in the last of `warmup` supervised iterations. The student starts from `model.weights` in both cases:
+    Algorithm 2 returns prototypes, not a network.
+
+    With `predictor: prototype` there is no linear predictor after the warm-up (the second variant of table
+    4): the prototypes, on the teacher's features, also give the pseudo-labels.
+    """
 
     def __init__(self, config: Config, num_classes: int) -> None:
         assert isinstance(config.method, PCRConfig)
         super().__init__(config, num_classes)
         self.pcr = config.method
-        dim = self.student.decoder.out_channels
+        decoder = self.student.decoder
+        dim = decoder.aspp_channels if self.pcr.features == "aspp" else decoder.out_channels
         self.predictor = PrototypePredictor(
             num_classes,
             self.pcr.prototypes,
@@ -51,71 +54,120 @@ class PCR(MeanTeacher):
             temperature=self.pcr.temperature,
             decay=self.pcr.prototype_ema,
         )
-        self.samples = FeatureBank(num_classes, dim, size=_SAMPLES, rows=_ADDED)
+        self.samples: FeatureBank | None = None
+        if self.pcr.prototypes_from is None:
+            self.samples = FeatureBank(num_classes, dim, size=SAMPLES, rows=_ADDED)
         self._seed = config.seed
+        self._alone = self.pcr.predictor == "prototype"
+        if not self._alone:
+            own = ("loss_prototype_supervised", "loss_prototype_unsupervised")
+            self.unlabeled_terms = (*self.unlabeled_terms, *own)
+        elif not self.warmup:
+            self.student.classifier.requires_grad_(False)  # no loss reads it
 
     def begin_step(self, iteration: int) -> bool:
-        """Ends the warm-up with K-means."""
-        if iteration == self.warmup:
-            self._make_prototypes()
+        """Ends the warm-up with K-means over its features."""
+        if iteration == self.warmup and self.samples is not None:
+            self.make_prototypes(self.samples.features, self.samples.count.clamp(max=self.samples.size))
         return super().begin_step(iteration)
 
+    def teacher_scores(self, image: Tensor) -> Tensor:
+        """Eq. (7): the teacher's linear predictor; eq. (2) on its features where the prototypes are alone."""
+        output = self.teacher(image, representations=False)
+        return self.predictor(prototype_features(output, self.predictor)) if self._alone else output.logits
+
     def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """L_s and L_u of the linear predictor, and both again of the prototype predictor."""
+        """L_s and L_u of the linear predictor, and both again of the prototype predictor: eq. (4) and (8)."""
         unlabeled = self.pseudo_labeled(batch)
         output = self.student_pass(batch, unlabeled, representations=False)
-        losses = self.segmentation_losses(batch, unlabeled, output.logits)
         with part("contrast"):
-            features = output.features
+            features = prototype_features(output, self.predictor)
             scores = self.predictor(features)
-            counts = unlabeled.counts()
-            labeled_scores, unlabeled_scores = scores.split([len(batch.label), len(unlabeled.label)])
-            supervised = supervised_loss(labeled_scores, batch.label, counts=counts)
-            unsupervised = unsupervised_loss(
-                unlabeled_scores,
-                unlabeled.label,
-                unlabeled.confidence,
-                delta_u=self.pcr.delta_u,
-                omega=self.pcr.omega,
-                counts=counts,
-            )
-            size = scores.shape[-2:]
-            label = at_resolution(torch.cat([batch.label, unlabeled.label]), size)
+        prototype = self.segmentation_losses(batch, unlabeled, scores)
+        with part("contrast"):
+            label = at_resolution(torch.cat([batch.label, unlabeled.label]), scores.shape[-2:])
             certain = torch.full_like(batch.label, 2.0, dtype=torch.float32)  # above every threshold
-            confidence = at_resolution(torch.cat([certain, unlabeled.confidence]), size)
-            valid = (label != IGNORE) & (confidence > self.pcr.delta_u)
+            confidence = at_resolution(torch.cat([certain, unlabeled.confidence]), scores.shape[-2:])
+            valid = (label != IGNORE) & (confidence >= self.pcr.delta_u)
             self.predictor.update(features.detach(), label, valid)
-        losses["loss"] = losses["loss"] + self.pcr.lambda_prototype * (supervised + unsupervised)
-        return losses | {
-            "loss_prototype_supervised": supervised,
-            "loss_prototype_unsupervised": unsupervised,
+        if self._alone:
+            return prototype
+        linear = self.segmentation_losses(batch, unlabeled, output.logits)
+        return linear | {
+            "loss": linear["loss"] + self.pcr.lambda_prototype * prototype["loss"],
+            "loss_prototype_supervised": prototype["loss_supervised"],
+            "loss_prototype_unsupervised": prototype["loss_unsupervised"],
         }
 
     def supervised_losses(self, batch: Batch) -> dict[str, Tensor]:
         """L_s of the linear predictor; the features go to K-means' samples."""
         (output,), loss = self.supervised_pass(batch)
-        label = at_resolution(batch.label, output.logits.shape[-2:])
-        self.samples.add(output.features.detach(), label, label != IGNORE, batch.seed)
+        if self.samples is not None:
+            features = prototype_features(output, self.predictor).detach()
+            label = at_resolution(batch.label, features.shape[-2:])
+            self.samples.add(features, label, label != IGNORE, batch.seed)
         return self.supervised_terms(loss)
 
+    def networks(self) -> dict[str, nn.Module]:
+        """Teacher and student; the prototype predictor on the teacher's features, or, alone, on both's."""
+        networks = super().networks()
+        if self._alone:
+            return {name: PrototypeNetwork(network, self.predictor) for name, network in networks.items()}
+        return networks | {"teacher_prototypes": PrototypeNetwork(self.teacher.network, self.predictor)}
+
     @torch.no_grad()
-    def _make_prototypes(self) -> None:
-        """K-means in every class, by process 0 for all."""
+    def make_prototypes(self, features: Tensor, count: Tensor) -> None:
+        """Algorithm 2, step 3: K-means in every class, by process 0 for all; every process must call it.
+
+        Args:
+            features: [C, M, D] of pixels of each class, the same in all processes.
+            count: [C] integer, how many of the M there are, from the first.
+        """
         prototypes = torch.zeros_like(self.predictor.prototypes)
-        kept = self.samples.count.clamp(max=self.samples.size)
         if rank() == 0:
-            rows = zip(self.samples.features.cpu(), kept.tolist(), strict=True)
-            centers = [
-                cluster_centers(features[:count], self.pcr.prototypes, self._seed) for features, count in rows
-            ]
+            rows = zip(features.cpu(), count.tolist(), strict=True)
+            centers = [cluster_centers(own[:kept], self.pcr.prototypes, self._seed) for own, kept in rows]
             prototypes.copy_(torch.stack(centers))
-        self.predictor.initialize(summed(prototypes), kept > 0)
+        self.predictor.initialize(summed(prototypes), count > 0)
+
+
+class PrototypeNetwork(nn.Module):
+    """A network whose logits are those of the prototype predictor on its features, for evaluation.
+
+    Args:
+        network: as `SegmentationNetwork`.
+        predictor: whose prototypes lie among its features.
+    """
+
+    def __init__(self, network: nn.Module, predictor: PrototypePredictor) -> None:
+        super().__init__()
+        self.network = network
+        # Held in a tuple: the prototypes are the method's state, not a network's.
+        self._predictor = (predictor,)
+
+    def forward(self, x: Tensor, *, representations: bool = False) -> NetworkOutput:
+        """Eq. (2) of images [B, 3, H, W], logits float32; a network's representations are left out."""
+        (predictor,) = self._predictor
+        output = self.network(x, representations=False)
+        return output._replace(logits=predictor(prototype_features(output, predictor)))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the network itself, which others hold, too."""
+        self.network.compile(*args, **kwargs)
+
+
+def prototype_features(output: NetworkOutput, predictor: PrototypePredictor) -> Tensor:
+    """[B, D, h, w]: those of the decoder's channels that prototypes are made of: all, or ASPP's, the last."""
+    features, dim = output.features, predictor.prototypes.shape[-1]
+    # A slice of all channels would give its gradient back in another memory format than the features have.
+    return features if features.shape[1] == dim else features[:, -dim:]
 
 
 def cluster_centers(features: Tensor, number: int, seed: int) -> Tensor:
     """K-means' centers [number, D] of features [M, D]; zeros where M is 0.
 
-    Fewer than `number` distinct features give centers that repeat.
+    Each is the mean of the features to which it is the nearest, Algorithm 2, step 3. Fewer than `number`
+    distinct features give centers that repeat.
     """
     if not len(features):
         return features.new_zeros(number, features.shape[1])
@@ -127,6 +179,6 @@ def cluster_centers(features: Tensor, number: int, seed: int) -> Tensor:
     # One thread: several add their sums up in no fixed order.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct features than clusters
-        found = KMeans(clusters, n_init=10, random_state=seed % 2**32).fit(features.double().numpy())
+        found = KMeans(clusters, n_init=10, tol=0.0, random_state=seed % 2**32).fit(features.double().numpy())
     centers = torch.from_numpy(found.cluster_centers_).to(features.dtype)
     return centers[torch.arange(number) % clusters]

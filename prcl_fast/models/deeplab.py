@@ -87,6 +87,7 @@ class DeepLabDecoder(nn.Module):
 
     Attributes:
         out_channels: channels of the joined features (304 at width 256).
+        aspp_channels: of these the last, upsampled from the ASPP (256).
     """
 
     def __init__(self, low_channels: int, in_channels: int, output_stride: int, width: int = 256) -> None:
@@ -94,7 +95,7 @@ class DeepLabDecoder(nn.Module):
         low_width = max(16, 48 * width // 256)
         self.aspp = ASPP(in_channels, RATES[output_stride], width)
         self.low_level = conv_bn_relu(nn.Conv2d(low_channels, low_width, 1, bias=False))
-        self.out_channels = low_width + width
+        self.out_channels, self.aspp_channels = low_width + width, width
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """[B, low_channels, h, w], [B, in_channels, h', w'] -> [B, out_channels, h, w], low level first."""
