@@ -256,6 +256,8 @@ class Config(Section):
             )
         if isinstance(self.method, PPSConfig) and self.model.dim % self.method.heads:
             raise ValueError(f"method.heads: must divide model.dim {self.model.dim}, got {self.method.heads}")
+        if isinstance(self.method, PPSConfig) and self.model.dim % 4:
+            raise ValueError(f"model.dim: must be a multiple of 4 for method pps, got {self.model.dim}")
         for key in ("batch_labeled", "batch_unlabeled"):
             if getattr(self.train, key) % self.train.accumulate:
                 raise ValueError(

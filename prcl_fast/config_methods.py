@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prcl_fast.config_contrast import ContrastConfig
 from prcl_fast.config_types import Count, Fraction, NonNegative, PathString, Positive, Section
@@ -124,14 +124,28 @@ class PPSConfig(UnlabeledConfig):
     name: Literal["pps"]
     mix: Literal["none", "cutmix"] = "cutmix"
     prototypes: int = Field(5, ge=1, le=64, description="n, prototypes, or queries, per class.")
-    layers: int = Field(2, ge=1, le=12, description="Layers of the transformer decoder.")
-    heads: Count = Field(8, description="Attention heads of the transformer decoder.")
-    tau: Positive = Field(0.1, description="Temperature of similarities to prototypes.")
-    lambda_cross: NonNegative = Field(0.5, description="Weight of the cross supervision, eq. (6).")
-    lambda_contrast: NonNegative = Field(1.5, description="Weight of the prototypical contrast, eq. (7).")
-    lambda_activation: NonNegative = Field(
-        0.01, description="Weight of the activation regularisation, eq. (11)."
+    layers: int = Field(6, ge=1, le=12, description="Layers of the transformer decoder: MaskFormer's 6.")
+    heads: Count = Field(8, description="Attention heads of the transformer decoder: MaskFormer's 8.")
+    shared: Literal["decoder", "queries"] = Field(
+        "decoder",
+        description="What both networks have in common: transformer decoder and queries, or the queries "
+        "alone. The caption of figure 2 can be read either way.",
     )
+    assignment: Literal["softmax", "odds"] = Field(
+        "softmax",
+        description="f of eq. (9), of the sum S of a class's scores: odds is the text's softmax(e^S), which "
+        "learns at small learning rates alone; softmax(S) reads the softmax as what normalises the odds e^S.",
+    )
+    projection_dim: Count = Field(64, description="Dimension of F_p, which eq. (7) contrasts; ours.")
+    anchors: Count = Field(256, description="n of eq. (7), pixels drawn of each prototype; ours.")
+    negatives: Count = Field(512, description="r of eq. (7), negatives of each prototype; ours.")
+    tau: Positive = Field(0.1, description="Temperature of eq. (7); ours.")
+    normalize: bool = Field(
+        True, description="L2-normalise the pixels of eq. (7); the text has their plain dot products."
+    )
+    lambda_contrast: NonNegative = Field(0.5, description="lambda_1, weight of L_contra, eq. (7).")
+    lambda_cross: NonNegative = Field(1.5, description="lambda_2, weight of L_sp, eq. (6).")
+    lambda_activation: NonNegative = Field(0.01, description="lambda_3, weight of L_r, eq. (11).")
 
 
 MethodConfig = Annotated[

@@ -53,17 +53,16 @@ class PixelNetwork(nn.Module):
     """Sees every second pixel on its own: features by a 1x1 convolution, logits from them.
 
     With `prototypes` per class, those of an image lie around the mean of its features, and a pixel's scores
-    are their cosines with its features over `tau`.
+    are their dot products with its features; the projection is the square of the features.
 
     Attributes:
         calls: of each forward, whether it was in training mode and whether it made a graph.
     """
 
-    def __init__(self, classes: int, dim: int = 4, *, prototypes: int = 0, tau: float = 0.5) -> None:
+    def __init__(self, classes: int, dim: int = 4, *, prototypes: int = 0) -> None:
         super().__init__()
         self.embed, self.classify = nn.Conv2d(3, dim, 1), nn.Conv2d(dim, classes, 1)
         self.queries = nn.Parameter(torch.randn(classes, prototypes, dim)) if prototypes else None
-        self.tau = tau
         self.calls: list[tuple[bool, bool]] = []
 
     def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
@@ -72,12 +71,10 @@ class PixelNetwork(nn.Module):
         if self.queries is None:
             return NetworkOutput(self.classify(features), None, None, features)
         prototypes = self.queries + features.mean((2, 3))[:, None, None]
-        cosines = torch.einsum(
-            "bcnd,bdhw->bcnhw", F.normalize(prototypes, dim=-1), F.normalize(features, dim=1)
-        )
-        scores = cosines / self.tau
+        scores = torch.einsum("bcnd,bdhw->bcnhw", prototypes, features)
+        projection = features.square() if representations else None
         return NetworkOutput(
-            scores.amax(2), None, None, features, PrototypeScores(scores.flatten(1, 2), prototypes)
+            scores.sum(2), None, None, features, PrototypeScores(scores.flatten(1, 2), projection)
         )
 
 

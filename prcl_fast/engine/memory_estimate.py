@@ -66,7 +66,9 @@ class MemoryEstimator:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
-            self.method: Method = method.to_empty(device=device)
+            self.method: Method = method
+            for module in method.modules():  # each once, one that two networks share, too
+                module.to_empty(device=device, recurse=False)
         self.method.train()
         self._passes: dict[tuple[int, int, bool], PassBytes] = {}
 
@@ -74,7 +76,8 @@ class MemoryEstimator:
         """Weights, teacher, prototypes and momentum."""
         method = self.method
         student = tensor_bytes(_state(method.student))
-        networks = [method.student, *method.networks().values()]  # some share tensors
+        # What two networks share is the student's.
+        networks = [method.student, *method.networks().values()]
         teacher = tensor_bytes(tensor for network in networks for tensor in _state(network)) - student
         learned = [parameter for group in method.parameter_groups() for parameter in group["params"]]
         momentum = tensor_bytes(learned) if self.config.optim.momentum else 0

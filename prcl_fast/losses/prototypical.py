@@ -1,70 +1,116 @@
-"""The losses on prototypes of PPS: contrast between two networks' prototypes, and their even use.
+"""The losses on prototypes of PPS: pixels' contrast, class scores, and a class's prototypes one at a time.
 
 Source: Chen and Lian, "Semi-supervised Semantic Segmentation via Prototypical Contrastive Learning" (ACM MM
-2022), equation numbers are that paper's. Neither its text nor code of its authors is public: the forms below
-are this project's reading of what the equations are for.
+2022); equation numbers are that paper's.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prcl_fast.distributed import summed, world_size
+from prcl_fast.ops import Purpose, class_lists, philox_normal, sample_anchors, sample_negatives
+
+# Where `odds_logits` leaves the exponential for its tangent.
+_BOUND = 3.0
 
 
-def prototypical_contrast(prototypes: Tensor, other: Tensor, tau: float) -> Tensor:
-    """Eq. (7): InfoNCE between the prototypes of two networks for the same images.
+class Contrast(NamedTuple):
+    """L_contra and its sampling."""
 
-    The positive of prototype (c, j) is the other network's (c, j); its negatives are all other prototypes of
-    that network for the image, those of its own class included. Scores are cosines over tau; the other
-    network's prototypes are constants.
+    loss: Tensor  # scalar, float32
+    pixels: Tensor  # [K] int32, of each prototype
+
+
+def prototypical_contrast(
+    projection: Tensor,
+    prototype: Tensor,
+    valid: Tensor,
+    num_prototypes: int,
+    seed: Tensor,
+    *,
+    tau: float,
+    num_anchors: int,
+    num_negatives: int,
+    normalize: bool,
+) -> Contrast:
+    """L_contra, eq. (7): InfoNCE between pixels, which belong together where they share a prototype.
+
+    Of each prototype k, n pixels v_i and r negatives o_j are drawn, with replacement. A negative's prototype
+    is drawn uniformly from the others that have pixels, those of the same class included (the second strategy
+    of section 3.3), then its pixel. The positive v_i' of v_i is the next of the n; where both are the same
+    pixel, the term is left out, for i' is not i. The double sum of (7) is taken as the mean over its terms.
 
     Args:
-        prototypes: [B, C, n, D] floating.
-        other: the same, of the other network.
+        projection: F_p [B, D, h, w] floating, of the pixels of both networks.
+        prototype: [B, h, w] integer, the prototype of each pixel.
+        valid: [B, h, w] bool.
+        num_prototypes: K = N_p.
+        seed: int64 [2] = (seed, step), on the projection's device.
         tau: temperature.
+        num_anchors, num_negatives: n and r.
+        normalize: L2-normalise pixels, so that v . o is between -1 and 1; the text does not.
     Returns:
-        scalar, the mean over images and prototypes.
+        the loss, a 0 that stays in the graph where no term is left, and the sampling.
     """
-    own = F.normalize(prototypes.flatten(1, 2).float(), dim=-1)
-    constant = F.normalize(other.detach().flatten(1, 2).float(), dim=-1)
-    with torch.autocast(own.device.type, enabled=False):
-        scores = own @ constant.mT / tau  # [B, C n, C n]
-    positive = torch.arange(scores.shape[-1], device=scores.device).expand(len(scores), -1)
-    return F.cross_entropy(scores.flatten(0, 1), positive.flatten())
+    with torch.no_grad():
+        lists = class_lists(prototype, valid, valid, num_prototypes)
+        pixels = lists.valid_start.diff()
+        anchors = sample_anchors(
+            prototype, valid, valid, num_prototypes, num_anchors, seed, lists=lists
+        )  # [K, n]
+        itself = torch.eye(num_prototypes, dtype=torch.bool, device=pixels.device)
+        other = ((pixels > 0) & ~itself).double()
+        probability = other / other.sum(1, keepdim=True).clamp(min=1)
+        negatives = sample_negatives(
+            probability, prototype, valid, num_prototypes, 1, num_negatives, seed, lists=lists
+        )[:, 0]  # [K, r]
+        counts = (anchors >= 0) & (anchors.roll(-1, 1) != anchors) & (negatives[:, :1] >= 0)
+    rows = projection.permute(0, 2, 3, 1).flatten(0, 2)
+    v, o = rows[anchors.clamp(min=0)].float(), rows[negatives.clamp(min=0)].float()
+    if normalize:
+        v, o = F.normalize(v, dim=-1), F.normalize(o, dim=-1)
+    with torch.autocast(projection.device.type, enabled=False):
+        positive = (v * v.roll(-1, 1)).sum(-1, keepdim=True) / tau  # [K, n, 1]
+        scores = torch.cat([positive, v @ o.mT / tau], dim=-1)
+        terms = torch.logsumexp(scores, dim=-1) - positive[..., 0]
+        loss = torch.where(counts, terms, 0.0).sum() / counts.sum().clamp(min=1)
+    return Contrast(loss, pixels)
 
 
-def activation_regularization(scores: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Eq. (10) and (11): a class's prototypes shall share its pixels.
+def odds_logits(score: Tensor) -> Tensor:
+    """What the softmax of eq. (9) takes: psi(sigmoid(S)) = e^S, for S up to 3 and its tangent beyond.
 
-    a_cj, the mean over the class's pixels of the softmax over j of their scores for its prototypes, shall be
-    1 / n: the loss is the mean over the classes present of KL(a_c || uniform), 0 where all are used alike and
-    log n where one does everything. With several processes a_cj is that of all pixels, and the mean of what
-    the processes return is the loss, its gradient included.
+    psi(t) = t / (1 - t) takes sigmoid(S) back to the odds e^S. Written as in (9) they are infinite in float32
+    from S = 17 on, and e^S itself is a wrong pixel's loss and gradient. The tangent keeps both in bounds, and
+    the order of the scores, where a clamp would keep neither gradient nor order. At 3 nothing is lost: a
+    class there, beside classes below 0, has 19 nats over them, a probability of 1 to float32's precision.
 
     Args:
-        scores: [B, C * n, h, w].
-        label: [B, h, w] integer; outside 0 .. C-1 means "none".
-        num_classes: C.
+        score: S of eq. (8), any shape, floating.
     Returns:
-        scalar, float32; a 0 that stays in the graph where no class is present.
+        the same shape, float32 or float64.
     """
-    own = label.long().clamp(0, num_classes - 1)
-    inside = (label >= 0) & (label < num_classes)
-    rows = scores.float().permute(0, 2, 3, 1).unflatten(-1, (num_classes, -1))  # [B, h, w, C, n]
-    per_class = rows.shape[-1]
-    index = own[..., None, None].expand(-1, -1, -1, 1, per_class)
-    share = rows.gather(3, index).squeeze(3).softmax(dim=-1)  # [B, h, w, n]
-    # Not one_hot, which reads values on a CPU.
-    is_class = own[..., None] == torch.arange(num_classes, device=own.device)
-    member = (is_class & inside[..., None]).to(share.dtype)  # [B, h, w, C]
-    with torch.autocast(share.device.type, enabled=False):  # float16 ends at 65504 pixels
-        sums = torch.einsum("bhwc,bhwn->cn", member, share)
-    total = summed(torch.cat([sums.detach(), member.sum((0, 1, 2))[:, None]], dim=1))
-    count = total[:, per_class:]
-    # The sum over j of a_cj is constant: the gradient of a log(n a) is that of a times a constant log(n a).
-    logarithm = (per_class * total[:, :per_class] / count.clamp(min=1)).clamp(min=1e-12).log()
-    divergence = (sums * world_size() / count.clamp(min=1) * logarithm).sum(1)
-    return divergence.sum() / (count > 0).sum().clamp(min=1)
+    score = score if score.dtype == torch.float64 else score.float()
+    bounded = score.clamp(max=_BOUND)
+    return bounded.exp() * (1 + (score - bounded))
+
+
+def one_prototype_per_class(scores: list[Tensor], num_classes: int, seed: Tensor) -> list[Tensor]:
+    """p_c of eq. (10): the scores of one prototype of each class, drawn uniformly, the same for all pixels.
+
+    Args:
+        scores: maps P_m [B, C * n, h, w], all of which get the same draw.
+        num_classes: C.
+        seed: int64 [2] = (seed, step), on the scores' device.
+    Returns:
+        [B, C, h, w] of each, channels_last.
+    """
+    per_class = scores[0].shape[1] // num_classes
+    # The largest of n independent numbers of one distribution is each of them equally often.
+    drawn = philox_normal(seed, (num_classes, per_class), Purpose.ACTIVATED_PROTOTYPE).argmax(1)
+    number = torch.arange(num_classes, device=drawn.device) * per_class + drawn
+    return [score.permute(0, 2, 3, 1).index_select(3, number).permute(0, 3, 1, 2) for score in scores]

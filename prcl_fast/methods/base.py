@@ -13,7 +13,7 @@ from prcl_fast.config import Config
 from prcl_fast.config_methods import UnlabeledConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.batches import Batch
-from prcl_fast.losses import start_counting, supervised_loss
+from prcl_fast.losses import PixelCounts, start_counting, supervised_loss
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, build_network
 from prcl_fast.parts import part
 
@@ -114,8 +114,12 @@ class Method(nn.Module):
             image = self.normalize(batch.labeled_image)
             outputs = [network(image, representations=False) for network in self.learners()]
         with part("losses"):
-            terms = [supervised_loss(output.logits, batch.label, counts=counts()) for output in outputs]
+            terms = [self.labeled_loss(output.logits, batch.label, counts()) for output in outputs]
             return outputs, torch.stack(terms).sum()
+
+    def labeled_loss(self, logits: Tensor, label: Tensor, counts: PixelCounts | None) -> Tensor:
+        """L_s of one network, eq. (13), of its logits [B, C, h, w] and the labels [B, H, W]."""
+        return supervised_loss(logits, label, counts=counts)
 
     def after_step(self, step: Step) -> None:
         """Called once after the optimiser step of `step`."""

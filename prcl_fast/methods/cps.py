@@ -28,6 +28,7 @@ class CPS(Method):
 
     needs_unlabeled = True
     unlabeled_terms: tuple[str, ...] = ("loss_cross",)
+    representations = False  # whether the pass that learns embeds the pixels, too
 
     def __init__(self, config: Config, num_classes: int) -> None:
         assert isinstance(config.method, (CPSConfig, PPSConfig))
@@ -51,25 +52,24 @@ class CPS(Method):
         image, targets = self.mixed(batch)
         _, labeled, unlabeled = self.student_passes(batch, image)
         supervised = self.supervised(batch, labeled)
-        cross = self.cross_supervision(batch, labeled, unlabeled, targets)
+        cross = self.cross_supervision(batch, labeled, unlabeled, None if targets is None else targets[0])
         return {
             "loss": supervised + self.lambda_cross * cross,
             "loss_supervised": supervised,
             "loss_cross": cross,
         }
 
-    def scores(self, output: NetworkOutput) -> Tensor:
-        """What pseudo-labels are read from and learned by: [B, categories, h, w]."""
-        return output.logits
+    def scores(self, output: NetworkOutput) -> tuple[Tensor, ...]:
+        """Maps [B, categories, h, w] that pseudo-labels are read from; those of the first learn by L_cps."""
+        return (output.logits,)
 
-    def logits(self, scores: Tensor) -> Tensor:
-        """[B, categories, h, w] of `scores` -> the class scores that labels supervise, [B, C, h, w]."""
-        return scores
-
-    def mixed(self, batch: Batch) -> tuple[Tensor, list[Tensor] | None]:
-        """The unlabeled images as the networks learn from them, and each network's labels of them.
+    def mixed(self, batch: Batch) -> tuple[Tensor, list[list[Tensor]] | None]:
+        """The unlabeled images as the networks learn from them, and their labels.
 
         With `mix: none` there are no labels yet: they come from the pass that learns.
+
+        Returns:
+            The images, and for each of `scores` both networks' labels [B, H, W] of them.
         """
         assert batch.unlabeled_image is not None
         assert batch.inside is not None
@@ -83,13 +83,16 @@ class CPS(Method):
             for network in self.learners():
                 with part("teacher"):
                     output = network(self.normalize(weak), representations=False)
-                    label, confidence = pseudo_label(self.scores(output), weak.shape[-2:])
-                    label = label.masked_fill(~batch.inside, IGNORE)
-                with part("strong augmentation"):
-                    # The boxes depend on the draws alone: both networks see the same image.
-                    image, label, _ = mix(weak, label, confidence, batch.strong, "cutmix")
-                targets.append(label)
-        return image, targets
+                    found = [pseudo_label(scores, weak.shape[-2:]) for scores in self.scores(output)]
+                own = []
+                for label, confidence in found:
+                    with part("strong augmentation"):
+                        label = label.masked_fill(~batch.inside, IGNORE)
+                        # The boxes depend on the draws alone: all get the same image.
+                        image, label, _ = mix(weak, label, confidence, batch.strong, "cutmix")
+                    own.append(label)
+                targets.append(own)
+        return image, [list(labels) for labels in zip(*targets, strict=True)]
 
     def student_passes(
         self, batch: Batch, unlabeled_image: Tensor
@@ -97,22 +100,22 @@ class CPS(Method):
         """Both networks on labeled and unlabeled images together.
 
         Returns:
-            Each network's output, and its `scores` of the labeled and of the unlabeled images. The losses
-            read the two parts and never some rows of the whole, whose gradient would be filled up with zeros
-            in another memory format.
+            Each network's output, and the first of its `scores` of the labeled and of the unlabeled images.
+            The losses read the two parts and never some rows of the whole, whose gradient would be filled up
+            with zeros in another memory format.
         """
         image = self.normalize(torch.cat([batch.labeled_image, unlabeled_image]))
         with part("student"):
-            outputs = [network(image, representations=False) for network in self.learners()]
+            outputs = [network(image, representations=self.representations) for network in self.learners()]
             sizes = [len(batch.labeled_image), len(unlabeled_image)]
-            parts = [self.scores(output).split(sizes) for output in outputs]
+            parts = [self.scores(output)[0].split(sizes) for output in outputs]
         return outputs, [labeled for labeled, _ in parts], [unlabeled for _, unlabeled in parts]
 
-    def supervised(self, batch: Batch, scores: list[Tensor]) -> Tensor:
-        """L_s, summed over the networks, of their scores of the labeled images."""
+    def supervised(self, batch: Batch, logits: list[Tensor]) -> Tensor:
+        """L_s, summed over the networks, of their logits of the labeled images."""
         counts = start_counting(batch.label)
         with part("losses"):
-            terms = [supervised_loss(self.logits(score), batch.label, counts=counts()) for score in scores]
+            terms = [self.labeled_loss(own, batch.label, counts()) for own in logits]
             return torch.stack(terms).sum()
 
     def cross_supervision(
@@ -127,7 +130,7 @@ class CPS(Method):
         """
         with part("losses"):
             if targets is not None:
-                return self._crossed(unlabeled, targets)
+                return self.crossed(unlabeled, targets)
             assert batch.inside is not None
             terms = []
             # A labeled image's border is ignored, too.
@@ -135,11 +138,14 @@ class CPS(Method):
                 with torch.no_grad():
                     labels = [pseudo_label(score, inside.shape[-2:])[0] for score in scores]
                     labels = [label.masked_fill(~inside, IGNORE) for label in labels]
-                terms.append(self._crossed(scores, labels))
+                terms.append(self.crossed(scores, labels))
             return terms[0] + terms[1]
 
-    def _crossed(self, scores: list[Tensor], targets: list[Tensor]) -> Tensor:
-        # Both networks' labels are ignored at the same pixels.
+    def crossed(self, scores: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """The cross-entropy of each network's scores with the other's labels, summed over both.
+
+        Both networks' labels are ignored at the same pixels.
+        """
         counts = start_counting(targets[0])
         return supervised_loss(scores[0], targets[1], counts=counts()) + supervised_loss(
             scores[1], targets[0], counts=counts()

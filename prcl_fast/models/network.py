@@ -70,8 +70,8 @@ class SegmentationNetwork(nn.Module):
         representation_dim: D, the dimension of the latent space; None builds no representation head.
         probability: whether to build the probability head; it has the representation's dimension.
         initial_variance: where the probability head's variances start.
-        query_head: makes a head of prototypes from (in_channels, hidden_channels), in place of the linear
-            one.
+        query_head: makes a head of prototypes from (in_channels, hidden_channels, high_channels), in place of
+            the linear one.
 
     Raises:
         InputError: an unknown backbone, stem or output stride, a stem or width that the backbone has not,
@@ -90,7 +90,7 @@ class SegmentationNetwork(nn.Module):
         representation_dim: int | None = None,
         probability: bool = False,
         initial_variance: float = 0.5,
-        query_head: Callable[[int, int], QueryHead] | None = None,
+        query_head: Callable[[int, int, int], QueryHead] | None = None,
     ) -> None:
         super().__init__()
         if probability and representation_dim is None:
@@ -104,7 +104,7 @@ class SegmentationNetwork(nn.Module):
         self.classifier: SegmentationHead | QueryHead = (
             SegmentationHead(features, width, num_classes)
             if query_head is None
-            else query_head(features, width)
+            else query_head(features, width, self.backbone.out_channels)
         )
         self.representation: RepresentationHead | None = None
         self.probability: ProbabilityHead | None = None
@@ -120,7 +120,8 @@ class SegmentationNetwork(nn.Module):
         Args:
             x: images [B, 3, H, W], any size from the output stride on; channels_last is the fast format. A
                 training batch must hold more than one pixel at the output stride.
-            representations: False skips the representation and probability heads.
+            representations: False skips the representation and probability heads, and the projection of a
+                head of prototypes.
 
         Returns:
             NetworkOutput; mu and var are None where the head is absent or skipped. Under autocast logits and
@@ -139,10 +140,11 @@ class SegmentationNetwork(nn.Module):
 
     def _pass(self, x: Tensor, representations: bool) -> NetworkOutput:
         self._passes.begin()
-        features = self.decoder(*self.backbone(x))
+        low, high = self.backbone(x)
+        features = self.decoder(low, high)
         prototypes = None
         if isinstance(self.classifier, QueryHead):
-            logits, prototypes = self.classifier(features)
+            logits, prototypes = self.classifier(features, high, project=representations)
         else:
             logits = self.classifier(features)
         mu = var = None
@@ -214,7 +216,7 @@ def build_network(
             per_class=queries.prototypes,
             layers=queries.layers,
             heads=queries.heads,
-            tau=queries.tau,
+            projection_dim=queries.projection_dim,
         )
     network = SegmentationNetwork(
         model.backbone,

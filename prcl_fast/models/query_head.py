@@ -4,75 +4,72 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.models.heads import RepresentationHead
-
-# Attention reads the pixels at the output stride: every fourth of each direction at stride 4.
-_POOL = 4
+from prcl_fast.models.query_decoder import QueryDecoder
 
 
 class PrototypeScores(NamedTuple):
     """What a head of prototypes knows beside the logits."""
 
-    scores: Tensor  # [B, C * n, h, w], similarity of every pixel with every prototype, over tau
-    prototypes: Tensor  # [B, C, n, D]
+    scores: Tensor  # P_m [B, C * n, h, w]; prototype j of class c has the number c * n + j
+    projection: Tensor | None  # F_p [B, projection_dim, h, w]; None where it was not asked for
 
 
 class QueryHead(nn.Module):
-    """Decoder features -> prototypes of each image -> scores of its pixels: [B, in, h, w] -> [B, C, h, w].
+    """Features of decoder and backbone -> scores of pixels for prototypes, and logits [B, C, h, w].
 
-    n queries for each class attend to one another and to the image's embedded pixels; what they become are
-    the image's prototypes. A pixel's score for a prototype is their cosine over tau, and a class's logit the
-    score of the class's nearest prototype: many prototypes, one class.
+    A pixel's score for a prototype is the dot product of its embedding F[:, i] with the prototype, a column
+    of M; a class's logit S is the sum of its n prototypes' scores.
+
+    Source: Chen and Lian (ACM MM 2022), section 3.3 and eq. (8) without f, which leaves the argmax as it is:
+    see `losses.prototypical`.
 
     Args:
         in_channels, hidden_channels: of the embedding's 3x3 convolution.
-        dim: D, of embedding, queries and prototypes.
+        high_channels: of the backbone's last map.
+        dim: d, of embeddings, queries and prototypes.
         num_classes: C.
         per_class: n.
-        layers, heads: of the transformer decoder; heads divides dim.
-        tau: temperature of the scores.
+        layers, heads: of the transformer decoder.
+        projection_dim: of F_p, the embedding behind the projector Phi, two 1x1 convolutions with a ReLU.
     """
 
     def __init__(
         self,
         in_channels: int,
         hidden_channels: int,
+        high_channels: int,
         dim: int,
         num_classes: int,
         *,
         per_class: int,
         layers: int,
         heads: int,
-        tau: float,
+        projection_dim: int,
     ) -> None:
         super().__init__()
-        self.tau, self.shape = tau, (num_classes, per_class)
+        self.num_classes = num_classes
         self.embedding = RepresentationHead(in_channels, hidden_channels, dim)
-        self.queries = nn.Parameter(torch.randn(num_classes * per_class, dim))
-        layer = nn.TransformerDecoderLayer(
-            dim, heads, dim_feedforward=4 * dim, dropout=0.0, batch_first=True, norm_first=True
+        self.decoder = QueryDecoder(high_channels, dim, num_classes * per_class, layers=layers, heads=heads)
+        self.projector = nn.Sequential(
+            nn.Conv2d(dim, dim, 1), nn.ReLU(inplace=True), nn.Conv2d(dim, projection_dim, 1)
         )
-        self.decoder = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(dim))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, PrototypeScores]:
-        """The logits [B, C, h, w] and what they come from."""
+    def forward(self, features: Tensor, high: Tensor, *, project: bool) -> tuple[Tensor, PrototypeScores]:
+        """The logits [B, C, h, w] and what they come from.
+
+        Args:
+            features: [B, in_channels, h, w], the DeepLabv3+ decoder's.
+            high: [B, high_channels, h', w'], the backbone's last map.
+            project: whether to embed the pixels for the contrast.
+        """
         embedding = self.embedding(features)
-        pixels = F.avg_pool2d(embedding, _POOL, ceil_mode=True).flatten(2).transpose(1, 2)
-        queries = self.queries.expand(len(features), -1, -1)
-        prototypes = self.decoder(queries, pixels)  # [B, C * n, D]
+        prototypes = self.decoder(high)  # [B, C * n, d]
         # Rows of pixels: a product of matrices whose result, and gradient, is channels_last.
-        rows = F.normalize(embedding, dim=1).permute(0, 2, 3, 1)
-        similarity = rows.flatten(1, 2) @ F.normalize(prototypes, dim=-1).mT  # [B, h * w, C * n]
-        scores = (similarity / self.tau).unflatten(1, rows.shape[1:3]).permute(0, 3, 1, 2)
-        logits = of_nearest(scores, self.shape[0])
-        return logits, PrototypeScores(scores, prototypes.unflatten(1, self.shape))
-
-
-def of_nearest(scores: Tensor, num_classes: int) -> Tensor:
-    """Scores of prototypes [B, C * n, h, w] -> of each class's nearest one, [B, C, h, w] in channels_last."""
-    rows = scores.permute(0, 2, 3, 1).unflatten(-1, (num_classes, -1))
-    return rows.amax(dim=-1).permute(0, 3, 1, 2)
+        pixels = embedding.permute(0, 2, 3, 1)
+        scores = (pixels.flatten(1, 2) @ prototypes.mT).unflatten(1, pixels.shape[1:3])  # [B, h, w, C * n]
+        logits = scores.unflatten(-1, (self.num_classes, -1)).sum(dim=-1)
+        projection = self.projector(embedding) if project else None
+        return logits.permute(0, 3, 1, 2), PrototypeScores(scores.permute(0, 3, 1, 2), projection)

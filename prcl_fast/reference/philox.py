@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     ANCHORS = 1
     NEGATIVES = 2
     VIRTUAL_NEGATIVES = 3
+    ACTIVATED_PROTOTYPE = 4
 
 
 def philox_4x32(
