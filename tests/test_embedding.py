@@ -9,7 +9,7 @@ from conftest import tiny_tree
 from run_folders import write_run
 
 from prcl_fast.analysis.embedding import at_resolution, embed, label_maps
-from prcl_fast.analysis.prototypes import pixel_prototypes, stored_prototypes, virtual_negatives
+from prcl_fast.analysis.prototypes import pixel_prototypes, stored_prototypes, stored_virtual_negatives
 from prcl_fast.config import parse_config
 from prcl_fast.data.pixel_draws import draw_pixels
 from prcl_fast.data.source import build_source
@@ -119,14 +119,13 @@ def test_stored_prototypes_and_virtual_negatives_are_those_of_the_runs_state(tmp
     mean = torch.tensor([[1.0, 2], [3, 4], [5, 6]], dtype=torch.float64)
     variance = torch.tensor([[0.5, 0.25], [0.1, 0.2], [1, 1]], dtype=torch.float64)
     state = {"contrast.count": torch.tensor([10, 20, 0])}
-    if kind == "ema":
-        state |= {"contrast.mean": mean, "contrast.variance": variance}
-    else:
-        state |= {"contrast.precision": 1 / variance, "contrast.weighted_mean": mean / variance}
+    state |= {"contrast.precision": 1 / variance, "contrast.weighted_mean": mean / variance}
+    if kind == "ema":  # its virtual negatives come from the GDP all the same
+        state |= {"contrast.mean": mean + 10, "contrast.variance": 9 * variance}
     prototypes = stored_prototypes(method, state)
-    np.testing.assert_allclose(prototypes.mean[:2, 0], mean[:2])
+    np.testing.assert_allclose(prototypes.mean[:2, 0], mean[:2] + (10 if kind == "ema" else 0))
     assert np.isnan(prototypes.mean[2]).all()
-    virtual = virtual_negatives(prototypes, method, seed=1)
+    virtual = stored_virtual_negatives(method, state, seed=1)
     assert virtual.shape == (3, method.virtual_negatives, 2)
     assert np.isnan(virtual[2]).all()
     noise = (virtual[:2] - mean[:2, None].numpy()) / (2.0 * variance[:2, None].numpy())
@@ -143,7 +142,7 @@ def test_stored_prototypes_of_pcr_are_all_of_every_class(tmp_path):
     np.testing.assert_array_equal(prototypes.mean[:2], stored[:2])
     assert np.isnan(prototypes.mean[2]).all()
     assert "student's pixels" in prototypes.origin
-    assert virtual_negatives(prototypes, method, 0) is None
+    assert stored_virtual_negatives(method, state, 0) is None
 
 
 @pytest.mark.parametrize("features", ["decoder", "aspp"])
@@ -171,13 +170,5 @@ def test_a_run_without_kept_prototypes_or_virtual_negatives_has_none(tmp_path):
     assert stored_prototypes(local, {}) is None
     supervised = parse_config(tiny_tree(tmp_path, name="supervised"), "test").method
     assert stored_prototypes(supervised, {}) is None
-    kept = stored_prototypes(
-        parse_config(tiny_tree(tmp_path, prototype="ema"), "test").method,
-        {
-            "contrast.count": torch.ones(2),
-            "contrast.mean": torch.ones(2, 3),
-            "contrast.variance": torch.ones(2, 3),
-        },
-    )
-    assert virtual_negatives(kept, local, 0) is None
-    assert virtual_negatives(kept, supervised, 0) is None
+    assert stored_virtual_negatives(local, {}, 0) is None
+    assert stored_virtual_negatives(supervised, {}, 0) is None

@@ -38,13 +38,13 @@ from prcl_fast.analysis.embedding_figures import (
 )
 from prcl_fast.analysis.metrics import read_metrics
 from prcl_fast.analysis.prototype_path import checkpoints_of, logged_shift, moves, prototype_path
-from prcl_fast.analysis.prototypes import Prototypes, pixel_prototypes, virtual_negatives
+from prcl_fast.analysis.prototypes import Prototypes, pixel_prototypes, stored_virtual_negatives
 from prcl_fast.analysis.style import save_figure
 from prcl_fast.config import Config, override_config
 from prcl_fast.data.atomic import write_text
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source, build_source
-from prcl_fast.engine.checkpoint import LoadedRun, find_checkpoint, load_run
+from prcl_fast.engine.checkpoint import find_checkpoint, load_checkpoint, load_run
 from prcl_fast.errors import InputError
 
 LABEL, PREDICTION = "label", "prediction"
@@ -117,7 +117,7 @@ def write_analysis(
         drawn.group,
         "true class" if question.by == LABEL else "predicted class",
         current.mean,
-        virtual_negatives(current, loaded.config.method, question.seed),
+        stored_virtual_negatives(loaded.config.method, load_checkpoint(main)["method"], question.seed),
         None if embedding.variance is None else embedding.variance.mean(axis=1),
         wrong,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from prcl_fast.analysis.embedding import Embedding
 from prcl_fast.config_methods import MethodConfig, PCRConfig, PRCLConfig
 from prcl_fast.data.pixel_draws import DrawnPixels
-from prcl_fast.losses import contrast
+from prcl_fast.losses.virtual_negatives import virtual_negatives
 from prcl_fast.ops import PrototypeStatistics, prototype_statistics
 
 
@@ -22,12 +22,10 @@ class Prototypes:
 
     Attributes:
         mean: float64 [C, K, D], nan for a class without prototypes.
-        statistics: of the classes' distributions, K = 1; None where prototypes are points.
     """
 
     mean: np.ndarray
     origin: str
-    statistics: PrototypeStatistics | None = None
 
 
 def stored_prototypes(method: MethodConfig, state: Mapping[str, Tensor]) -> Prototypes | None:
@@ -67,17 +65,33 @@ def pixel_prototypes(embedding: Embedding, drawn: DrawnPixels, num_classes: int)
     return _distributions(prototype_statistics(mu, var, group, valid, num_classes), origin)
 
 
-def virtual_negatives(prototypes: Prototypes, method: MethodConfig, seed: int) -> np.ndarray | None:
-    """[C, V, D]: as the run draws them; nan for a class without prototype, None without V."""
-    statistics = prototypes.statistics
-    if statistics is None or not isinstance(method, PRCLConfig) or not method.virtual_negatives:
+def stored_virtual_negatives(
+    method: MethodConfig, state: Mapping[str, Tensor], seed: int
+) -> np.ndarray | None:
+    """[C, V, D] as the run draws them, from its GDPs; nan for a class without one, None without V.
+
+    Args:
+        state: the method's state in a checkpoint.
+    """
+    if not isinstance(method, PRCLConfig) or not method.virtual_negatives:
         return None
-    drawn = contrast.virtual_negatives(
-        statistics, method.virtual_negatives, method.beta, torch.tensor([seed, 0])
+    known = state["contrast.count"] > 0
+    prototypes = PrototypeStatistics(
+        state["contrast.precision"], state["contrast.weighted_mean"], state["contrast.count"]
     )
-    return torch.where((statistics.count > 0)[:, None, None], drawn.double(), torch.nan).numpy()
+    spread = prototypes.variance
+    if method.virtual_spread == "class":
+        spread = state["contrast.spread"].double().sqrt()
+    drawn = virtual_negatives(
+        prototypes,
+        method.virtual_negatives,
+        method.beta,
+        torch.tensor([seed, 0]),
+        torch.where(known[:, None], spread, 0.0),
+    )
+    return torch.where(known[:, None, None], drawn.double(), torch.nan).numpy()
 
 
 def _distributions(statistics: PrototypeStatistics, origin: str) -> Prototypes:
     mean = torch.where(statistics.count[:, None] > 0, statistics.mean.double(), torch.nan)
-    return Prototypes(mean[:, None].numpy(), origin, statistics)
+    return Prototypes(mean[:, None].numpy(), origin)
