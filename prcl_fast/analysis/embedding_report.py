@@ -44,7 +44,7 @@ from prcl_fast.config import Config, override_config
 from prcl_fast.data.atomic import write_text
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source, build_source
-from prcl_fast.engine.checkpoint import find_checkpoint, load_checkpoint, load_run
+from prcl_fast.engine.checkpoint import LoadedRun, find_checkpoint, load_checkpoint, load_run
 from prcl_fast.errors import InputError
 
 LABEL, PREDICTION = "label", "prediction"
