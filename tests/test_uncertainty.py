@@ -244,7 +244,7 @@ def test_movement_is_the_variation_that_the_start_does_not_explain() -> None:
             maps.append(torch.cat([plain(x).mean(1).flatten() for x in batches]))
     expected = 1 - correlation(*maps) ** 2
     assert 0.02 < expected < 0.5
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-4)  # sigma^2 is float32
 
     with torch.no_grad():
         head.fc1.normal_()
