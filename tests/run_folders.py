@@ -92,7 +92,7 @@ def write_metrics(folder: Path, method: str, steps: int = 40) -> None:
             record = {"kind": "eval", "iteration": iteration, "miou": 50 * t, "miou_student": student}
             if method == "prcl":
                 record |= {"variance_auroc": 0.5 + 0.2 * t, "variance_auroc_student": 0.5 + 0.1 * t}
-                record |= {"confidence_auroc": 0.8, "probability_moved": 0.1 * t}
+                record |= {"confidence_auroc": 0.8, "variance_moved": 0.1 * t}
             records.append(record | {"iou": {"disc": 50 * t, "square": None}})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

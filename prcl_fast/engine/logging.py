@@ -19,7 +19,7 @@ from prcl_fast.engine.event_file import EventFile
 # What of an evaluation is shown, with how many decimals.
 _SHOWN = {
     **{"miou": 2, "miou_student": 2},
-    **{"variance_auroc": 3, "confidence_auroc": 3, "probability_moved": 4},
+    **{"variance_auroc": 3, "confidence_auroc": 3, "variance_moved": 4},
 }
 
 

@@ -43,7 +43,7 @@ from prcl_fast.methods import build_method
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
 
 _SKIPPED_IN_A_ROW = 10  # so many steps left out one after the other end the run
-_OF_VARIANCE = ("variance_auroc", "variance_auroc_student", "confidence_auroc", "probability_moved")
+_OF_VARIANCE = ("variance_auroc", "variance_auroc_student", "confidence_auroc", "variance_moved")
 
 
 class InterruptedRunError(RunError):
@@ -217,15 +217,16 @@ class Trainer:
     def _evaluate(self, log: RunLog | None) -> None:
         config = self.config
         self.watchdog.at("evaluating")
-        results = evaluate(
-            self.method.networks(),
-            self.source,
-            config.data,
-            config.eval,
-            self.device,
-            amp=config.train.amp,
-            progress=lambda done, total: self.watchdog.alive(f"evaluating, image {done} of {total}"),
-        )
+        with contextlib.nullcontext() if self._head is None else self._head.watching():
+            results = evaluate(
+                self.method.networks(),
+                self.source,
+                config.data,
+                config.eval,
+                self.device,
+                amp=config.train.amp,
+                progress=lambda done, total: self.watchdog.alive(f"evaluating, image {done} of {total}"),
+            )
         main = next(iter(results.values()))
         iou = dict(zip(self.source.classes, (100 * main.iou).tolist(), strict=True))
         last = {"miou": main.miou, "miou_student": results["student"].miou}
@@ -245,7 +246,7 @@ class Trainer:
         if self._head is None or main is None or student is None:
             return {}
         moved = self._head.moved()
-        values: dict[str, Any] = main.summary() | {"probability_moved": moved}
+        values: dict[str, Any] = main.summary() | {"variance_moved": moved}
         if not math.isnan(student.variance.auroc):
             values["variance_auroc_student"] = student.variance.auroc
         # In the first half of a run there is time left to move.

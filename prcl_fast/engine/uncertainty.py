@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from prcl_fast.data.source import IGNORE
+from prcl_fast.distributed import summed
 from prcl_fast.models.heads import ProbabilityHead
 
 # A bin is the leading bits of a float32: 4096 bins for each power of two, from 2^-20 to 1. Values of one bin
@@ -19,8 +22,7 @@ _DROPPED_BITS = 11
 _FIRST = int(np.float32(2.0**-20).view(np.int32)) >> _DROPPED_BITS
 BINS = (int(np.float32(1.0).view(np.int32)) >> _DROPPED_BITS) - _FIRST + 1
 
-# Rows turned by this much, about 3 degrees, give products that agree with the first ones to a correlation of
-# 0.999.
+# Below this share sigma^2 counts as what it was: its start tells the pixels apart as well as it does itself.
 MOVED = 0.05
 
 
@@ -86,47 +88,67 @@ class Uncertainty:
 
 
 class HeadMovement:
-    """How far the layers of a probability head have moved since this was made.
+    """How much of sigma^2 a probability head has learned since this was made.
 
     Mean and deviation of sigma^2 cannot tell: the batch norm of the head's last layer holds them where its
-    gain and bias say, whatever the weights before it are. Which pixels get a large sigma^2 is up to those.
+    gain and bias say, whatever the weights before it are. Nor can the length of their way: many small turns
+    that agree change the mean over D far more than each dimension. So the starting head is kept, and both
+    look at the same features.
 
     Args:
-        head: at the start of the run.
+        head: at the start of the run, before its batch norms meet those of other processes.
     """
 
     def __init__(self, head: ProbabilityHead) -> None:
         self._head = head
-        self._start = _layers(head)
+        # Batch statistics for both: the running ones of the start belong to features that are gone.
+        self._start, self._now = (copy.deepcopy(head).requires_grad_(False).train() for _ in range(2))
+        self._sums: Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the block, what the head is given is looked at."""
+        self._now.load_state_dict(self._head.state_dict())
+        self._sums = torch.zeros(6, dtype=torch.float64, device=self._head.beta.device)
+        hook = self._head.register_forward_hook(self._look)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def moved(self) -> float:
-        """|theta - theta_0| / |theta_0|, the rows of both weights normalised as in the forward pass.
+        """1 - r^2, r the correlation of sigma^2 (its mean over D) with that of the starting head.
 
-        theta is what stands before the last batch norm. 0 at the start; for unrelated weights about 1.2.
-        Waits for the device.
+        Over all pixels that the head was given in the last `watching`. The share of its variation that the
+        start does not explain: 0 at the start, 1 for an unrelated head, nan where one of both is constant.
+        Waits for the device; every process must call it.
         """
-        difference = torch.linalg.vector_norm(_layers(self._head) - self._start)
-        return float(difference / torch.linalg.vector_norm(self._start))
+        assert self._sums is not None
+        n, a, b, aa, bb, ab = summed(self._sums.clone()).tolist()
+        if n == 0:
+            return math.nan
+        spread = (aa - a * a / n) * (bb - b * b / n)
+        return 1 - (ab - a * b / n) ** 2 / spread if spread > 0 else math.nan
+
+    @torch.no_grad()
+    def _look(self, head: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        a, b = (one(inputs[0]).double().mean(dim=1).flatten() for one in (self._start, self._now))
+        assert self._sums is not None
+        sums = [a.sum(), b.sum(), a.dot(a), b.dot(b), a.dot(b)]
+        self._sums += torch.stack([torch.full_like(sums[0], len(a)), *sums])
 
 
 def explain_unlearned(moved: float, rate: float) -> str | None:
-    """A sentence for a head that is still the random one it was; None for one that has moved.
+    """A sentence for a sigma^2 that is still the random one it was; None for one that has moved.
 
     Args:
         moved: see `HeadMovement`; below `MOVED` the head counts as still.
         rate: its learning rate.
     """
-    if moved >= MOVED:
+    if not moved < MOVED:
         return None
     return (
-        f"sigma^2 is not learned: the probability head has moved by {100 * moved:.2g}% of its size since the "
-        f"start, less than {100 * MOVED:.0f}%, so sigma^2 and its AUROC are what random weights make of the "
-        f"features; raise optim.probability_lr, now {rate:.2g}"
+        f"sigma^2 is not learned: {100 * (1 - moved):.4g}% of its variation over pixels, more than "
+        f"{100 * (1 - MOVED):.0f}%, is what the first, random weights of the probability head make of the "
+        f"features, and so is its AUROC; raise optim.probability_lr, now {rate:.2g}"
     )
-
-
-@torch.no_grad()
-def _layers(head: ProbabilityHead) -> Tensor:
-    """The weights without the lengths that the forward pass takes out, and the inner batch norm: [N]."""
-    rows = [F.normalize(weight.double(), dim=1).flatten() for weight in (head.fc1, head.fc2)]
-    return torch.cat([*rows, head.bn1.weight.double(), head.bn1.bias.double()])
