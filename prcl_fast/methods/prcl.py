@@ -100,6 +100,8 @@ class PRCL(MeanTeacher):
             if tensor is not None:
                 values[f"{name}_mean"] = float(tensor.float().mean())
                 values[f"{name}_std"] = float(tensor.float().std())
+        if self._mu is not None and self._var is not None:
+            values["variance_norm_correlation"] = _correlation_with_norm(self._mu, self._var)
         found = self.contrast.diagnostics
         if not found:
             return values
@@ -130,6 +132,16 @@ class PRCL(MeanTeacher):
         values = {f"mass_{name}": mass for name, mass in terms.masses().items()}
         values |= {"negative_classes": terms.negative_classes(), "virtual_spread": terms.virtual_spread()}
         return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _correlation_with_norm(mu: Tensor, var: Tensor) -> float | None:
+    """The correlation over pixels of sigma^2 (its mean over D) with |mu|: near 1, sigma^2 is a matter of length.
+
+    None where either is constant.
+    """
+    pairs = torch.stack([var.float().mean(dim=1).flatten(), mu.float().norm(dim=1).flatten()])
+    value = float(torch.corrcoef(pairs.double())[0, 1])
+    return value if math.isfinite(value) else None
 
 
 @torch.no_grad()
