@@ -88,6 +88,8 @@ def odds_logits(score: Tensor) -> Tensor:
     from S = 17 on, and e^S itself is a wrong pixel's loss and gradient. The tangent keeps both in bounds, and
     the order of the scores, where a clamp would keep neither gradient nor order. At 3 nothing is lost: a
     class there, beside classes below 0, has 19 nats over them, a probability of 1 to float32's precision.
+    Unlike a softmax of S this one is not blind to what all classes have in common: where all S are far below
+    0, all odds are 0, and so is the gradient.
 
     Args:
         score: S of eq. (8), any shape, floating.

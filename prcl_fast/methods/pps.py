@@ -42,7 +42,10 @@ class PPS(CPS):
     of both networks that have a prototype in common are one another's positives, eq. (7).
 
     The logits of a network are the sums S of eq. (8). f of eq. (9) keeps their order, so that inference is
-    their argmax; labels supervise f(S), at the label's size.
+    their argmax; labels supervise f(S), at the label's size. As scores are linear in the prototypes, S is the
+    pixel's dot product with the sum of a class's prototypes: one prototype can have every pixel, and L_sp be
+    0, while another of its class makes up for it in S. This is the trivial solution that L_r, which reads
+    single prototypes, is there to prevent (section 3.5); `prototypes_used` in the log tells of it.
     """
 
     unlabeled_terms: tuple[str, ...] = ("loss_cross", "loss_contrast", "loss_activation")
