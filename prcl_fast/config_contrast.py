@@ -41,7 +41,7 @@ class ContrastConfig(Section):
     memory_bank: int = Field(
         0,
         ge=0,
-        description="Representations of earlier batches kept per class, in place of virtual negatives; "
+        description="Representations of recent batches kept per class, in place of virtual negatives; "
         "0: none.",
     )
     bank_negatives: Count = Field(4, description="Negatives per class drawn from the memory bank.")

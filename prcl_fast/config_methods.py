@@ -133,11 +133,11 @@ class PPSConfig(UnlabeledConfig):
     )
     assignment: Literal["softmax", "odds"] = Field(
         "softmax",
-        description="f of eq. (9), of the sum S of a class's scores: odds is the text's softmax(e^S), which "
-        "learns at small learning rates alone; softmax(S) reads the softmax as what normalises the odds e^S.",
+        description="f of eq. (9), of the sum S of a class's scores: odds is the text's softmax(e^S), with "
+        "e^S's tangent beyond S = 3; softmax(S) reads the softmax as what normalises the odds e^S.",
     )
     projection_dim: Count = Field(64, description="Dimension of F_p, which eq. (7) contrasts; ours.")
-    anchors: Count = Field(256, description="n of eq. (7), pixels drawn of each prototype; ours.")
+    anchors: int = Field(256, ge=2, description="n of eq. (7), pixels drawn of each prototype; ours.")
     negatives: Count = Field(512, description="r of eq. (7), negatives of each prototype; ours.")
     tau: Positive = Field(0.1, description="Temperature of eq. (7); ours.")
     normalize: bool = Field(

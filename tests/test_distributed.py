@@ -182,6 +182,26 @@ def test_prototypes_are_those_of_the_whole_batch_and_the_same_bits_everywhere(tw
     assert torch.equal(first["count"], whole["count"])
 
 
+def _spread(rank: int) -> dict[str, Tensor]:
+    batch = _two_images()
+    own = {name: value if name == "seed" else value[rank : rank + 1] for name, value in batch.items()}
+    contrast = ProbabilisticContrast(2, 3, tau=0.7, virtual_spread="class")
+    contrast(**own)
+    check_alike(dict(contrast.state_dict()))
+    return {"spread": contrast.spread.clone()}
+
+
+def test_the_spread_of_a_class_is_that_of_all_processes_pixels(two: Pair) -> None:
+    parts, batch = two(_spread), _two_images()
+    for c in range(2):
+        # All pixels of a class in an image are alike, and each process draws as many of its own.
+        first, second = (batch["mu"][i].movedim(0, -1)[batch["label"][i] == c][0] for i in range(2))
+        for part in parts:
+            torch.testing.assert_close(
+                part["spread"][c], ((first - second) / 2).square(), rtol=1e-4, atol=1e-6
+            )
+
+
 def test_a_process_without_any_class_takes_part_and_gives_a_zero_in_the_graph(two: Pair) -> None:
     first, second = two(_contrast, "rank 1 has nothing")
     assert first["loss"] > 0

@@ -22,6 +22,13 @@ from prcl_fast.methods import PCR, build_method
 from prcl_fast.methods.pcr import prototype_features
 
 
+def apart(pcr: PCR) -> None:
+    """Moves the teacher away from the student, so that it shows whose labels they are."""
+    with torch.no_grad():
+        for parameter in pcr.teacher.network.parameters():
+            parameter.add_(0.3 * draw(*parameter.shape, seed=7))
+
+
 def test_the_warm_up_learns_from_labels_alone_and_keeps_their_features() -> None:
     pcr, batch = with_stub(), small_batch(C, torch.float32)
     assert pcr.begin_step(0)
@@ -41,15 +48,23 @@ def test_the_warm_up_learns_from_labels_alone_and_keeps_their_features() -> None
 def test_both_predictors_learn_from_labels_and_from_confident_pseudo_labels() -> None:
     """Eq. (4)-(6), (8)-(11): both predictors, and pseudo-labels with p >= tau, one of them p = tau."""
     first, batch = with_stub(), small_batch(C, torch.float32)
+    apart(first)
     pseudo = first.pseudo_labeled(batch)
     seen = pseudo.confidence[:, ::2, ::2][pseudo.label[:, ::2, ::2] != IGNORE]  # by the prototypes
     tau = float(seen.sort().values[len(seen) // 2])
     pcr = with_stub(delta_u=tau, lambda_prototype=0.7)
+    apart(pcr)
     assert not pcr.begin_step(4)
     before = pcr.predictor.prototypes.clone()
     losses = pcr.losses(batch, step(4))
 
     unlabeled = pcr.pseudo_labeled(batch)
+    assert batch.inside is not None
+    assert batch.strong is not None
+    # Eq. (7): the teacher's linear predictor labels the weakly augmented images.
+    weak = pcr.teacher(pcr.normalize(batch.unlabeled_image)).logits
+    label = upsampled(weak.double()).argmax(1).masked_fill(~batch.inside, IGNORE)
+    assert torch.equal(unlabeled.label.long(), cut_mixed(label, batch.strong))
     certain = unlabeled.confidence >= tau
     assert 0.2 < certain.float().mean() < 0.8
     outputs = [pcr.student(image) for image in (pcr.normalize(batch.labeled_image), unlabeled.image)]
@@ -86,9 +101,7 @@ def test_prototypes_alone_label_the_unlabeled_images_and_learn_from_their_labels
     """Table 4, variant 2: eq. (2) on the teacher's features in place of eq. (7), and no linear loss."""
     pcr, batch = with_stub(delta_u=0.5, predictor="prototype"), small_batch(C, torch.float32)
     pcr.begin_step(4)
-    with torch.no_grad():
-        for parameter in pcr.teacher.network.parameters():
-            parameter.add_(0.3 * draw(*parameter.shape, seed=7))  # so that it is not the student
+    apart(pcr)
     before, unlabeled = pcr.predictor.prototypes.clone(), pcr.pseudo_labeled(batch)
     losses = pcr.losses(batch, step(4))
     assert batch.unlabeled_image is not None

@@ -29,6 +29,7 @@ from prcl_fast.engine.paper import paper_differences
 from prcl_fast.engine.random_batch import random_batch
 from prcl_fast.errors import InputError
 from prcl_fast.methods import PCR, Step, build_method
+from prcl_fast.sweep_config import read_sweep
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -253,6 +254,20 @@ def test_a_null_rate_of_the_probability_head_is_compared_by_what_it_stands_for(
     config = load_config(CONFIGS / "voc" / "base.yaml", changes)
     found = [d.here for d in paper_differences(config) if d.key == "optim.probability_lr"]
     assert found == ([] if here is None else [here])
+
+
+@pytest.mark.parametrize("sweep", ["aaai_table_1", "aaai_table_2", "aaai_table_4", "aaai_table_6"])
+def test_every_row_of_the_aaai_paper_is_compared_with_it(sweep: str) -> None:
+    runs = read_sweep(CONFIGS / "sweeps" / f"{sweep}.yaml").runs
+    assert {paper.paper_of(run.config) for run in runs} == {"AAAI"}
+
+
+def test_departures_from_printed_equations_are_listed() -> None:
+    changes = ["method.virtual_spread=class", "method.negative_classes=uniform"]
+    config = load_config(CONFIGS / "voc" / "prcl.yaml", changes)
+    found = {d.key: d.section for d in paper_differences(config)}
+    assert found["method.virtual_spread"] == "eq. (10)"
+    assert found["method.negative_classes"] == "3.5"
 
 
 @pytest.mark.parametrize("paper_", ["IJCV", "AAAI"])

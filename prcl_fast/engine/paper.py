@@ -111,7 +111,11 @@ _PRCL_FACTS: dict[Paper, tuple[_Fact, ...]] = {
         _Fact("method.delta_s", 0.8, "5.4", _HARD),
         _Fact("method.representation", "probabilistic", "3.2", "deterministic: Baseline or Baseline+"),
         _Fact("method.prototype", "global", "3.3", "local: without GDP; ema: Baseline+, eq. (16)"),
+        _Fact("method.prototype_ema", 0.99, "4.2", "another speed of Baseline+'s prototypes, eq. (16)"),
         _Fact("method.virtual_negatives", 4, "5.3", "0: without virtual negatives"),
+        _Fact("method.virtual_spread", "prototype", "eq. (10)", "the spread of a class's mu, for sigma^2"),
+        _Fact("method.memory_bank", 0, "5.3", "table 7's rows MB"),
+        _Fact("method.negative_classes", "prototype", "3.5", "whose similarity draws negatives' classes"),
         _Fact("method.beta", 1.0, "5.3", "another radius, eq. (10); table 7 has its best at 0.8"),
         _Fact("method.alpha", -5.0, "", _SCHEDULER),
         _Fact("method.reduction", "sum", "eq. (3)", "mean is what the public code does"),
@@ -138,20 +142,17 @@ _PRCL_FACTS: dict[Paper, tuple[_Fact, ...]] = {
 def paper_of(config: Config) -> Paper | None:
     """The paper that a configuration is compared with, None for data sets that are not theirs.
 
-    AAAI's is PRCL with prototypes of the batch and without virtual negatives; in the schedule of the IJCV
-    paper's ablations the same is that paper's PR. All else is compared with the IJCV paper's PRCL.
+    PRCL with distributions is AAAI's where it has prototypes of the batch and no virtual negatives; in the
+    schedule of the IJCV paper's ablations the same is that paper's PR. Whatever else is compared with PRCL is
+    AAAI's where it has the crop of its schedule.
     """
     if ("IJCV", config.data.kind) not in _SCHEDULES:
         return None
     method = config.method
-    is_aaai = (
-        isinstance(method, PRCLConfig)
-        and (method.representation, method.prototype) == ("probabilistic", "local")
-        and not method.virtual_negatives
-        and not method.memory_bank
-        and not _is_ablation(config)
-    )
-    return "AAAI" if is_aaai else "IJCV"
+    if isinstance(method, PRCLConfig) and method.representation == "probabilistic":
+        further = method.prototype != "local" or method.virtual_negatives or method.memory_bank
+        return "IJCV" if further or _is_ablation(config) else "AAAI"
+    return "AAAI" if config.data.crop == _SCHEDULES["AAAI", config.data.kind].crop else "IJCV"
 
 
 def paper_batch(config: Config) -> tuple[int, int] | None:

@@ -333,5 +333,5 @@ class ProbabilisticContrast(nn.Module):
 
 
 def _values_are_at_hand(x: Tensor) -> bool:
-    """Whether the host may look at values without stalling the device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether x has values, and the host may look at them without stalling a device."""
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()

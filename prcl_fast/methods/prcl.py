@@ -135,7 +135,7 @@ class PRCL(MeanTeacher):
 
 
 def _correlation_with_norm(mu: Tensor, var: Tensor) -> float | None:
-    """The correlation over pixels of sigma^2 (its mean over D) with |mu|: near 1, sigma^2 is a matter of length.
+    """The correlation over pixels of sigma^2 (its mean over D) with |mu|: near 1, it only tells lengths.
 
     None where either is constant.
     """
