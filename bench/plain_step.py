@@ -140,7 +140,7 @@ class PlainTraining:
             method.anchors,
             method.negatives,
             method.virtual_negatives,
-            contrast_settings(method, self.config.model.dim),
+            contrast_settings(method),
         )
 
     @torch.no_grad()

@@ -166,7 +166,7 @@ class PublishedTraining:
             method.anchors,
             method.negatives,
             method.virtual_negatives,
-            contrast_settings(method, self.config.model.dim),
+            contrast_settings(method),
         )
 
     @torch.no_grad()

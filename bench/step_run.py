@@ -209,11 +209,10 @@ def _same_for_all(plan: Plan) -> list[str]:
             ": every pixel with a label or pseudo-label is valid and hard, so that the contrast has work for "
             "every class though the networks start without weights"
         )
-    tau = method.temperature(plan.config.model.dim)
     return [
         f"delta_w {method.delta_w:g} and delta_s {method.delta_s:g}{all_pixels}",
         f"{method.anchors} anchors a class, {method.negatives} negatives an anchor, "
-        f"{method.virtual_negatives} virtual negatives a class, tau {tau:g}, local prototypes",
+        f"{method.virtual_negatives} virtual negatives a class, tau {method.temperature:g}, local prototypes",
         f"images are decoded {workers}",
         "published is in float32 as published"
         + (" (its convolutions in TF32, as PyTorch has it by default)" if plan.device == "cuda" else "")

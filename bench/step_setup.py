@@ -100,7 +100,6 @@ def teacher_decay(method: PRCLConfig, iteration: int) -> float:
     return min(1 - 1 / (iteration + 1), method.ema)
 
 
-def contrast_settings(method: PRCLConfig, dim: int) -> Settings:
+def contrast_settings(method: PRCLConfig) -> Settings:
     """Those of the contrast in `bench.baselines` and `bench.eager`."""
-    tau = method.temperature(dim)
-    return Settings(tau, method.reduction, method.normalize, method.beta, method.delta_s)
+    return Settings(method.temperature, method.reduction, method.normalize, method.beta, method.delta_s)

@@ -10,9 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 from prcl_fast.config_errors import first_message
 from prcl_fast.config_types import Count, Fraction, NonNegative, Positive, Section
 
-# The authors' public code has this temperature, for a mean over 256 dimensions, which it leaves at chance.
-_TAU, _DIM = 100.0, 256
-_COSINE_TAU = 0.5
+# The authors' public code's, for a mean over normalised mu, which it leaves at chance; and this project's.
+_TAU, _COSINE_TAU = 100.0, 0.5
 
 
 class ContrastConfig(Section):
@@ -48,8 +47,7 @@ class ContrastConfig(Section):
     delta_s: Fraction = Field(0.8, description="Confidence below which a valid pixel is hard.")
     tau: Positive | None = Field(
         None,
-        description="Temperature of the contrast, eq. (15); null: 100 for a sum over 256 dimensions and in "
-        "proportion for fewer, 100 / 256 for a mean, 0.5 for cosine similarities.",
+        description="Temperature of the contrast, eq. (15); null: 100, or 0.5 for cosine similarities.",
     )
     reduction: Literal["sum", "mean"] = Field("sum", description="The score over the dimensions, eq. (3).")
     normalize: bool = Field(False, description="L2-normalise mu inside the score, as the authors' code does.")
@@ -78,14 +76,12 @@ class ContrastConfig(Section):
         except ValidationError as error:
             raise ValueError(first_message(error, given, ContrastConfig)) from None
 
-    def temperature(self, dim: int) -> float:
-        """tau, or what its null stands for with a representation of `dim` dimensions."""
+    @property
+    def temperature(self) -> float:
+        """tau, or what its null stands for."""
         if self.tau is not None:
             return self.tau
-        if self.representation == "deterministic":
-            return _COSINE_TAU
-        # As sharp in each dimension whatever their number, and the same loss with either reduction.
-        return _TAU * (dim if self.reduction == "sum" else 1) / _DIM
+        return _COSINE_TAU if self.representation == "deterministic" else _TAU
 
     @model_validator(mode="after")
     def _consistent(self) -> ContrastConfig:

@@ -69,7 +69,7 @@ def test_all_rows_of_both_papers_have_one_score() -> None:
     configs = [load_config(path) for path in papers]
     configs += [run.config for path in sweeps for run in read_sweep(path).runs]
     methods = [config.method for config in configs if isinstance(config.method, PRCLConfig)]
-    assert {(m.representation, m.reduction, m.normalize, m.temperature(256)) for m in methods} == {
+    assert {(m.representation, m.reduction, m.normalize, m.temperature) for m in methods} == {
         ("probabilistic", "sum", False, 100.0),
         ("deterministic", "sum", False, 0.5),  # the cosine, whatever reduction and normalize are
     }

@@ -183,7 +183,7 @@ def _value_of(config: Config, fact: _Fact) -> Any:
     if key == "probability_lr":
         return config.probability_lr
     if key == "tau" and isinstance(config.method, PRCLConfig):
-        return config.method.temperature(config.model.dim)
+        return config.method.temperature
     return getattr(getattr(config, section), key, fact.value)
 
 

@@ -81,7 +81,7 @@ class ProbabilisticContrast(nn.Module):
         self.deterministic = settings.representation == "deterministic"
         self.reduction = "sum" if self.deterministic else settings.reduction
         self.normalize = settings.normalize or self.deterministic
-        self.tau = settings.temperature(dim)
+        self.tau = settings.temperature
         self.bank: FeatureBank | None = None
         if settings.memory_bank:
             self.bank = FeatureBank(num_classes, dim, dim, size=settings.memory_bank)
