@@ -114,6 +114,8 @@ class PRCL(MeanTeacher):
             "classes_present": int(found["present_classes"]),
             "classes_virtual": int(found["virtual_classes"]),
         }
+        if self.contrast.bank is not None:
+            values["memory_bank_bytes"] = self.contrast.bank.nbytes
         values |= self._terms()
         if "prototype_shift" in found:
             values["prototype_shift"] = [
