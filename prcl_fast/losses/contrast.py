@@ -102,9 +102,9 @@ class ProbabilisticContrast(nn.Module):
         self.terms: ContrastTerms | None = None
 
     def extra_repr(self) -> str:
-        changed = self.settings.model_dump(include=set(ContrastConfig.model_fields))
+        values = self.settings.model_dump(include=set(ContrastConfig.model_fields))
         return f"num_classes={self.num_classes}, dim={self.dim}, " + ", ".join(
-            f"{name}={value}" for name, value in changed.items()
+            f"{name}={value}" for name, value in values.items()
         )
 
     def forward(
