@@ -68,7 +68,7 @@ def test_settings_that_one_method_lacks_or_that_shape_no_result_are_no_columns(t
     comparison = compared(tmp_path)
     assert comparison.columns == {
         "method": ["prcl", "prcl", "supervised"],
-        "tau": ["0.5", "0.25", "-"],
+        "tau": ["none", "0.25", "-"],
         "lr": ["0.0064", "0.001", "0.0064"],
     }
     assert [comparison.label(index) for index in range(3)][1:] == [

@@ -33,7 +33,7 @@ def test_later_settings_win_and_another_method_starts_anew(tmp_path):
     (run,) = read_sweep(path, ["train.iterations=9", "model.width=48"]).runs
     config = run.config
     assert (config.seed, config.optim.lr, config.model.dim, config.model.width) == (7, 3.0, 20, 48)
-    assert (config.method.name, config.method.tau, config.method.ema) == ("prcl", 0.5, 0.99)
+    assert (config.method.name, config.method.tau, config.method.ema) == ("prcl", None, 0.99)
     assert config.train.iterations == 9
 
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prcl_fast.config import parse_config
 from prcl_fast.engine import step
 from prcl_fast.engine.trainer import Trainer
+from prcl_fast.losses import contrast
 from prcl_fast.models import sync_batch_norm
 from prcl_fast.models.batch_norm import BatchNorm2d
 from prcl_fast.models.deeplab import ImagePooling
@@ -322,6 +323,7 @@ def _host_read(rank: int, config: dict[str, Any]) -> str | None:
             for _ in range(2):
                 trainer.step(batches)
             batch = next(batches)
+        patch.setattr(contrast, "_values_are_at_hand", lambda x: False)  # as on a device
         try:
             Recording(lambda: trainer.train_step([batch]))
         except HostReadError as error:

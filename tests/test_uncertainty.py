@@ -306,17 +306,18 @@ def test_training_logs_what_sigma2_is_worth_and_says_once_that_it_stood_still(
 
 
 def test_a_head_that_learns_moves_and_a_run_that_goes_on_measures_from_the_same_start(tmp_path: Path) -> None:
-    whole = run_of(tmp_path / "whole", probability_lr=0.5)
+    sharp = {"normalize": True, "tau": 0.5}  # so that six steps are enough
+    whole = run_of(tmp_path / "whole", method=sharp, probability_lr=0.5)
     whole.run()
     half, end = evaluations(tmp_path / "whole")
     assert end["variance_moved"] > MOVED
     assert "note" not in end
 
-    first = run_of(tmp_path / "halves", probability_lr=0.5)
+    first = run_of(tmp_path / "halves", method=sharp, probability_lr=0.5)
     first.stop.asked = True
     with pytest.raises(InterruptedRunError):
         first.run()
-    again = run_of(tmp_path / "halves", probability_lr=0.5)
+    again = run_of(tmp_path / "halves", method=sharp, probability_lr=0.5)
     assert again.iteration > 0
     again.run()
     assert [record["variance_moved"] for record in evaluations(tmp_path / "halves")] == [
