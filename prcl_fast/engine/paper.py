@@ -131,7 +131,9 @@ _PRCL_FACTS: dict[Paper, tuple[_Fact, ...]] = {
         _Fact("method.alpha", -5.0, "", f"{_SCHEDULER}; 0 in tables 4 and 6"),
         _Fact("method.reduction", "sum", "eq. (9)", "mean is what the public code does"),
         _Fact("method.normalize", False, "eq. (9)", "true is what the public code does"),
-        _Fact("method.confidence", "teacher", "sampling strategy", _STUDENT),
+        _Fact(
+            "method.confidence", "student", "", "whose confidence picks the hard pixels; no network is named"
+        ),
         _Fact("method.negatives", 512, "table 6", "negatives of an anchor"),
         _Fact("method.share", 1, "sampling strategy", _SHARED),
         *_EITHER_PRCL,
