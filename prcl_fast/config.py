@@ -152,8 +152,8 @@ class OptimConfig(Section):
     backbone_lr: Positive | None = Field(None, description="Learning rate of the backbone; null: lr.")
     probability_lr: NonNegative | None = Field(
         None,
-        description="Learning rate of the probability head (soft freezing); null: the papers' 5e-5 for 40000 "
-        "iterations and more, 5e-5 * 40000 / iterations for fewer, at most lr.",
+        description="Learning rate of the probability head (soft freezing); null: the IJCV paper's 5e-5 for "
+        "40000 iterations and more, 5e-5 * 40000 / iterations for fewer, at most lr.",
     )
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 5.0e-4
@@ -208,7 +208,8 @@ class EvalConfig(Section):
     batch: Count = Field(4, description="Images, or windows, of one forward pass.")
 
 
-# Soft freezing in both papers; their shortest runs, the ablations, have this many iterations.
+# Soft freezing, section 4.1 of the IJCV paper, whose shortest runs, the ablations, have this many iterations.
+# The AAAI paper gives no rate.
 PAPER_PROBABILITY_LR = 5.0e-5
 PAPER_ITERATIONS = 40000
 

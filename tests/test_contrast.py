@@ -187,7 +187,7 @@ def test_negative_classes_follow_the_scores_of_the_prototypes() -> None:
 
 def test_virtual_negatives_spread_by_the_variance_around_the_mean() -> None:
     positive = local(scene())
-    virtual = virtual_negatives(positive, 2000, 2.0, torch.tensor([1, 1]))
+    virtual = virtual_negatives(positive, 2000, 2.0, torch.tensor([1, 1]), positive.variance)
     assert virtual.shape == (C, 2000, D)
     present = positive.count > 0
     # 2000 draws: the standard error of the mean is 2.2 % of the spread, of the spread 1.6 %.

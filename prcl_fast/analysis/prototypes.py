@@ -87,7 +87,7 @@ def stored_virtual_negatives(
         method.virtual_negatives,
         method.beta,
         torch.tensor([seed, 0]),
-        torch.where(known[:, None], spread, 0.0),
+        spread,
     )
     return torch.where(known[:, None, None], drawn.double(), torch.nan).numpy()
 

@@ -289,10 +289,7 @@ class ProbabilisticContrast(nn.Module):
         settings, prototypes = self.settings, self._global()
         known = self.count > 0
         spread = self.spread.sqrt() if self.measures_spread else prototypes.variance
-        spread = torch.where(known[:, None], spread, 0.0)
-        virtual_mu = virtual_negatives(
-            prototypes, settings.virtual_negatives, settings.beta, seed, spread=spread
-        )
+        virtual_mu = virtual_negatives(prototypes, settings.virtual_negatives, settings.beta, seed, spread)
         return virtual_mu, known, (prototypes.mean, settings.beta * spread)
 
     @torch.no_grad()

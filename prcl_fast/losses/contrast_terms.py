@@ -24,7 +24,7 @@ class ContrastTerms:
         positive: the anchors' prototypes.
         virtual_mu, virtual_var: [C, V, D]; None: no virtual negatives, a variance of 0.
         virtual_known: [C] bool.
-        deviation: [C, D] each, the virtual negatives' centres and standard deviations, or None.
+        deviation: [C, D] each, the virtual negatives' centres and beta s_c of eq. (10); read where known.
         class_probability: [C, C], from which the negatives' classes are drawn.
         tau, reduction, normalize: as in `probabilistic_info_nce`.
     """

@@ -14,24 +14,23 @@ _SPREAD = 0x53505244
 
 
 def virtual_negatives(
-    prototypes: PrototypeStatistics, number: int, beta: float, seed: Tensor, spread: Tensor | None = None
+    prototypes: PrototypeStatistics, number: int, beta: float, seed: Tensor, spread: Tensor
 ) -> Tensor:
     """Draws from the prototypes' distributions, IJCV eq. (10): mu_c + beta * eps * s_c, eps ~ N(0, I).
 
-    s_c is the variance, as there. A class without pixels has a variance of 0.
+    s_c is printed there as the prototype's variance. A class without pixels has a spread of 0.
 
     Args:
         prototypes: of C classes, D dimensions.
         number: V, per class.
         beta: virtual radius.
         seed: int64 [2] = (seed, step), on the prototypes' device.
-        spread: [C, D], what takes the place of the variance, or None.
+        spread: s, [C, D].
     Returns:
         [C, V, D], dtype of the prototypes' means.
     """
     mean = prototypes.mean[:, None]
-    if spread is None:
-        spread = torch.where(prototypes.count[:, None] > 0, prototypes.variance, 0.0)
+    spread = torch.where(prototypes.count[:, None] > 0, spread, 0.0)
     noise = philox_normal(seed, (mean.shape[0], number, mean.shape[2]), Purpose.VIRTUAL_NEGATIVES)
     return mean + beta * noise * spread[:, None]
 
