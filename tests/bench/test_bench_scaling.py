@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from bench.ops.run import read_result
-from bench.scaling.__main__ import __main__ as scaling
-from bench.scaling.__main__ import run as scaling_run
+from bench.scaling import __main__ as scaling
+from bench.scaling import run as scaling_run
 from bench.scaling.run import USED, EqualProcesses, measure_contrast, simulated
 from bench.scaling.traffic import (
     GATHERING,

@@ -19,10 +19,10 @@ from PIL import Image
 
 from bench.ops.eager import random_anchors, random_negatives
 from bench.ops.run import read_result
-from bench.step.__main__ import __main__ as step
-from bench.step.__main__ import data as step_data
-from bench.step.__main__ import run as step_run
-from bench.step.__main__ import worker as step_worker
+from bench.step import __main__ as step
+from bench.step import data as step_data
+from bench.step import run as step_run
+from bench.step import worker as step_worker
 from bench.step.data import DataSet, candidate_config, file_config, size_config, write_images
 from bench.step.plain import PlainTraining
 from bench.step.published import PublishedTraining

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from bench.step.__main__ import same_losses
+from bench.step import same_losses
 from prcl_fast.config import Config
 from support.tiny import tiny_tree
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.step.__main__ import profile as step_profile
+from bench.step import profile as step_profile
 from bench.step.profile import KIND, main, profile_step, report
 
 TINY = (

@@ -25,9 +25,9 @@ from PIL import Image
 
 from prcl_fast.config import Config, DataConfig, parse_config
 from prcl_fast.data.batches import training_batches, training_cache
+from prcl_fast.data.cache import decoded as cache_module
+from prcl_fast.data.cache import file as cache_file
 from prcl_fast.data.cache.decoded import ImageCache, open_cache
-from prcl_fast.data.cache.decoded import cache as cache_module
-from prcl_fast.data.cache.decoded import file as cache_file
 from prcl_fast.data.decode import decode
 from prcl_fast.data.source import Source, build_source
 from prcl_fast.errors import InputError

@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from bench.scaling.__main__ import same_processes
+from bench.scaling import same_processes
 from prcl_fast.config import parse_config
 from prcl_fast.data.source import build_source
 from prcl_fast.engine.evaluate import evaluate
