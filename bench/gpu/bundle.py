@@ -1,6 +1,6 @@
 """One file for a machine with a GPU and no network: sources, native libraries, and wheels that it may lack.
 
-python -m bench.gpu.bundle [--out FILE] [--without PACKAGE ...]
+python -m bench gpu-bundle [--out FILE] [--without PACKAGE ...]
 
 There: `tar xf FILE; bash gpu_check.sh first`, on Linux, x86-64, with Python 3.12 and PyTorch 2.11 or newer.
 The wheels are those of this environment's versions, for Python 3.12 and, as far as the size allows, for the
@@ -24,6 +24,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from bench.gpu.wheels import REQUIREMENTS, normalized
+from prcl_fast.errors import InputError
 from prcl_fast.files.writing import replacing
 
 LARGEST = 60_000_000  # bytes
@@ -50,12 +51,8 @@ _PLATFORMS = (
 )
 
 
-class BundleError(Exception):
-    """Why no bundle was made, in one line."""
-
-
 def sources(root: Path) -> list[str]:
-    """The tracked files that a check needs. Raises BundleError outside a git checkout."""
+    """The tracked files that a check needs. Raises InputError outside a git checkout."""
     listed = _git(root, "ls-files", "-z", "--", *_SOURCES).split("\0")
     found = [name for name in listed if name and not name.startswith(_LEFT_OUT)]
     # A file that is tracked may have been removed from the working tree.
@@ -66,7 +63,7 @@ def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[
     """Packages and all that they need on Linux under this Python, with this environment's versions.
 
     Raises:
-        BundleError: one of them is not installed here.
+        InputError: one of them is not installed here.
     """
     environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     found: dict[str, str] = {}
@@ -78,9 +75,7 @@ def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            raise BundleError(
-                f"{name} is not installed here, so its version is not known: run make"
-            ) from None
+            raise InputError(f"{name} is not installed here, so its version is not known: run make") from None
         for requirement in map(Requirement, importlib.metadata.requires(name) or ()):
             if requirement.marker is None or requirement.marker.evaluate(environment):
                 left.append(requirement.name)
@@ -88,7 +83,7 @@ def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[
 
 
 def download(packages: Mapping[str, str], python: str, folder: Path) -> None:
-    """Puts the packages' wheels for a Python on Linux, x86-64, into `folder`. Raises BundleError."""
+    """Puts the packages' wheels for a Python on Linux, x86-64, into `folder`. Raises InputError."""
     command = [
         sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
         "--implementation", "cp", "--python-version", python, "-d", str(folder),
@@ -100,7 +95,7 @@ def download(packages: Mapping[str, str], python: str, folder: Path) -> None:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
             done.stderr.strip()
         ]
-        raise BundleError(f"pip cannot download wheels for Python {python}: {lines[-1]}")
+        raise InputError(f"pip cannot download wheels for Python {python}: {lines[-1]}")
 
 
 def shrink(wheel: Path) -> None:
@@ -131,11 +126,11 @@ def write_bundle(
         the names of the optional wheels that were left out.
 
     Raises:
-        BundleError: a library was not built, it is no git checkout, or the file would be too large.
+        InputError: a library was not built, it is no git checkout, or the file would be too large.
     """
     for library in _LIBRARIES:
         if not (root / library).is_file():
-            raise BundleError(
+            raise InputError(
                 f"{library} was not built: nvcc must be on PATH or in CUDA_HOME when make builds it"
             )
     commit = _git(root, "describe", "--always", "--dirty", "--exclude=*").strip()
@@ -149,7 +144,7 @@ def write_bundle(
         left = largest - temporary.stat().st_size
         if left < 0:
             size = largest - left
-            raise BundleError(f"{out.name} would have {size} bytes, more than {largest}; see --without")
+            raise InputError(f"{out.name} would have {size} bytes, more than {largest}; see --without")
         # Wheels are compressed already: each adds its size, a header and some padding.
         while extra and (added := int(1.001 * extra[0].stat().st_size) + 1024) <= left:
             wheel = extra.pop(0)
@@ -181,11 +176,16 @@ def _git(root: Path, *arguments: str) -> str:
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        raise BundleError(f"{root} is no git checkout, whose tracked files would be taken") from None
+        raise InputError(f"{root} is no git checkout, whose tracked files would be taken") from None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str]) -> None:
+    """`python -m bench gpu-bundle`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu-bundle",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=_OUT)
     parser.add_argument(
         "--without",
@@ -194,30 +194,21 @@ def main() -> int:
         metavar="PACKAGE",
         help="which the machine has; may be repeated",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     left_out = {normalized(name) for name in options.without}
-    try:
-        with tempfile.TemporaryDirectory(prefix="prcl_wheels_") as folder:
-            found: dict[str, list[Path]] = {}
-            for python in dict.fromkeys((PYTHON, own)):
-                place = Path(folder) / python
-                packages = required_packages(python)
-                download({x: packages[x] for x in packages if x not in left_out}, python, place)
-                found[python] = sorted(place.glob("*.whl"))
-                for wheel in found[python]:
-                    shrink(wheel)
-            needed = {wheel.name for wheel in found[PYTHON]}
-            optional = [wheel for wheel in found[own] if wheel.name not in needed]
-            dropped = write_bundle(_ROOT, options.out, found[PYTHON], optional)
-    except BundleError as error:
-        print(f"gpu-bundle: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory(prefix="prcl_wheels_") as folder:
+        found: dict[str, list[Path]] = {}
+        for python in dict.fromkeys((PYTHON, own)):
+            place = Path(folder) / python
+            packages = required_packages(python)
+            download({x: packages[x] for x in packages if x not in left_out}, python, place)
+            found[python] = sorted(place.glob("*.whl"))
+            for wheel in found[python]:
+                shrink(wheel)
+        needed = {wheel.name for wheel in found[PYTHON]}
+        optional = [wheel for wheel in found[own] if wheel.name not in needed]
+        dropped = write_bundle(_ROOT, options.out, found[PYTHON], optional)
     for name in dropped:
         print(f"left out, as the file would be too large: {name}")
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

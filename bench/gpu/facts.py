@@ -1,19 +1,20 @@
 """Facts about a machine: its GPU, versions, packages and tools, and whether the native library runs there.
 
-python -m bench.gpu.facts FILE
+python -m bench gpu-facts FILE
 
 FILE is written after every stage, the cheapest first. Exit status 1: a package of other phases is missing.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import json
 import platform
 import shutil
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,15 @@ IMPORTED = (
 TOOLS = ("nvcc", "g++", "compute-sanitizer", "ncu", "nvidia-smi")
 
 
-def main() -> int:
-    path = Path(sys.argv[1])
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench gpu-facts`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu-facts",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    path = parser.parse_args(arguments).file
     facts: dict[str, Any] = {"python": platform.python_version()}
 
     def add(**more: Any) -> None:
@@ -92,7 +100,3 @@ def _not_importable() -> dict[str, str]:
         except Exception as error:  # an extension built for something else raises more than ImportError
             found[name] = f"{type(error).__name__}: {error}"
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -32,7 +32,7 @@ _ON_CPU = {"OMP_NUM_THREADS": "1"}  # threads that wait for each other are slow 
 
 def facts_phase(folder: Path) -> Phase:
     """The machine: GPU, versions, packages, tools, and whether the native library loads."""
-    command = (_PYTHON, "-m", "bench.gpu.facts", str(folder / "facts.json"))
+    command = (*_bench("gpu-facts"), str(folder / "facts.json"))
     return Phase("facts", 60, command, "the machine has what the other phases need")
 
 
@@ -41,9 +41,7 @@ def first(folder: Path, facts: dict[str, Any]) -> list[Phase]:
     of = _Phases(folder, facts)
     return [
         of.build(),
-        of.module(
-            "smoke", 45, "every op runs, at odd shapes", "bench.gpu.sanitize", _native(), _cpu(_native())
-        ),
+        of.command("smoke", 45, "every op runs, at odd shapes", "gpu-sanitize", _native(), _cpu(_native())),
         of.step("step", 100, "where a training step's time goes", lines=49),
         of.bench("probabilistic_info_nce", 50, ("eager", "native", "native-shared16")),
         of.bench("contrast", 50, ("eager", "native", "native-shared16"), on_cpu=False),
@@ -71,10 +69,9 @@ def second(folder: Path, facts: dict[str, Any]) -> list[Phase]:
         ),
         of.ncu(),
         of.tests("triton_tests", 60, "the Triton kernels agree with float64", "triton"),
-        of.module("bench_step", 80, "the package's step against plain PyTorch", "bench.step",
+        of.command("bench_step", 80, "the package's step against plain PyTorch", "step",
                   ("--size", "voc", *step), ("--size", "small", *small)),
-        of.module("same_losses", 60, "a captured step trains like an eager one", "bench.step.same_losses",
-                  losses),
+        of.command("same_losses", 60, "a captured step trains like an eager one", "same-losses", losses),
     ]  # fmt: skip
 
 
@@ -112,17 +109,18 @@ class _Phases:
         skipped = f"{missing[0]} is not installed" if missing else None
         return Phase(name, box, command, settles, skipped, environment, lines)
 
-    def module(
+    def command(
         self,
         name: str,
         box: float,
         settles: str,
-        module: str,
+        command: str,
         arguments: Sequence[str],
         on_cpu: Sequence[str] | None = None,
     ) -> Phase:
-        small = None if on_cpu is None else (_PYTHON, "-m", module, *on_cpu)
-        return self.phase(name, box, settles, (_PYTHON, "-m", module, *arguments), on_cpu=small)
+        """One of `bench.commands`."""
+        small = None if on_cpu is None else (*_bench(command), *on_cpu)
+        return self.phase(name, box, settles, (*_bench(command), *arguments), on_cpu=small)
 
     def build(self) -> Phase:
         """For this GPU alone: a third of the time."""
@@ -136,7 +134,7 @@ class _Phases:
         )  # fmt: skip
 
     def step(self, name: str, box: float, settles: str, *overrides: str, lines: int) -> Phase:
-        out = (_PYTHON, "-m", "bench.step.profile", self.result(name))
+        out = (*_bench("step-profile"), self.result(name))
         # A step on a CPU is neither captured nor compiled within its box.
         on_cpu = None if overrides else (*out, "small", *_SMALL_STEP)
         return self.phase(name, box, settles, (*out, "voc", *overrides), on_cpu=on_cpu, lines=lines)
@@ -150,8 +148,8 @@ class _Phases:
         on_cpu: bool = True,
     ) -> Phase:
         out = ("--json", self.result(name))
-        run = (_PYTHON, "-m", "bench", *(ops or (name,)), "--candidates", ",".join(candidates), *out)
-        small = (_PYTHON, "-m", "bench", (ops or (name,))[0], "--candidates", "native", *out)
+        run = (*_bench("ops"), *(ops or (name,)), "--candidates", ",".join(candidates), *out)
+        small = (*_bench("ops"), (ops or (name,))[0], "--candidates", "native", *out)
         return self.phase(
             name,
             box,
@@ -197,7 +195,7 @@ class _Phases:
         command = ("compute-sanitizer", "--tool", tool, *only, *report)
         return self.phase(
             tool, 60 if tool == "memcheck" else 50, f"{tool} finds nothing in the native kernels",
-            (*command, _PYTHON, "-m", "bench.gpu.sanitize", *_native()), tools=("compute-sanitizer",),
+            (*command, *_bench("gpu-sanitize"), *_native()), tools=("compute-sanitizer",),
             # Without PyTorch's cache every tensor is an allocation of its own, whose bounds are watched.
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
@@ -205,8 +203,8 @@ class _Phases:
     def ncu(self) -> Phase:
         kernels = ("--kernel-name", "regex:info_nce_kernel|rows_kernel", "--launch-count", "2")
         # The contrast launches both, the other's first.
-        run = (_PYTHON, "-m", "bench", "contrast", "--device", "cuda", "--size", "voc",
-               "--dtype", "bfloat16", "--candidates", "native", "--rounds", "1")  # fmt: skip
+        run = (*_bench("ops"), "contrast", "--device", "cuda", "--size", "voc", "--dtype", "bfloat16",
+               "--candidates", "native", "--rounds", "1")  # fmt: skip
         # The clocks are left as they are: the machine may be somebody else's.
         out = ("--clock-control", "none", "--set", "full", "-o", str(self.folder / "kernels"))
         settles = "stall reasons and L2 hits of the two largest kernels"
@@ -215,8 +213,12 @@ class _Phases:
 
 def op_tests(root: Path = _ROOT) -> list[str]:
     """Test files whose tests are repeated at every place, a GPU among them."""
-    files = sorted((root / "tests").glob("test_*.py"))
+    files = sorted((root / "tests").rglob("test_*.py"))
     return [str(file.relative_to(root)) for file in files if 'everywhere("' in file.read_text()]
+
+
+def _bench(name: str) -> tuple[str, ...]:
+    return _PYTHON, "-m", "bench", name
 
 
 def _native() -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Calls every op, forward and backward, on small odd shapes: what a memory checker is to watch.
 
-compute-sanitizer --tool memcheck python -m bench.gpu.sanitize [--backend native] [--sync-error]
+compute-sanitizer --tool memcheck python -m bench gpu-sanitize [--backend native] [--sync-error]
 
 With --sync-error each call is repeated under `torch.cuda.set_sync_debug_mode("error")`: an op that makes the
 host wait for the device fails. Exit status 1 if anything failed; standard output names every call.
@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast
 from prcl_fast.ops import (
     Purpose,
@@ -110,17 +110,21 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
         yield f"upsample_cross_entropy {_short(dtype)}", _with_gradients(loss, [logits])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench gpu-sanitize`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu-sanitize",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument(
         "--backend", choices=BACKENDS, action="append", help="may be repeated; all by default"
     )
     parser.add_argument("--sync-error", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench.gpu.sanitize: PyTorch sees no CUDA device", file=sys.stderr)
-        return 2
+        raise InputError("--device: PyTorch sees no CUDA device")
     called = failures = 0
     for backend in options.backend or BACKENDS:
         reasons = {unavailable(op, backend, options.device) for op in op_names()} - {None}
@@ -232,7 +236,3 @@ def _with_gradients(function: Callable[..., Tensor], values: Sequence[Tensor]) -
 
 def _short(value: object) -> str:
     return str(value).removeprefix("torch.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench import CANDIDATES, machine
-from bench.ops import ceilings
+from bench import machine
+from bench.ops import CANDIDATES, ceilings
 from bench.ops.case import Case, Ceilings, Options, Work
 from bench.ops.harness import Measured, first_calls, percentile, time_in_turns
 from prcl_fast.errors import InputError
@@ -105,7 +105,7 @@ def read_result(path: Path, kind: str = KIND) -> dict[str, Any]:
     except ValueError:
         raise InputError(f"{path}: is not JSON") from None
     if not isinstance(result, dict) or result.get("kind") != kind:
-        raise InputError(f"{path}: is not a result of {kind.rsplit(maxsplit=1)[0]}")
+        raise InputError(f"{path}: is not a result of the kind {kind!r}")
     return result
 
 

@@ -1,42 +1,36 @@
-"""Trains one configuration on several numbers of processes, and compares losses, prototypes and evaluation.
+"""Losses, prototypes and evaluation of one configuration on several numbers of processes.
 
-python -m bench.scaling.same_processes [CONFIG] [KEY.PATH=VALUE ...]
+python -m bench same-processes [CONFIG] [KEY.PATH=VALUE ...]
     [--processes 1,2,4] [--steps 50] [--json FILE]
 
-On the CPU over gloo, in float64: training makes more of every rounding with each step, and pseudo-labels
-jump, so that in float32 a last digit shows after ten steps. The contrast is computed, and its prototypes
-compared, but lambda_c is 0: anchors and negatives are each process's own draws. After every step, all
-processes must hold the same state bit for bit. Exit status 1 where a bound is exceeded.
+On the CPU over gloo, in float64: training amplifies every rounding with each step, and pseudo-labels jump, so
+that in float32 a last digit shows after ten steps. The contrast is computed, and its prototypes compared, but
+lambda_c is 0, because each process draws its own anchors and negatives. After every step, all processes must
+hold bitwise identical state. Exit status 1: a bound is exceeded.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.packages import needed
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from torch import Tensor
 
-with needed("bench.scaling.same_processes" if __name__ == "__main__" else None):
-    import torch
-    import torch.distributed as dist
-    import torch.multiprocessing as mp
-    from rich.console import Console
-    from torch import Tensor
-
-    import prcl_fast.engine.evaluate as evaluation
-    from bench import machine
-    from prcl_fast.config import Config, load_config, override_config
-    from prcl_fast.engine.trainer import Trainer
-    from prcl_fast.errors import InputError
-    from prcl_fast.files.writing import write_text
-    from prcl_fast.methods import Method
-    from prcl_fast.processes.replicas import check_alike
+import prcl_fast.engine.evaluate as evaluation
+from bench.compared_runs import ComparedRuns
+from prcl_fast.config import Config, load_config, override_config
+from prcl_fast.engine.trainer import Trainer
+from prcl_fast.methods import Method
+from prcl_fast.processes.replicas import check_alike
 
 BOUND = 1e-5  # largest relative difference of a loss or prototype
 SETTINGS = (
@@ -53,8 +47,13 @@ SETTINGS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench same-processes`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench same-processes",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--processes", default="1,2,4")
@@ -62,29 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     config = load_config(options.config, [*SETTINGS, *options.overrides])
-    result: dict[str, Any] = {
-        "kind": "prcl same processes 1",
-        "machine": machine.describe("cpu"),
-        "steps": options.steps,
-        "rows": [],
-    }
+    runs = ComparedRuns("prcl same processes 1", "cpu", options.steps, options.json)
     first: dict[str, Any] | None = None
     for processes in map(int, options.processes.split(",")):
         print(f"{processes} processes", file=sys.stderr, flush=True)
         found = trained(config, processes, options.steps)
         first = first or found
         row = {"processes": processes, "miou": found["miou"], **compared(first, found)}
-        result["rows"].append(row)
-        if options.json is not None:
-            write_text(options.json, json.dumps(result, indent=1) + "\n")
-        print(
+        runs.add(
+            row,
             f"{processes} processes: largest relative difference {row['losses']:.1e} of the losses of "
             f"{options.steps} steps, {row['prototypes']:.1e} of the prototypes after each; counts of the "
             f"evaluation {'equal' if row['same_counts'] else 'different'}, mIoU {row['miou']!r}",
-            flush=True,
         )
     held = all(
-        row["losses"] <= BOUND and row["prototypes"] <= BOUND and row["same_counts"] for row in result["rows"]
+        row["losses"] <= BOUND and row["prototypes"] <= BOUND and row["same_counts"] for row in runs.rows
     )
     return int(not held)
 
@@ -153,11 +144,3 @@ def _compute_in_float64() -> None:
     in_float32, of_evaluation = Method.normalize, evaluation.normalize
     Method.normalize = lambda self, image: in_float32(self, image).double()  # type: ignore[method-assign]
     evaluation.normalize = lambda *arguments: of_evaluation(*arguments).double()
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"same_processes: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -169,6 +169,15 @@ def table(shape: Shape, processes: Sequence[int]) -> list[dict[str, object]]:
     return [_row(shape, own, count) for count in processes]
 
 
+def bytes_text(value: float) -> str:
+    """Three digits and a unit: 21.7 kB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
 def _row(shape: Shape, own: list[Collective], processes: int) -> dict[str, object]:
     images = images_of_a_process(shape, processes)
     theirs = gathering(shape, images)

@@ -1,11 +1,11 @@
-"""Virtual negatives against a memory bank [IJCV, table 7]: memory and time of the whole contrast with each.
+"""Virtual negatives against a memory bank [IJCV, table 7]: memory and time of the whole contrast.
 
-python -m bench.step.memory_bank [--size small|voc|cityscapes] [--device auto|cpu|cuda]
+python -m bench memory-bank [--size small|voc|cityscapes] [--device auto|cpu|cuda]
     [--rounds 15] [--json FILE]
 
-All candidates run in turns on the same batch, forward and backward. Memory is what each keeps between steps;
-peak is what a call takes beside it. Banks are full. They have the sizes of the table, 30000 and 65536
-representations of each class (2.63 GiB at --size voc), and 1024 and 8192 at --size small.
+All candidates run in turns on the same batch, forward and backward. "Memory" is what a candidate keeps
+between steps, "peak" what a call allocates beyond that. Banks are full. They have the sizes of the table,
+30000 and 65536 representations of each class (2.63 GiB at --size voc), and 1024 and 8192 at --size small.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ SMALL_BANKS, BANKS = (1024, 8192), (30000, 65536)
 DRAWN = (4, 64)  # of each class, from a bank
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    """`python -m bench memory-bank`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench memory-bank",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--size", choices=("small", "voc", "cityscapes"), default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
@@ -129,7 +134,3 @@ def _peak(module: ProbabilisticContrast, mu: Tensor, var: Tensor, batch: Batch, 
     gradients = torch.autograd.grad(loss, (mu, var))
     meter.after_backward(tensor_bytes(gradients))
     return meter.peak
-
-
-if __name__ == "__main__":
-    main()

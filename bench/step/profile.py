@@ -1,16 +1,15 @@
 """Time and profile of the package's own training step: its milliseconds, its memory and its kernels.
 
-python -m bench.step.profile OUT.json [SIZE] [KEY=VALUE ...]
+python -m bench step-profile OUT.json [SIZE] [KEY=VALUE ...]
 
-SIZE is one of `bench.step.data.SIZES`, small by default. OUT.json is written after every stage, so that a run
-that is ended early leaves what it knew. On a CPU the operators stand in for the kernels.
+SIZE is small (the default), voc or cityscapes. OUT.json is written after every stage, so that a run that is
+stopped early leaves a result. On a CPU operators are listed in place of kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,6 @@ from bench.ops.run import write_result
 from bench.step.data import SIZES, size_config
 from prcl_fast.data.batches import Batch
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.errors import InputError
 
 KIND = "prcl step profile 1"
 SHOWN = 45  # kernels on standard output; the file has all of them
@@ -134,22 +132,16 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str]) -> None:
+    """`python -m bench step-profile`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench step-profile",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("out", type=Path, metavar="OUT.json")
     parser.add_argument("size", nargs="?", default="small", choices=SIZES)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args()
-    try:
-        result = profile_step(
-            options.size, options.overrides, lambda so_far: write_result(so_far, options.out)
-        )
-    except InputError as error:
-        print(f"bench.step.profile: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    result = profile_step(options.size, options.overrides, lambda so_far: write_result(so_far, options.out))
     print(*report(result), sep="\n", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

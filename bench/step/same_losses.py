@@ -1,38 +1,33 @@
-"""Trains one configuration with and without each way of running it faster, and compares the losses.
+"""Losses of one configuration with and without each way of running it faster.
 
-python -m bench.step.same_losses [CONFIG] [KEY.PATH=VALUE ...] [--steps 200] [--only NAME,NAME] [--json FILE]
+python -m bench same-losses [CONFIG] [KEY.PATH=VALUE ...] [--steps 200] [--only NAME,NAME] [--json FILE]
 
-Where images come from must not change a bit. A compiled or captured step rounds otherwise, and training makes
-more of it at every step: such a run is held to its first step, and from there on to how far apart two plain
-runs come whose first weights differ in their last digit. On CUDA two equal runs may differ as well (atomic
-additions, convolutions chosen by their time): a second plain run shows by how much, and if it does, nothing
-is held to the bit. Exit status 1 where a bound is exceeded.
+A cache or data workers must leave every loss bitwise identical. A compiled or captured step rounds
+otherwise, and training amplifies the difference at every step. Such a run must agree in its first step. From
+there on its bound is the distance between two plain runs whose first weights differ in their last digit. On
+CUDA two equal runs may differ as well (atomic additions, convolutions chosen by their time). A second plain
+run measures that distance; if it is not 0, no run is held to bitwise identity. Exit status 1: a bound is
+exceeded.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.packages import needed
+import torch
+from rich.console import Console
+from torch import Tensor
 
-with needed("bench.step.same_losses" if __name__ == "__main__" else None):
-    import torch
-    from rich.console import Console
-    from torch import Tensor
-
-    from bench import machine
-    from prcl_fast.config import Config, load_config, override_config
-    from prcl_fast.device import choose_device
-    from prcl_fast.engine.trainer import Trainer
-    from prcl_fast.errors import InputError
-    from prcl_fast.files.writing import write_text
+from bench.compared_runs import ComparedRuns
+from prcl_fast.config import Config, load_config, override_config
+from prcl_fast.device import choose_device
+from prcl_fast.engine.trainer import Trainer
 
 WINDOW = 20  # steps, over which means are taken
 ROUNDING = 1e-4  # a relative difference that is never too large, unless not a bit may change
@@ -53,8 +48,13 @@ CUDA_VARIANTS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench same-losses`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench same-losses",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=200)
@@ -66,12 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variants = [*VARIANTS, *(CUDA_VARIANTS if device.type == "cuda" else ())]
     if options.only:
         variants = [variant for variant in variants if variant[0] in options.only.split(",")]
-    result: dict[str, Any] = {
-        "kind": "prcl same losses 1",
-        "machine": machine.describe(device.type),
-        "steps": options.steps,
-        "rows": [],
-    }
+    runs = ComparedRuns("prcl same losses 1", device.type, options.steps, options.json)
     print("plain", file=sys.stderr, flush=True)
     plain = losses(config, options.steps)
     controls = [NUDGED, *([AGAIN] if device.type == "cuda" else [])]
@@ -79,20 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(name, file=sys.stderr, flush=True)
         other = losses(override_config(config, overrides), options.steps, nudged=name == NUDGED)
         row = {"variant": name, "overrides": overrides, "exact": exact, **compared(plain, other)}
-        result["rows"].append(row)
         torch.compiler.reset()
-        if options.json is not None:
-            write_text(options.json, json.dumps(result, indent=1) + "\n")
-        print(
-            f"{name}: {row['equal_steps']} of {options.steps} steps equal bit for bit; largest relative "
+        runs.add(
+            row,
+            f"{name}: {row['equal_steps']} of {options.steps} steps bitwise identical; largest relative "
             f"difference {row['first']:.1e} in the first step, {row['windows']:.1e} of means over {WINDOW} "
             f"steps, {row['whole']:.1e} of the mean over all",
-            flush=True,
         )
-    known = result["rows"][: len(controls)]
-    wrong = [row["variant"] for row in result["rows"][len(controls) :] if not held(row, known)]
+    known = runs.rows[: len(controls)]
+    wrong = [row["variant"] for row in runs.rows[len(controls) :] if not held(row, known)]
     if wrong:
-        print(f"same_losses: beyond the bounds: {', '.join(wrong)}", file=sys.stderr)
+        print(f"bench same-losses: beyond the bounds: {', '.join(wrong)}", file=sys.stderr)
     return int(bool(wrong))
 
 
@@ -160,11 +152,3 @@ def compared(plain: Tensor, other: Tensor, window: int = WINDOW) -> dict[str, An
         "windows": difference(means, other_means),
         "whole": difference(plain.mean(0), other.mean(0)),
     }
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"same_losses: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -58,11 +58,11 @@ def test_only_a_missing_package_skips_a_test_file(missing: str, outcome: str) ->
 
 @pytest.mark.parametrize(
     ("command", "package"),
-    [("bench", "typer"), ("bench.step", "pydantic"), ("bench.step.same_losses", "pydantic")],
+    [("ops", "typer"), ("step", "pydantic"), ("same-losses", "pydantic")],
 )
 def test_a_benchmark_names_the_package_that_it_lacks_with_status_2(
     tmp_path: Path, command: str, package: str
 ) -> None:
-    result = without(package, tmp_path, command, "--help")
+    result = without(package, tmp_path, "bench", command, "--help")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"{command}: needs the package {package}, which is not installed\n"
+    assert result.stderr == f"bench {command}: needs the package {package}, which is not installed\n"
