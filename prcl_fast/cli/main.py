@@ -1,6 +1,6 @@
 """`prcl`: the command line, one module a command.
 
-Exit status: 0 done, 2 a mistake in the input (one line on standard error), 1 anything else.
+Exit status: 0 done, 2 a mistake in the input (one line on standard error), 1 any other failure.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-# What several processes of torchrun or srun do together; of every other command, one does the work.
-_SHARED = ("train", "eval", "predict", "demo")
+# Commands that run on all ranks of torchrun or srun; every other command runs on rank 0 alone.
+_ON_ALL_RANKS = ("train", "eval", "predict", "demo")
 
 
 @app.callback()
@@ -77,7 +77,7 @@ def _options(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    if context.invoked_subcommand in _SHARED or not {"RANK", "SLURM_STEP_ID"} & os.environ.keys():
+    if context.invoked_subcommand in _ON_ALL_RANKS or not {"RANK", "SLURM_STEP_ID"} & os.environ.keys():
         return
     from prcl_fast.processes.launch import read_launch
 

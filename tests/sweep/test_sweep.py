@@ -229,7 +229,7 @@ def test_a_sweep_goes_on_after_sigint_and_ends_with_its_table(tmp_path, capsys):
     out, error = process.communicate(timeout=100)
     assert (process.returncode, out) == (1, ""), error
     assert error.splitlines()[-1] == (
-        "prcl: stopped: 1 of 8 runs are not finished; the same command goes on from there"
+        "prcl: stopped: 1 of 8 runs are not finished; the same command resumes them"
     )
     assert (first / "last.pt").exists()
 
