@@ -1,6 +1,6 @@
-"""What the alternatives to the package's training step share: networks, optimiser, schedules and settings.
+"""Networks, optimiser, schedules and settings that the alternatives to the package's training step share.
 
-All of it comes from the same configuration, and the same seed gives every candidate the same initial weights.
+The same configuration and seed give every candidate the same initial weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from bench.ops.baselines import Settings
 from bench.step.plain_network import made_plain
 from prcl_fast.config import Config
 from prcl_fast.config.methods import PRCLConfig
+from prcl_fast.data.source import build_source
+from prcl_fast.device import choose_device
 from prcl_fast.errors import InputError
 from prcl_fast.models.network import SegmentationNetwork, build_network
 
@@ -24,7 +26,7 @@ LOSSES = ("loss", "loss_supervised", "loss_unsupervised", "loss_contrast")
 
 
 class Training(Protocol):
-    """One candidate: a training that goes on step by step."""
+    """One candidate: a training, made step by step."""
 
     @property
     def student(self) -> nn.Module:
@@ -35,6 +37,36 @@ class Training(Protocol):
 
     def close(self) -> None:
         """Ends its data workers."""
+
+
+class Alternative:
+    """Student, teacher, optimiser and schedules of an alternative."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.method = config, method_of(config)
+        self.device = choose_device(config.train.device)
+        torch.backends.cudnn.benchmark = True
+        self.source = build_source(config.data)
+        self.num_classes = len(self.source.classes)
+        self.student, self.teacher = build_networks(config, self.num_classes, self.device)
+        self.student.train()
+        self.optimizer = build_optimizer(self.student, config)
+        self.iteration = 0
+
+    def set_learning_rates(self) -> None:
+        """base * (1 - iteration / total)^power."""
+        share = max(0.0, 1 - self.iteration / self.config.train.iterations) ** self.config.optim.power
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * share
+
+    def contrast_weight(self) -> float:
+        """lambda_c, eq. (12) of the IJCV paper."""
+        progress = self.iteration / self.config.train.iterations
+        return self.method.lambda_c * math.exp(self.method.alpha * progress**2)
+
+    def teacher_decay(self) -> float:
+        """The decay of the teacher's average; the first update copies the student."""
+        return min(1 - 1 / (self.iteration + 1), self.method.ema)
 
 
 def method_of(config: Config) -> PRCLConfig:
@@ -81,23 +113,6 @@ def build_optimizer(student: SegmentationNetwork, config: Config) -> torch.optim
         {"params": list(student.probability_parameters()), "base_lr": config.probability_lr},
     ]
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-
-
-def set_learning_rates(optimizer: torch.optim.SGD, config: Config, iteration: int) -> None:
-    """base * (1 - iteration / total)^power."""
-    share = max(0.0, 1 - iteration / config.train.iterations) ** config.optim.power
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * share
-
-
-def contrast_weight(method: PRCLConfig, iteration: int, total: int) -> float:
-    """lambda_c, eq. (12) of the IJCV paper."""
-    return method.lambda_c * math.exp(method.alpha * (iteration / total) ** 2)
-
-
-def teacher_decay(method: PRCLConfig, iteration: int) -> float:
-    """The first update copies the student."""
-    return min(1 - 1 / (iteration + 1), method.ema)
 
 
 def contrast_settings(method: PRCLConfig) -> Settings:
