@@ -219,18 +219,16 @@ def test_mistakes_get_one_line_and_nothing_is_written(run, tmp_path, no_pictures
 def test_an_image_of_one_class_is_too_little(run, tmp_path, monkeypatch):
     label = "prcl_fast.data.sources.synthetic.SyntheticSource.label"
     monkeypatch.setattr(label, lambda self, name: np.full((64, 64), 255, np.uint8))
-    assert "labeled pixels of at least 2 classes are needed, here are: none" in refused(
-        run, out=tmp_path / "o"
-    )
+    assert "labeled pixels of at least 2 classes are needed; found: none" in refused(run, out=tmp_path / "o")
     monkeypatch.setattr(label, lambda self, name: np.zeros((64, 64), np.uint8))
-    assert "here are: background" in refused(run, out=tmp_path / "o")
+    assert "found: background" in refused(run, out=tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
 def test_a_checkpoint_of_another_run_or_other_classes_is_refused(run, tmp_path):
     write_run(tmp_path / "other", tiny_tree(tmp_path / "other", prototype="ema", tau=9.0))
     message = refused(run, str(tmp_path / "other/best.pt"), out=tmp_path / "o")
-    assert "best.pt: is not of the run of" in message
+    assert "best.pt: is of another run than" in message
     write_run(tmp_path / "four", tiny_tree(tmp_path / "four", name="supervised"), tuple("abcd"))
     assert "trained on other classes (a, b, c, d) than the data" in refused(tmp_path / "four")
 
