@@ -1,15 +1,14 @@
-"""One file for a machine with a GPU and no network: sources, native libraries, and wheels that it may lack.
+"""A bundle for a machine with a GPU and no network: sources, native libraries, and wheels.
 
 python -m bench gpu-bundle [--out FILE] [--without PACKAGE ...]
 
-There: `tar xf FILE; bash gpu_check.sh first`, on Linux, x86-64, with Python 3.12 and PyTorch 2.11 or newer.
-The wheels are those of this environment's versions, for Python 3.12 and, as far as the size allows, for the
-Python that makes the file, so that it can be tried here. Making it needs the network.
+On that machine: `tar xf FILE; bash gpu_check.sh first`; Linux, x86-64, Python 3.12, PyTorch 2.11 or newer.
+The wheels have the versions of this environment. They are for Python 3.12 and, if the size allows, for the
+Python that makes the bundle, so that it can be tested here. Making it needs the network.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import io
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from bench.arguments import parser
 from bench.gpu.wheels import REQUIREMENTS, normalized
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import replacing
@@ -33,14 +33,14 @@ _ROOT = Path(__file__).resolve().parents[2]
 _OUT = _ROOT / "dist" / "prcl_fast_gpu_check.tar.gz"
 _LIBRARIES = ("prcl_fast/_native.so", "prcl_fast/_native_cuda.so")
 _SOURCES = ("prcl_fast", "bench", "tests", "configs", "csrc", "setup.py", "pyproject.toml", "constraints.txt")
-_LEFT_OUT = ("bench/results/", "tests/golden/", "tests/fuzz/corpus/")  # large, and read by no phase
+_LEFT_OUT = ("bench/results/", "tests/golden/", "tests/fuzz/corpus/")  # large, and not used by any phase
 _SCRIPT = "bench/gpu/gpu_check.sh"
-# What the phases import besides PyTorch; SciPy, for the tests of two samplers, is too large.
+# Imported by the phases besides PyTorch; SciPy, for the tests of two samplers, is too large.
 _PACKAGES = (
     "numpy", "pillow", "pyyaml", "pydantic", "typer", "rich", "pytest", "pytest-timeout", "pytest-xdist",
     "ninja", "setuptools", "tensorboard",
 )  # fmt: skip
-# A run writes TensorBoard's files with its messages alone; these are for its server.
+# For TensorBoard's server; a run only writes its files.
 _NOT_NEEDED = {"grpcio", "markdown", "tensorboard-data-server", "werkzeug"}
 _UNREAD = re.compile(r"/tests/|^tensorboard/(webfiles\.zip|plugins/projector/tf_projector_plugin/)")
 _PLATFORMS = (
@@ -60,7 +60,7 @@ def sources(root: Path) -> list[str]:
 
 
 def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Packages and all that they need on Linux under this Python, with this environment's versions.
+    """The packages and their dependencies on Linux under this Python, with this environment's versions.
 
     Raises:
         InputError: one of them is not installed here.
@@ -83,7 +83,7 @@ def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[
 
 
 def download(packages: Mapping[str, str], python: str, folder: Path) -> None:
-    """Puts the packages' wheels for a Python on Linux, x86-64, into `folder`. Raises InputError."""
+    """Downloads the packages' wheels for a Python on Linux, x86-64, into `folder`. Raises InputError."""
     command = [
         sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
         "--implementation", "cp", "--python-version", python, "-d", str(folder),
@@ -99,7 +99,7 @@ def download(packages: Mapping[str, str], python: str, folder: Path) -> None:
 
 
 def shrink(wheel: Path) -> None:
-    """Leaves out what no phase reads: a wheel's own tests, and TensorBoard's pages."""
+    """Removes files that no phase reads: a wheel's own tests, and TensorBoard's pages."""
     with zipfile.ZipFile(wheel) as archive:
         kept = [x for x in archive.infolist() if not _UNREAD.search(x.filename)]
         if len(kept) == len(archive.infolist()):
@@ -115,18 +115,18 @@ def shrink(wheel: Path) -> None:
 def write_bundle(
     root: Path, out: Path, wheels: Iterable[Path], optional: Iterable[Path] = (), largest: int = LARGEST
 ) -> list[str]:
-    """Writes the bundle, whole or not at all.
+    """Writes the bundle atomically.
 
     Args:
-        wheels: that it must hold.
-        optional: taken from the smallest on, as long as they fit.
-        largest: bytes of the file.
+        wheels: required ones.
+        optional: added from the smallest on while they fit.
+        largest: limit of the file in bytes.
 
     Returns:
-        the names of the optional wheels that were left out.
+        The names of the optional wheels that were left out.
 
     Raises:
-        InputError: a library was not built, it is no git checkout, or the file would be too large.
+        InputError: a library is not built, `root` is no git checkout, or the file would be too large.
     """
     for library in _LIBRARIES:
         if not (root / library).is_file():
@@ -145,7 +145,7 @@ def write_bundle(
         if left < 0:
             size = largest - left
             raise InputError(f"{out.name} would have {size} bytes, more than {largest}; see --without")
-        # Wheels are compressed already: each adds its size, a header and some padding.
+        # Wheels are already compressed: each adds its size, a header and padding.
         while extra and (added := int(1.001 * extra[0].stat().st_size) + 1024) <= left:
             wheel = extra.pop(0)
             left -= added
@@ -176,25 +176,21 @@ def _git(root: Path, *arguments: str) -> str:
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        raise InputError(f"{root} is no git checkout, whose tracked files would be taken") from None
+        raise InputError(f"{root} is no git checkout; a bundle contains its tracked files") from None
 
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m bench gpu-bundle`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench gpu-bundle",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=_OUT)
-    parser.add_argument(
+    command = parser("gpu-bundle", __doc__)
+    command.add_argument("--out", type=Path, default=_OUT, metavar="FILE", help="the bundle")
+    command.add_argument(
         "--without",
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="which the machine has; may be repeated",
+        help="a package that the machine has; may be repeated",
     )
-    options = parser.parse_args(arguments)
+    options = command.parse_args(arguments)
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     left_out = {normalized(name) for name in options.without}
     with tempfile.TemporaryDirectory(prefix="prcl_wheels_") as folder:

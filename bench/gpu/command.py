@@ -1,17 +1,16 @@
-"""The check on a machine with a GPU: two sets of phases of under six minutes each, the most telling first.
+"""The check on a machine with a GPU: two sets of phases of under six minutes each, the most important first.
 
     python -m bench gpu first second [--out DIR]
     python -m bench gpu unpack ARCHIVE [--into bench/results]
 
-Needs a Python with PyTorch, and no network; in a file of `make gpu-bundle`, gpu_check.sh is the same command.
-A set leaves one archive, DIR/SET.tar.gz, packed anew after every phase: logs, JSON, junit XML, summary.json.
-Without a GPU the phases that have a small form run on the CPU, and the last line says "no GPU". Exit status
-1: a phase failed or was cut off. `unpack` puts the JSON of an archive into bench/results, as gpu_NAME.json.
+Needs a Python with PyTorch, and no network. In a bundle of `make gpu-bundle`, gpu_check.sh is the same
+command. A set writes one archive, DIR/SET.tar.gz, after every phase: logs, JSON, junit XML, summary.json.
+Without a GPU the phases that have a small form run on the CPU, and the last line is "no GPU". Exit status 1:
+a phase failed or was cut off. `unpack` puts the JSON of an archive into bench/results, as gpu_NAME.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.arguments import parser
 from bench.gpu.phases import SETS, facts_phase
 from bench.gpu.runner import KIND, run_set
 from bench.gpu.wheels import unpack_missing
@@ -37,18 +37,16 @@ def main(arguments: Sequence[str]) -> int:
     """`python -m bench gpu`."""
     if arguments[:1] == ["unpack"]:
         return _unpack(arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("sets", nargs="+", choices=tuple(SETS), metavar="SET", help=" or ".join(SETS))
-    parser.add_argument(
+    command = parser("gpu", __doc__)
+    command.add_argument("sets", nargs="+", choices=tuple(SETS), metavar="SET", help=" or ".join(SETS))
+    command.add_argument(
         "--out",
         type=Path,
         default=os.environ.get("OUT") or _ROOT / "bench" / "results" / "local" / "gpu_check",
         help="folder of the archives; by default $OUT, or bench/results/local/gpu_check",
     )
-    options = parser.parse_args(arguments)
-    # An exit, unlike the signal's default, ends the phase that runs and packs what it left.
+    options = command.parse_args(arguments)
+    # An exit, unlike the signal's default, ends the running phase and packs its files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -63,10 +61,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def results_of(archive: Path) -> dict[str, str]:
-    """The JSON results in an archive of a set, by the name that each gets among the results.
+    """The JSON results in an archive of a set, by their names in bench/results.
 
     Raises:
-        InputError: it is no such archive, or was made without a GPU.
+        InputError: the file is not such an archive, or was made without a GPU.
     """
     found = {}
     try:
@@ -91,10 +89,10 @@ def results_of(archive: Path) -> dict[str, str]:
 
 
 def _unpack(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench gpu unpack")
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("--into", type=Path, default=_ROOT / "bench" / "results")
-    options = parser.parse_args(words)
+    command = parser("gpu unpack", "Puts the JSON results of an archive into a folder, as gpu_NAME.json.")
+    command.add_argument("archive", type=Path)
+    command.add_argument("--into", type=Path, default=_ROOT / "bench" / "results")
+    options = command.parse_args(words)
     results = results_of(options.archive)
     for name, text in results.items():
         write_text(options.into / name, text)
@@ -103,12 +101,12 @@ def _unpack(words: Sequence[str]) -> int:
 
 
 def _set_environment(site: Path) -> None:
-    """What all phases share: the sources, the carried packages, CUDA's tools and the commit."""
+    """Sets the environment of all phases: sources, bundled packages, CUDA's tools and the commit."""
     environment = os.environ
     paths = [str(_ROOT)]
     if _WHEELS.is_dir():
         unpacked = unpack_missing(_WHEELS, site)
-        print(f"unpacked here: {', '.join(unpacked) or 'nothing; all packages are there'}", flush=True)
+        print(f"unpacked wheels: {', '.join(unpacked) or 'none; all packages are installed'}", flush=True)
         paths.insert(0, str(site))
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [environment.get("PYTHONPATH")])])
     if _CUDA.is_dir():

@@ -1,13 +1,12 @@
-"""Facts about a machine: its GPU, versions, packages and tools, and whether the native library runs there.
+"""Facts about a machine: GPU, versions, packages, tools, and state of the native library.
 
 python -m bench gpu-facts FILE
 
-FILE is written after every stage, the cheapest first. Exit status 1: a package of other phases is missing.
+FILE is written after every stage, the fastest first. Exit status 1: a package of other phases is missing.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import json
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import parser
 from prcl_fast.files.writing import write_text
 
 IMPORTED = (
@@ -29,13 +29,9 @@ TOOLS = ("nvcc", "g++", "compute-sanitizer", "ncu", "nvidia-smi")
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m bench gpu-facts`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench gpu-facts",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("file", type=Path, metavar="FILE")
-    path = parser.parse_args(arguments).file
+    command = parser("gpu-facts", __doc__)
+    command.add_argument("file", type=Path, metavar="FILE", help="JSON file to write")
+    path = command.parse_args(arguments).file
     facts: dict[str, Any] = {"python": platform.python_version()}
 
     def add(**more: Any) -> None:
@@ -97,6 +93,6 @@ def _not_importable() -> dict[str, str]:
     for name in IMPORTED:
         try:
             importlib.import_module(name)
-        except Exception as error:  # an extension built for something else raises more than ImportError
+        except Exception as error:  # an extension built for another platform raises others than ImportError
             found[name] = f"{type(error).__name__}: {error}"
     return found

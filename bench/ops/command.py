@@ -52,28 +52,28 @@ def ops_command(
     size: Annotated[str, typer.Option(help="small, voc or cityscapes.")] = "small",
     labels: Annotated[str, typer.Option(help="coherent, as in VOC, or uniform.")] = "coherent",
     rounds: Annotated[
-        int, typer.Option(min=1, help="Timed calls of each candidate; fewer of slow ones.")
+        int, typer.Option(min=1, help="Timed calls of each candidate; fewer for slow ones.")
     ] = 15,
     candidates: Annotated[
         str | None,
         typer.Option(
-            help="Such as eager,native. By default all, but not compile at size small: it takes minutes."
+            help="Such as eager,native. All by default, except compile at size small, which takes minutes."
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch on the CPU.")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="File for the result.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare result B with result A.")
     ] = None,
-    bound: Annotated[float, typer.Option(help="With --compare: how many times longer B may take.")] = 1.1,
+    bound: Annotated[float, typer.Option(help="With --compare: largest ratio of times, B to A.")] = 1.1,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the figures of result files.")] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: where to.")] = Path("."),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: folder of the figures.")] = Path("."),
 ) -> None:
-    """Time the ops against plain PyTorch and the published algorithm; with memory and error against float64.
+    """Measure the ops against plain PyTorch and the published algorithm: time, memory, error to float64.
 
     Times are wall times on the CPU, and device times with a flushed L2 on CUDA.
 
-    Exit status 1: an op fails or is wrong, or --compare found something slower than the bound.
+    Exit status 1: an op fails or its error exceeds its bound, or --compare finds a ratio above --bound.
     """
     if compare is not None:
         _compare(*compare, bound)
@@ -138,7 +138,7 @@ def _compare(before: Path, after: Path, bound: float) -> None:
     results = read_result(before), read_result(after)
     found = pairs(*results)
     for line in differences(*results):
-        print(f"bench ops: not the same {line}", file=sys.stderr)
+        print(f"bench ops: the machines differ in {line}", file=sys.stderr)
     rows = []
     for pair in found:
         time = "does not run" if pair.after is None else _number(pair.after)
@@ -214,7 +214,7 @@ def _number(value: float) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is being done; a line for each where that is no terminal."""
+    """Progress on standard error: one changing line on a terminal, else a line for each step."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda text: print(text, file=sys.stderr, flush=True)

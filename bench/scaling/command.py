@@ -39,7 +39,7 @@ from prcl_fast.console import check_known, print_table
 
 KIND = "bench.scaling 1"
 PROCESSES = (1, 2, 4, 8, 16, 64, 256, 1024)
-MEASURED = ("1", "2", "4")  # what the measured batch can be shared out to
+MEASURED = ("1", "2", "4")  # numbers of processes that divide the measured batch
 SIMULATED = (1, 2, 8, 64, 256, 1024)
 _VOC, _VOC_CLASSES = Path(__file__).resolve().parents[2] / "configs/voc/base.yaml", 21
 _NORM = (NORM_FORWARD, NORM_BACKWARD)
@@ -61,18 +61,18 @@ def main(arguments: Sequence[str]) -> None:
 
 @app.command()
 def scaling_command(
-    paper: Annotated[bool, typer.Option("--table", help="A step at VOC size by formula.")] = False,
+    paper: Annotated[bool, typer.Option("--table", help="A step at VOC size, by formula.")] = False,
     processes: Annotated[
-        str | None, typer.Option(metavar="N,N,..", help=f"Measure here, of {', '.join(MEASURED)}.")
+        str | None, typer.Option(metavar="N,N,..", help=f"Measure on this machine; of {', '.join(MEASURED)}.")
     ] = None,
     simulated: Annotated[
-        bool, typer.Option("--simulate", help="One process among many, on networks by formula.")
+        bool, typer.Option("--simulate", help="One process of many, on simulated networks.")
     ] = False,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="File for the result.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figure of a result.")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: where to.")] = Path("."),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: folder of the figure.")] = Path("."),
 ) -> None:
-    """What training on several processes costs."""
+    """Bytes and time of a training step on several processes: by formula, measured, and simulated."""
     if plot is not None:
         from bench.scaling.plot import write_figure  # a machine that only measures may lack matplotlib
 
@@ -151,7 +151,7 @@ def _print_paper(rows: Sequence[Mapping[str, Any]]) -> None:
     print_table(title, _PAPER_COLUMNS, cells, right=range(len(_PAPER_COLUMNS)))
     names = [network.name for network in NETWORKS]
     print_table(
-        "on paper, VOC: milliseconds of all collectives / of those that nothing hides; so with gathering",
+        "on paper, VOC: ms of all collectives / of the exposed ones; then the same with gathering",
         ["processes", "collectives", *names],
         [
             [str(row["processes"]), str(row["collectives"]), *(_times(row["ms"][n]) for n in names)]

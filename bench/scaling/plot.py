@@ -22,7 +22,7 @@ def write_figure(result: Mapping[str, Any], path: Path) -> Path:
     with styled():
         figure = new_figure(12.5, 4.4)
         figure.suptitle(
-            "Training on N processes. Left and middle: a VOC step on paper. Right: a small step of one "
+            "Training on N processes. Left and middle: a VOC step by formula. Right: a small step of one "
             f"process,\none thread, with the delays of N ({where['device']}, {where['commit']})",
             fontsize=10, x=0.01, ha="left",
         )  # fmt: skip
@@ -36,7 +36,7 @@ def write_figure(result: Mapping[str, Any], path: Path) -> Path:
                 for n in NETWORKS
             },
         )
-        exposed.set_title("ms of a step that nothing hides, by formula")
+        exposed.set_title("exposed ms of a step, by formula")
         _draw_networks(
             simulated,
             {n.name: _simulated(result["simulated"], n.name, "ours") for n in NETWORKS},
@@ -67,7 +67,7 @@ def _draw_bytes(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     }
     for name, (colour, values) in lines.items():
         axes.plot(counts, values, "o-", markersize=3, color=colour, label=name)
-    axes.set(title="bytes that a process sends in a step", ylim=(1e4, 1e13))
+    axes.set(title="bytes sent by a process in a step", ylim=(1e4, 1e13))
     axes.legend(loc="upper left", ncol=2)
     _log_axes(axes, counts)
     axes.yaxis.set_major_formatter(lambda value, _: bytes_text(value))

@@ -35,7 +35,7 @@ from bench.scaling.traffic import (
 from prcl_fast.step_parts import listening
 
 SETTING_UP, USED, UNKNOWN = "setting up", "which parameters were used", "unknown"
-# Of the frames from the innermost outwards, the first that is in one of these files.
+# The innermost stack frame in one of these files gives the purpose.
 _FILES = {
     "losses/contrast.py": STATISTICS,
     "losses/segmentation.py": COUNTS,
@@ -46,15 +46,15 @@ _FILES = {
     "torch/nn/parallel/distributed.py": SETTING_UP,
     "engine/step.py": MEANS,
 }
-_IN_CPP = (GRADIENTS, USED, SETTING_UP)  # who waits: DistributedDataParallel
-_OVERSLEPT = 2e-4  # seconds that a sleep may be too long
+_IN_CPP = (GRADIENTS, USED, SETTING_UP)  # DistributedDataParallel waits for them in C++
+_OVERSLEPT = 2e-4  # seconds by which a sleep may be too long
 
 
 class Meter(dist.ProcessGroup):
-    """Counts the collectives of this process, and how long it waits for them.
+    """Counts the collectives of this process and its waiting time.
 
-    A process that came first waits for the others too. For gradients, which are waited for in C++, it is the
-    time from when the last of them were given to the end of the backward pass.
+    Waiting includes the time until the slowest process arrives. For gradients, for which C++ waits, it is the
+    time from the last given bucket to the end of the backward pass.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -64,33 +64,33 @@ class Meter(dist.ProcessGroup):
         self._gradients_given: float | None = None
 
     def take(self) -> tuple[list[Collective], dict[str, float]]:
-        """The collectives since the last time, and by purpose the seconds that were waited for them."""
+        """The collectives since the last call, and by purpose the seconds waited for them."""
         taken = self._calls, self._waited
         self._calls, self._waited = [], {}
         return taken
 
     def waited(self, purpose: str, seconds: float) -> None:
-        """Notes it for the next `take`."""
+        """Adds waiting time for the next `take`."""
         self._waited[purpose] = self._waited.get(purpose, 0.0) + seconds
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Hears of the parts of a step, `prcl_fast.step_parts`."""
+        """Listens to the parts of a step, see `prcl_fast.step_parts`."""
         yield
         if name == "backward" and self._gradients_given is not None:
             self.waited(GRADIENTS, time.perf_counter() - self._gradients_given)
             self._gradients_given = None
 
     def getBackendName(self) -> str:  # noqa: N802, PyTorch's name
-        """For DistributedDataParallel's own records."""
+        """The name in DistributedDataParallel's records."""
         return type(self).__name__
 
     def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work:
-        """A sum, or what the options say."""
+        """Counts an all-reduce."""
         return self._seen("allreduce", tensors[0], tensors, options)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any) -> dist.Work:
-        """What every process gives."""
+        """Counts an all-gather."""
         return self._seen("allgather", inputs[0], outputs, inputs, options)
 
     def _seen(self, name: str, given: Tensor, *arguments: Any) -> dist.Work:
@@ -110,14 +110,14 @@ class Meter(dist.ProcessGroup):
 
 
 class CountedGloo(Meter):
-    """Gloo, counted."""
+    """Gloo between real processes."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
         self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     def broadcast(self, tensors: list[Tensor], options: Any) -> dist.Work:
-        """Before the first step only, and not counted."""
+        """Not counted: occurs only before the first step."""
         return self._gloo.broadcast(tensors, options)
 
     def _start(self, name: str, own: Collective, *arguments: Any) -> dist.Work:
@@ -126,14 +126,14 @@ class CountedGloo(Meter):
 
 
 class EqualProcesses(Meter):
-    """As if `size` processes were there, all of which hold what this one holds.
+    """Simulates `size` processes with identical data.
 
-    A result is there at once, and is handed over when the network would have brought it. Collectives pass
+    A result is computed immediately and delivered when the network would have delivered it. Collectives pass
     one at a time.
 
     Attributes:
-        network: None is one without delay. It may be changed between steps.
-        instead: collectives that pass in the place of the prototype statistics.
+        network: None has no delay. It may be changed between steps.
+        instead: collectives that replace the prototype statistics.
     """
 
     def __init__(self, size: int) -> None:
@@ -143,7 +143,7 @@ class EqualProcesses(Meter):
         self._free_at = 0.0
 
     def broadcast(self, tensors: list[Tensor], options: Any) -> dist.Work:
-        """Before the first step only: without delay."""
+        """Without delay: occurs only before the first step."""
         return _Arriving(0.0, tensors).in_background()
 
     def _start(self, name: str, own: Collective, *arguments: Any) -> dist.Work:
@@ -167,7 +167,7 @@ class EqualProcesses(Meter):
 
 
 class _Arriving(dist.Work):
-    """Done at the moment `arrival` of `time.perf_counter`."""
+    """Work that is done at the time `arrival` of `time.perf_counter`."""
 
     def __init__(self, arrival: float, result: Any) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class _Arriving(dist.Work):
         return True
 
     def in_background(self) -> dist.Work:
-        """The same with a future, which C++ waits for."""
+        """The same work as a future, for which C++ can wait."""
         future: torch.futures.Future[Any] = torch.futures.Future()
         delay = self._arrival - time.perf_counter()
         if delay > 0:
@@ -192,7 +192,7 @@ class _Arriving(dist.Work):
 
 
 class _Timed(dist.Work):
-    """Another work, with the time that is waited for it."""
+    """Wraps a work and records the waiting time."""
 
     def __init__(self, work: dist.Work, meter: Meter, purpose: str) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class _Timed(dist.Work):
 
 @contextlib.contextmanager
 def joined(rank: int, world: int, folder: Path) -> Iterator[CountedGloo]:
-    """This process among `world` of this machine, which meet in `folder`."""
+    """Joins `world` processes of this machine, whose rendezvous is in `folder`."""
     store = dist.FileStore(str(folder / "store"), world)
     made: list[CountedGloo] = []
 
@@ -221,7 +221,7 @@ def joined(rank: int, world: int, folder: Path) -> Iterator[CountedGloo]:
 
 @contextlib.contextmanager
 def simulated(world: int) -> Iterator[EqualProcesses]:
-    """This process as the first of `world` equal ones."""
+    """Makes this process rank 0 of `world` simulated ones."""
     made = EqualProcesses(world)
     with _default_group("simulated", lambda *_: made, dist.HashStore(), 0, world):
         yield made

@@ -22,16 +22,16 @@ from prcl_fast.config import dump_config, parse_config
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.losses import ProbabilisticContrast
 
-WARMUP, STEPS, ROUNDS = 2, 5, 5  # steps, and turns of each network
-_SMALL = "small"  # of bench.step
+WARMUP, STEPS, ROUNDS = 2, 5, 5  # steps, steps, and turns of each network
+_SMALL = "small"  # a size of bench step
 _HERE = ("train.device=cpu", "train.threads=1", "data.synthetic.unlabeled=16")
 _MEASURED = ("train.batch_labeled=8", "train.batch_unlabeled=8")
-# The public code's D, so that features weigh beside gradients; fewer anchors, so that steps are short.
+# The public code's D, so that features are comparable to gradients; fewer anchors for short steps.
 _SIMULATED = ("model.dim=256", "method.anchors=64", "method.negatives=128")
 
 
 def measure(count: int) -> dict[str, Any]:
-    """Training steps of one global batch on so many processes of this machine, each with one thread."""
+    """Measures steps of one global batch on `count` processes of this machine, with one thread each."""
     with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
         config = size_config(_SMALL, Path(folder), [*_HERE, *_MEASURED])
         report = _on_processes(_train, count, Path(folder), dump_config(config))
@@ -40,7 +40,7 @@ def measure(count: int) -> dict[str, Any]:
 
 
 def measure_contrast(shape: Shape) -> dict[str, Any]:
-    """What one forward and backward pass of the contrast sends, on 2 processes with a random map each."""
+    """Bytes sent by one forward and backward pass of the contrast, on 2 processes with a random map each."""
     size = (shape.classes, shape.dim, shape.height, shape.width)
     with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
         sent = _on_processes(_contrast, 2, Path(folder), size)
@@ -48,7 +48,7 @@ def measure_contrast(shape: Shape) -> dict[str, Any]:
 
 
 def simulate(count: int) -> list[dict[str, Any]]:
-    """Steps of one real process that is told that it is one of `count`; 2 + 2 images for each of them."""
+    """Measures steps of one real process in a group of `count` simulated ones; 2 + 2 images for each."""
     ways = [(None, "ours"), *((network, what) for network in NETWORKS for what in ("ours", "gathering"))]
     if count == 1:
         ways = ways[:1]
@@ -82,7 +82,7 @@ def simulate(count: int) -> list[dict[str, Any]]:
 
 
 def _on_processes(work: Any, count: int, folder: Path, argument: Any) -> Any:
-    """Runs `work` on so many processes; what the first of them reports."""
+    """Runs `work` on `count` processes and returns the report of rank 0."""
     mp.spawn(work, (count, folder, argument), nprocs=count)
     return json.loads((folder / "report.json").read_text())
 
@@ -139,7 +139,7 @@ def _contrast(rank: int, count: int, folder: Path, size: Sequence[int]) -> None:
 
 
 def _taken(meter: Meter, count: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """Calls, bytes given and bytes sent by purpose since the last time, and milliseconds waited."""
+    """By purpose: calls, bytes given and bytes sent since the last call, and milliseconds waited."""
     passed, waited = meter.take()
     sums: dict[str, Any] = {}
     for one in passed:

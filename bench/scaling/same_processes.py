@@ -11,7 +11,6 @@ hold bitwise identical state. Exit status 1: a bound is exceeded.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 import prcl_fast.engine.evaluate as evaluation
+from bench.arguments import parser
 from bench.compared_runs import ComparedRuns
 from prcl_fast.config import Config, load_config, override_config
 from prcl_fast.engine.trainer import Trainer
@@ -49,17 +49,13 @@ SETTINGS = (
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m bench same-processes`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench same-processes",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--processes", default="1,2,4")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    command = parser("same-processes", __doc__)
+    command.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"), metavar="CONFIG")
+    command.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
+    command.add_argument("--processes", default="1,2,4", metavar="N,N", help="numbers of processes")
+    command.add_argument("--steps", type=int, default=50, help="of each run")
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for the result")
+    options = command.parse_args(arguments)
     config = load_config(options.config, [*SETTINGS, *options.overrides])
     runs = ComparedRuns("prcl same processes 1", "cpu", options.steps, options.json)
     first: dict[str, Any] | None = None
@@ -81,11 +77,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def trained(config: Config, processes: int, steps: int) -> dict[str, Any]:
-    """Losses and prototypes of each step, and the evaluation after the last, on so many processes.
+    """Losses and prototypes of each step, and the evaluation after the last, on `processes` processes.
 
     Returns:
         "losses" [steps, terms] and "prototypes" [steps, 2, C, D] (mean and variance), float64; "counts"
-        [networks, C, C] int64; "miou" of the network that counts.
+        [networks, C, C] int64; "miou" of the main network.
     """
     with tempfile.TemporaryDirectory(prefix="prcl_processes_") as folder:
         config = override_config(config, [f"output={folder}/run"])
@@ -95,7 +91,7 @@ def trained(config: Config, processes: int, steps: int) -> dict[str, Any]:
 
 
 def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """How far two runs are apart: the largest difference, relative where values exceed 1."""
+    """Largest differences of two runs, relative for values above 1."""
 
     def difference(a: Tensor, b: Tensor) -> float:
         return float(((a - b).abs() / a.abs().clamp(min=1.0)).max())
@@ -116,7 +112,7 @@ def _train(rank: int, config: Config, world: int, steps: int, folder: str) -> No
     with contextlib.closing(trainer.batches()) as batches:
         for _ in range(steps):
             named = trainer.step(batches)
-            # Anchors and negatives are drawn by each process: the value of the contrast differs.
+            # Each process draws its own anchors and negatives, so the value of the contrast differs.
             losses.append(torch.stack([named[name] for name in sorted(named) if name != "loss_contrast"]))
             state = trainer.method.state_dict()
             check_alike(state)

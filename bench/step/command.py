@@ -56,7 +56,9 @@ def step_command(
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the configuration, for all candidates."),
     ] = None,
     size: Annotated[str, typer.Option(help=f"{', '.join(SIZES)}.")] = "small",
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of a size.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Configuration file, not a size.")
+    ] = None,
     candidates: Annotated[str | None, typer.Option(help=f"Of {', '.join(CANDIDATES)}.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each candidate.")] = 16,
     steps: Annotated[
@@ -66,25 +68,26 @@ def step_command(
         bool,
         typer.Option(
             "--one-at-a-time",
-            help="No two candidates in memory at once: each makes half of its rounds, then all begin anew; "
-            "`published` comes last and once. Always so on CUDA, and with data workers.",
+            help="Keep one candidate in memory at a time: each makes half of its rounds, then all start "
+            "again; `published` runs last and once. Always on for CUDA, and with data workers.",
         ),
     ] = False,
     published_seconds: Annotated[
-        float, typer.Option(min=0, help="With candidates one at a time: how long `published` is timed.")
+        float,
+        typer.Option(min=0, help="With one candidate at a time: seconds of timing `published`."),
     ] = PUBLISHED_SECONDS,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the result there, anew after each candidate.")
+        Path | None, typer.Option(metavar="FILE", help="File for the result, written after each candidate.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures of a result.")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: where to.")] = Path("."),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: folder of the figures.")] = Path("."),
 ) -> None:
-    """Time the training step of PRCL: the published one, plain PyTorch, and the package's.
+    """Time the training step of PRCL: the published one, plain PyTorch, and this package's.
 
     Exit status 1: a candidate could not run.
     """
     if plot is not None:
-        # Here, because a machine that only measures may lack matplotlib.
+        # Imported here, because a machine that only measures may lack matplotlib.
         from bench.step.plot import write_figures
 
         for path in write_figures(read_result(plot, KIND), out, plot.stem):
@@ -109,7 +112,7 @@ def step_command(
             candidates=tuple(names or _DEFAULT[device.type]),
             rounds=rounds,
             steps=steps or (10 if on_cuda else 1),
-            # The first steps set libraries up, and find images that were prepared while nobody waited.
+            # The first steps set libraries up and use images that workers prepared in advance.
             warmup=2 * chosen.data.workers + (5 if on_cuda else 2),
             one_at_a_time=one_at_a_time or on_cuda or chosen.data.workers > 0,
             published_seconds=published_seconds,

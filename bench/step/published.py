@@ -1,10 +1,10 @@
 """The published training step, written from its description: float32, image by image, class by class.
 
-The order is that of the authors' public code: the teacher labels the weakly augmented images; images,
-pseudo-labels and confidences then pass through Pillow for a random scale and crop, are mixed, and pass
-through Pillow once more for colour, blur and flip; the student sees labeled and unlabeled images in two
-passes; the contrast is a loop over the classes with a sampler on the host. Left out, in its favour: the
-confusion matrices that the code counts at each step. Its teacher stays in evaluation mode as everywhere here.
+The order is that of the authors' public code. The teacher labels the weakly augmented images. Images,
+pseudo-labels and confidences pass through Pillow for a random scale and crop, are mixed, and pass through
+Pillow again for colour, blur and flip. The student processes labeled and unlabeled images in two passes. The
+contrast is a loop over the classes with a sampler on the host. The confusion matrices of each step are left
+out, in its favour. Its teacher is in evaluation mode, as in all candidates.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class PublishedTraining(Alternative):
         }
 
     def close(self) -> None:
-        """Lets the loaders go, and with them their workers."""
+        """Deletes the loaders, which ends their workers."""
         del self.labeled, self.unlabeled
 
     def _through_pil(
         self, image: Tensor, label: Tensor, confidence: Tensor, *, scale: Sequence[float], strong: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """To the host, image by image to Pillow, its augmentation, and back to the device."""
+        """Augments image by image with Pillow on the host, and returns the batch on the device."""
         data = self.config.data
         images, labels, confidences = [], [], []
         for pixels, classes, certain in zip(image.cpu(), label.cpu(), confidence.cpu(), strict=True):
@@ -180,7 +180,7 @@ class PublishedTraining(Alternative):
 class _Images(Dataset[tuple[Tensor, Tensor]]):
     """Decoded, weakly augmented and normalised images of a subset with their labels.
 
-    The label of an unlabeled image is 0, and 255 where the crop reaches outside of it.
+    The label of an unlabeled image is 0, and 255 outside of it.
     """
 
     def __init__(self, source: Source, subset: str, config: Config) -> None:
@@ -210,7 +210,7 @@ class _Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _Endless(Sampler[int]):
-    """One random order of all images after the other."""
+    """An endless sequence of random permutations of all images."""
 
     def __init__(self, count: int) -> None:
         self.count = count

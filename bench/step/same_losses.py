@@ -12,7 +12,6 @@ exceeded.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import tempfile
@@ -24,18 +23,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bench.arguments import parser
 from bench.compared_runs import ComparedRuns
 from prcl_fast.config import Config, load_config, override_config
 from prcl_fast.device import choose_device
 from prcl_fast.engine.trainer import Trainer
 
-WINDOW = 20  # steps, over which means are taken
-ROUNDING = 1e-4  # a relative difference that is never too large, unless not a bit may change
-TIMES_CONTROL = 2.0  # how much further than the controls a run may come from the plain one
+WINDOW = 20  # steps of a mean
+ROUNDING = 1e-4  # relative difference that is always allowed, unless losses must be identical
+TIMES_CONTROL = 2.0  # largest distance to the plain run, in multiples of the controls'
 NUDGED, AGAIN = "last digit", "again"  # the controls
 PLAIN = ("data.cache=none", "data.workers=0", "train.compile=false", "train.graph=false")
 _KEYS = ("first", "windows", "whole")  # of a comparison
-# Name, overrides, and whether not a bit may change.
+# Name, overrides, and whether losses must be bitwise identical.
 VARIANTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("cache-ram", ("data.cache=ram",), True),
     ("cache-disk", ("data.cache=disk",), True),
@@ -50,17 +50,13 @@ CUDA_VARIANTS = (
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m bench same-losses`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench same-losses",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--only", help="names of variants")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    command = parser("same-losses", __doc__)
+    command.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"), metavar="CONFIG")
+    command.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
+    command.add_argument("--steps", type=int, default=200, help="of each run")
+    command.add_argument("--only", metavar="NAME,NAME", help="variants to run")
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for the result")
+    options = command.parse_args(arguments)
     config = load_config(options.config, [*PLAIN, *options.overrides])
     device = choose_device(config.train.device)
     variants = [*VARIANTS, *(CUDA_VARIANTS if device.type == "cuda" else ())]
@@ -89,11 +85,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def held(row: dict[str, Any], controls: Sequence[dict[str, Any]]) -> bool:
-    """Whether a run is as near to the plain one as it must be.
+    """Whether a run is within its bounds of the plain one.
 
     Args:
-        controls: how far from it runs came that may differ: the nudged one, and on a device where equal runs
-            may differ another plain one.
+        controls: rows of the nudged run and, on a device where equal runs may differ, of a second plain run.
     """
     deterministic = all(_is_equal(control) for control in controls if control["variant"] == AGAIN)
     if row["exact"] and deterministic:
@@ -111,7 +106,7 @@ def losses(config: Config, steps: int, *, nudged: bool = False) -> Tensor:
     """[steps, terms] float64: the named losses of the first steps of a run.
 
     Args:
-        nudged: begin with the classifier's weights changed in their last digit.
+        nudged: start from classifier weights that are changed in their last digit.
     """
     with tempfile.TemporaryDirectory(prefix="prcl_losses_") as folder:
         config = override_config(config, [f"output={folder}/run", f"data.cache_dir={folder}"])
@@ -134,7 +129,7 @@ def nudge(trainer: Trainer) -> None:
 
 
 def compared(plain: Tensor, other: Tensor, window: int = WINDOW) -> dict[str, Any]:
-    """How far two runs are apart: the largest relative difference of any term.
+    """Largest relative differences of two runs over all terms.
 
     Args:
         plain, other: [steps, terms].

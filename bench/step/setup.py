@@ -33,7 +33,7 @@ class Training(Protocol):
         """The network that learns."""
 
     def step(self) -> Mapping[str, Tensor | float]:
-        """Fetches the next images and makes one optimiser step; the scalars named in LOSSES."""
+        """Fetches the next images and makes one optimiser step; returns the scalars named in LOSSES."""
 
     def close(self) -> None:
         """Ends its data workers."""
@@ -73,11 +73,11 @@ def method_of(config: Config) -> PRCLConfig:
     """The method's settings.
 
     Raises:
-        InputError: a setting that not all candidates know; the message names the key.
+        InputError: a setting that a candidate does not support; the message names the key.
     """
     method = config.method
     if not isinstance(method, PRCLConfig):
-        raise InputError(f"method.name: {method.name!r}; bench.step compares prcl")
+        raise InputError(f"method.name: {method.name!r}; bench step compares prcl")
     for key, value, known in (
         ("method.representation", method.representation, ("probabilistic",)),
         ("method.mix", method.mix, ("classmix",)),
@@ -89,14 +89,14 @@ def method_of(config: Config) -> PRCLConfig:
     ):
         if value not in known:
             expected = " or ".join(map(str, known))
-            raise InputError(f"{key}: {value}; bench.step compares {expected}, which all candidates know")
+            raise InputError(f"{key}: {value}; all candidates of bench step support only {expected}")
     return method
 
 
 def build_networks(
     config: Config, num_classes: int, device: torch.device
 ) -> tuple[SegmentationNetwork, SegmentationNetwork]:
-    """Student and teacher, which is its copy in evaluation mode, without an operation of the package's."""
+    """Student and teacher (its copy in evaluation mode), without ops of the package."""
     torch.manual_seed(config.seed)
     network = build_network(config.model, num_classes, representation=True, probability=True)
     student = made_plain(network).to(device)
@@ -104,7 +104,7 @@ def build_networks(
 
 
 def build_optimizer(student: SegmentationNetwork, config: Config) -> torch.optim.SGD:
-    """SGD as PyTorch has it by default; each group remembers its `base_lr`."""
+    """PyTorch's default SGD; each parameter group has its `base_lr`."""
     optim = config.optim
     backbone_lr = optim.lr if optim.backbone_lr is None else optim.backbone_lr
     groups = [
@@ -116,5 +116,5 @@ def build_optimizer(student: SegmentationNetwork, config: Config) -> torch.optim
 
 
 def contrast_settings(method: PRCLConfig) -> Settings:
-    """Those of the contrast in `bench.ops.baselines` and `bench.ops.eager`."""
+    """The settings as `bench.ops.baselines` and `bench.ops.eager` take them."""
     return Settings(method.temperature, method.reduction, method.normalize, method.beta, method.delta_s)

@@ -80,7 +80,7 @@ def test_a_library_that_does_not_load_is_built_for_this_gpu_alone(
     monkeypatch.setattr(shutil, "which", lambda name: name)
     build = phases.first(tmp_path, GPU | {"native": "did not load"})[0]
     assert (build.skipped, build.environment["TORCH_CUDA_ARCH_LIST"]) == (None, "9.0")
-    assert phases.first(tmp_path, GPU)[0].skipped == "the library that came along runs here"
+    assert phases.first(tmp_path, GPU)[0].skipped == "the bundled library runs on this GPU"
 
 
 def test_the_tests_of_every_op_are_among_those_on_a_gpu() -> None:
