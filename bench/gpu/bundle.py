@@ -155,7 +155,7 @@ def write_bundle(
 
 
 def _write(archive: Path, files: Mapping[str, Path], root: Path, commit: str, asked: str) -> None:
-    def owned_by_nobody(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    def without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.uid = info.gid = 0
         info.uname = info.gname = ""
         return info
@@ -165,9 +165,9 @@ def _write(archive: Path, files: Mapping[str, Path], root: Path, commit: str, as
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content.encode()))
-        tar.add(root / _SCRIPT, "gpu_check.sh", filter=owned_by_nobody)
+        tar.add(root / _SCRIPT, "gpu_check.sh", filter=without_owner)
         for name, path in sorted(files.items()):
-            tar.add(path, name, filter=owned_by_nobody)
+            tar.add(path, name, filter=without_owner)
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -173,7 +173,7 @@ class _Phases:
             name, box, settles, (*pytest, "-m", "gpu", *run), on_cpu=(*pytest, "-m", "not gpu", *small),
             lines=12, **environment,
         )  # fmt: skip
-        return replace(phase, says=" passed")
+        return replace(phase, expects=" passed")
 
     def tests(self, name: str, box: float, settles: str, backend: str) -> Phase:
         run = (_WITHOUT_SOME, "-k", f"cuda-{backend}", "-n", "8", *op_tests())
@@ -232,9 +232,9 @@ def _cpu(arguments: Sequence[str]) -> tuple[str, ...]:
 def _filters_kernels() -> bool:
     """Whether this compute-sanitizer can select kernels by name."""
     try:
-        said = subprocess.run(
+        usage = subprocess.run(
             ["compute-sanitizer", "--help"], capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return "--kernel-regex" in said.stdout
+    return "--kernel-regex" in usage.stdout

@@ -1,7 +1,7 @@
 """The runner of a check: phases with time boxes, archived after each.
 
 A phase is a command with its own log. When its box or the set's time runs out, it is killed with all its
-children, and the next phase starts. If the runner itself is killed, an archive of the finished phases remains.
+children, and the next phase starts. If the runner itself is killed, an archive of finished phases remains.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Phase:
         skipped: why it is skipped, or None.
         environment: additional variables.
         lines: number of last lines of its log to print.
-        says: text that its log must contain; tests that are all skipped also end with status 0.
+        expects: text that its log must contain; tests that are all skipped also end with status 0.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Phase:
     skipped: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     lines: int = 4
-    says: str = ""
+    expects: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def run_set(
     print(*table(name, outcomes), sep="\n")
     bad = [x.name for x in outcomes if x.status in (FAILED, CUT_OFF)]
     late = [x.name for x in outcomes if x.status == NO_TIME]
-    said = [f"failed or cut off: {', '.join(bad)}" if bad else "nothing failed"]
-    said += [f"no time was left for {', '.join(late)}"] if late else []
-    said += [NO_GPU] if without else []
-    print(f"{name}: {'; '.join(said)}", flush=True)
+    summary = [f"failed or cut off: {', '.join(bad)}" if bad else "nothing failed"]
+    summary += [f"no time was left for {', '.join(late)}"] if late else []
+    summary += [NO_GPU] if without else []
+    print(f"{name}: {'; '.join(summary)}", flush=True)
     return 1 if bad else 0
 
 
@@ -133,8 +133,8 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
     """
 
     def outcome(status: str, seconds: float = 0.0, detail: str = "") -> Outcome:
-        said = notes(folder, phase.name) if status != SKIPPED else []
-        return Outcome(phase.name, status, phase.box, round(seconds, 1), phase.settles, detail, said)
+        numbers = notes(folder, phase.name) if status != SKIPPED else []
+        return Outcome(phase.name, status, phase.box, round(seconds, 1), phase.settles, detail, numbers)
 
     if phase.skipped is not None:
         return outcome(SKIPPED, detail=phase.skipped)
@@ -174,8 +174,8 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
         return outcome(CUT_OFF, seconds, f"{why} ran out after {limit:.0f} s")
     if code != 0:
         return outcome(FAILED, seconds, f"exit status {code}")
-    if phase.says not in (folder / f"{phase.name}.log").read_text(errors="replace"):
-        return outcome(FAILED, seconds, f"its log does not contain {phase.says.strip()!r}")
+    if phase.expects not in (folder / f"{phase.name}.log").read_text(errors="replace"):
+        return outcome(FAILED, seconds, f"its log does not contain {phase.expects.strip()!r}")
     return outcome(PASSED, seconds)
 
 

@@ -64,15 +64,15 @@ def _of_ops(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _of_step(result: dict[str, Any]) -> list[str]:
-    said = [f"first step {result['first_step_ms'] / 1e3:.1f} s"]
+    numbers = [f"first step {result['first_step_ms'] / 1e3:.1f} s"]
     if "ms" in result:
         ms, host = statistics.median(result["ms"]), statistics.median(result["host_ms"])
-        said = [f"{ms:.1f} ms a step, host {host:.1f} ms", *said]
+        numbers = [f"{ms:.1f} ms a step, host {host:.1f} ms", *numbers]
     if "peak_gb" in result:
-        said.append(f"peak {result['peak_gb']:.1f} GB")
+        numbers.append(f"peak {result['peak_gb']:.1f} GB")
     if "launches" in result:
-        said.append(f"{result['launches']:.0f} launches of {result['kernel_ms']:.1f} ms")
-    return ["; ".join(said)]
+        numbers.append(f"{result['launches']:.0f} launches of {result['kernel_ms']:.1f} ms")
+    return ["; ".join(numbers)]
 
 
 def _milliseconds(row: dict[str, Any]) -> str:

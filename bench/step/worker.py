@@ -111,7 +111,7 @@ class Worker:
 
     @classmethod
     def start(cls, name: str, config: Config, warmup: int, seconds: float = math.inf) -> Worker:
-        """Starts a candidate and waits until it has made `warmup` steps; `failure` says why it could not.
+        """Starts a candidate and waits until it has made `warmup` steps; `failure` tells why it could not.
 
         Args:
             seconds: limit of the warm-up, which ends with the step under way.

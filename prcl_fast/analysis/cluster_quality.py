@@ -24,14 +24,14 @@ DEFINITIONS = {
     "trace_inter": "trace of the between-class variance matrix, as inter_variance but not L2-normalised",
     "trace_ratio": "trace_inter / trace_intra, larger is better separated",
     "variance_auroc": "probability that a wrongly predicted pixel has a larger mean sigma^2 than a right "
-    "one, over the drawn pixels; 0.5 where sigma^2 says nothing",
+    "one, over the drawn pixels; 0.5 is chance",
     "wrong_share": "share of wrongly predicted pixels among the drawn ones, of which every class has as many "
     "as it can; not among all pixels",
     "variance_rank": "of the class's mean sigma^2, 1 the most certain",
     "iou": "in %, on the validation images, as the run logged it at this checkpoint; iou_rank: 1 the best",
     "variance_iou_correlation": "Spearman's rank correlation over classes of mean sigma^2 and IoU; -1 where "
     "the worse classes are the less certain ones",
-    "moved": "distance of a class's L2-normalised prototype from that of the checkpoint before; of several, "
+    "moved": "distance of a class's L2-normalised prototype from that of the checkpoint before; for several, "
     "the mean",
 }
 

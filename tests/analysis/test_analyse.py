@@ -1,4 +1,4 @@
-"""`prcl analyse`: what is written, which checkpoints and subsets it looks at, mistakes."""
+"""`prcl analyse`: written files, chosen checkpoints and subsets, mistakes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def each_checkpoint_is_read_once():
-    """Reading takes longer than looking; nothing here writes into what was read."""
+    """Loads a run once, because loading takes most of the time; no test modifies it."""
     known = {}
 
     def once(read):

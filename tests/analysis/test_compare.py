@@ -1,4 +1,4 @@
-"""`prcl compare`: which runs form a row, what the columns say, and what is warned of."""
+"""`prcl compare`: grouping of runs, columns and warnings."""
 
 from __future__ import annotations
 

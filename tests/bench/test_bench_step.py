@@ -34,7 +34,7 @@ from support.tiny import tiny_tree
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """The tiny run with what is common to all candidates of the benchmark."""
+    """The tiny run with the settings common to all candidates of the benchmark."""
     tree = tiny_tree(tmp_path / "run")
     tree["method"]["prototype"] = "local"
     tree["data"]["scan"] = False
@@ -91,7 +91,7 @@ def test_what_the_caller_asks_for_goes_before_what_is_common(tmp_path: Path) -> 
 
 
 class _Recorded:
-    """A worker that writes down its turns."""
+    """A worker that records its turns."""
 
     def __init__(self, name: str, log: list[tuple[str, int]], alive: set[str]) -> None:
         self.name, self.log, self.alive = name, log, alive
@@ -112,7 +112,7 @@ class _Recorded:
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The turns of workers that only write them down: candidate, and how many candidates were alive."""
+    """Recorded turns: candidate, and number of candidates alive."""
     log: list[tuple[str, int]] = []
     alive: set[str] = set()
     monkeypatch.setattr(step_run, "_start", lambda plan, name: _Recorded(name, log, alive))

@@ -1,4 +1,4 @@
-"""The file for a machine with a GPU and no network: its contents, its size, and its wheels unpacked."""
+"""`bench gpu-bundle`: contents and size of the bundle, and unpacking of its wheels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU check on a machine without a GPU: its phases, its script and its archives."""
+"""`bench gpu` on a machine without a GPU: its phases, its script and its archives."""
 
 from __future__ import annotations
 

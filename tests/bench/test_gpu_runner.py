@@ -106,7 +106,7 @@ def test_phases_report_how_they_ended(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_phase_that_does_not_say_what_it_must_has_failed(tmp_path: Path) -> None:
     def outcome(said: str) -> tuple[str, str]:
-        phase = python("tests", f"print({said!r})", says=" passed")
+        phase = python("tests", f"print({said!r})", expects=" passed")
         found = runner.run_phase(phase, tmp_path, tmp_path / "tmp", 100.0)
         return found.status, found.detail
 

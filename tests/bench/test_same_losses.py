@@ -1,4 +1,4 @@
-"""The comparison of runs that should have the same losses."""
+"""`bench same-losses`: differences, bounds and controls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calls that compute-sanitizer watches."""
+"""`bench gpu-sanitize`: calls of every op, and their failures."""
 
 from __future__ import annotations
 

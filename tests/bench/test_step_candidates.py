@@ -1,4 +1,4 @@
-"""The candidates of `bench step` do the same work, and Pillow's augmentation keeps maps together."""
+"""The candidates of `bench step`: the same work in each, and augmentation with Pillow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IDENTITY = (
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """The tiny run with what is common to all candidates of the benchmark."""
+    """The tiny run with the settings common to all candidates of the benchmark."""
     tree = tiny_tree(tmp_path / "run")
     tree["method"]["prototype"] = "local"
     tree["data"]["scan"] = False

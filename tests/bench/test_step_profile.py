@@ -1,4 +1,4 @@
-"""The profile of the training step: its stages, its rows and its file."""
+"""`bench step-profile`: stages, rows and report of the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine that has only what the ops need: their tests run, and all else says what it lacks."""
+"""Missing packages: tests of the ops run without them, and benchmarks name the one they lack."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.paths import ROOT
 
 
 def without(package: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m ARGUMENTS` where importing the package fails as it does where it is not installed."""
+    """Runs `python -m ARGUMENTS` with the package not importable."""
     (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('not here', name='{package}')\n")
     environment = os.environ | {"PYTHONPATH": str(folder), "PRCL_TEST_PLACE": "cpu-torch"}
     command = [sys.executable, "-m", *arguments]

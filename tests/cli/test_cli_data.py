@@ -1,4 +1,4 @@
-"""`prcl data`: what it prints, what it writes, and that it refuses what is wrong."""
+"""`prcl data`: output, written files, and rejected input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`prcl eval`: the digits of the evaluation in training, overrides, and mistakes."""
+"""`prcl eval`: the same mIoU as during training, overrides, and mistakes."""
 
 from __future__ import annotations
 

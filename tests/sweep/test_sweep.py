@@ -1,4 +1,4 @@
-"""`prcl sweep`: what is checked before anything runs, and how runs are started, stopped and gone on with."""
+"""`prcl sweep`: checks before the first run; starting, stopping and resuming runs."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ printf '{"kind": "eval", "iteration": 6, "miou": 50.0, "miou_student": 40.0}\\n'
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """In place of a training: slow, failing, waiting to be stopped or killed, by the run's name."""
+    """Replaces training: slow, failing, waiting for a signal or killed, by the run's name."""
     script = tmp_path / "python"
     script.write_text(STAND_IN)
     script.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Sweep files: which runs they mean, and what is said of a mistake in one."""
+"""Sweep files: their runs and configurations, and messages for mistakes."""
 
 from __future__ import annotations
 
