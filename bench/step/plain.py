@@ -26,7 +26,8 @@ from prcl_fast.config import Config
 from prcl_fast.data.augment import normalize, strong_augment
 from prcl_fast.data.batches import Batch, training_batches
 from prcl_fast.data.mix import mix
-from prcl_fast.data.source import IGNORE, build_source
+from prcl_fast.data.source import IGNORE
+from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.step_parts import part
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from prcl_fast.config.messages import first_message
 from prcl_fast.config.types import Count, Fraction, NonNegative, Positive, Section
 
-# The authors' public code has 100, which leaves its normalised scores at chance; 0.5 is this project's choice.
+# 100 is the public code's value, and leaves normalised scores at chance level; 0.5 is this project's.
 _TAU, _COSINE_TAU = 100.0, 0.5
 
 

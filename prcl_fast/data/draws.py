@@ -1,15 +1,10 @@
-"""Random numbers of the data pipeline, drawn on the host, and what augmentation and mixing make of them.
-
-Every number is a function of (seed, purpose, step): a counter-based generator is started anew for each use,
-so nothing has to be saved to resume, and a step can be drawn without the steps before it.
-"""
+"""Random choices of augmentation and mixing, made on the host from uniform numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import torch
@@ -34,27 +29,6 @@ GREY = tuple(_YIQ[0])
 _TO_GREY = np.tile(_YIQ[0], (3, 1))
 _TO_CHROMA = np.eye(3) - _TO_GREY
 _QUARTER_TURN = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _YIQ
-
-
-class Purpose(IntEnum):
-    """What random numbers are for: each purpose has its own streams."""
-
-    ORDER_LABELED = 0
-    ORDER_UNLABELED = 1
-    WEAK_LABELED = 2
-    WEAK_UNLABELED = 3
-    STRONG = 4
-    RANK = 6
-    SCENE = 7
-
-
-def generator(seed: int, purpose: Purpose, *, step: int = 0, stream: int = 0) -> np.random.Generator:
-    """NumPy's Philox-4x64-10, keyed by (seed, purpose, stream) and with its counter at (step, 0).
-
-    The counter's upper half holds the step, so that the numbers of two steps never overlap.
-    """
-    key = np.array([seed % 2**64, purpose | (stream << 8)], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=step << 128))
 
 
 @dataclass(frozen=True)

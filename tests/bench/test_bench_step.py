@@ -31,7 +31,8 @@ from bench.step.run import KIND, Plan, measure
 from bench.step.setup import LOSSES
 from bench.step.worker import CANDIDATES, OurTraining, Worker
 from prcl_fast.config import Config, override_config, parse_config
-from prcl_fast.data.source import IGNORE, build_source
+from prcl_fast.data.source import IGNORE
+from prcl_fast.data.sources import build_source
 from prcl_fast.ops import use_backend
 from support.paths import CONFIGS
 from support.tiny import tiny_tree

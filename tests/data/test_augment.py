@@ -16,14 +16,13 @@ from prcl_fast.data.draws import (
     BOX_AREA,
     STRONG_NUMBERS,
     WEAK_NUMBERS,
-    Purpose,
     StrongDraws,
     WeakDraws,
-    generator,
     strong_draws,
     weak_draws,
 )
 from prcl_fast.data.source import IGNORE
+from prcl_fast.data.streams import Purpose, generator
 
 FILL = [0.485, 0.456, 0.406]
 OFF = AugmentConfig(scale=[1.0, 1.0], flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)

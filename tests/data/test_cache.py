@@ -29,7 +29,8 @@ from prcl_fast.data.cache import decoded as cache_module
 from prcl_fast.data.cache import file as cache_file
 from prcl_fast.data.cache.decoded import ImageCache, open_cache
 from prcl_fast.data.decode import decode
-from prcl_fast.data.source import Source, build_source
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
 
 BOTH = ("labeled", "unlabeled")
@@ -310,8 +311,8 @@ SCRIPT = """
     import sys
     from pathlib import Path
     from prcl_fast.config import DataConfig
-    from prcl_fast.data import cache
-    from prcl_fast.data.source import build_source
+    from prcl_fast.data.cache import decoded as cache
+    from prcl_fast.data.sources import build_source
     cache._SHARED_MEMORY = Path(sys.argv[1])
     data = DataConfig.model_validate_json(sys.argv[2])
     subsets = ("labeled", "unlabeled")[: int(sys.argv[3])]

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from prcl_fast.config import DataConfig
-from prcl_fast.data.source import Source, build_source
-from prcl_fast.data.sources import cityscapes, voc
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source, cityscapes, voc
 from prcl_fast.data.sources.images import read_image, read_mask, save_index_png
 from prcl_fast.errors import InputError
 

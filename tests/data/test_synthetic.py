@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from prcl_fast.config import DataConfig, SyntheticConfig, load_config
-from prcl_fast.data.source import build_source
-from prcl_fast.data.sources import synthetic
+from prcl_fast.data.sources import build_source, synthetic
 from prcl_fast.data.sources.synthetic import CLASSES, SyntheticSource, write_synthetic
 from prcl_fast.errors import InputError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from prcl_fast.config import DataConfig
+from prcl_fast.data.source import IGNORE
 from prcl_fast.data.sources.file_source import (
     FileSource,
     LabelFile,
@@ -16,7 +17,7 @@ from prcl_fast.data.sources.file_source import (
     files_below,
     locate_files,
 )
-from prcl_fast.data.sources.labels import IGNORE, LabelDecoder, id_table
+from prcl_fast.data.sources.labels import LabelDecoder, id_table
 from prcl_fast.data.sources.splits import CITYSCAPES_SUFFIX, Entry
 from prcl_fast.errors import InputError
 

@@ -12,12 +12,11 @@ import numpy as np
 
 from prcl_fast.config import DataConfig
 from prcl_fast.config.files import plain_path
+from prcl_fast.data.source import SUBSETS, Split
 from prcl_fast.data.sources.images import check_pair, image_size, read_image
 from prcl_fast.data.sources.labels import LabelDecoder
 from prcl_fast.data.sources.splits import (
-    SUBSETS,
     Entry,
-    Split,
     SplitFile,
     check_disjoint,
     make_split,

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from prcl_fast.data.source import IGNORE
 from prcl_fast.data.sources.images import read_mask
 from prcl_fast.errors import InputError
-
-IGNORE = 255
 
 
 @dataclass(frozen=True, eq=False)

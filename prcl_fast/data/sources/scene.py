@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from prcl_fast.data.draws import Purpose, generator
+from prcl_fast.data.streams import Purpose, generator
 
 CLASSES = ("background", "disc", "square", "triangle", "ring", "cross")
 

@@ -21,13 +21,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from prcl_fast.data.source import Split
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_text
 
 Form = Literal["ids", "stems", "paths", "pairs", "tabs"]
-
-SUBSETS = ("labeled", "unlabeled", "val")
 
 VOC_ID = re.compile(r"\d{4}_\d{6}")
 CITYSCAPES_ID = re.compile(r"[a-z-]+_\d{6}_\d{6}")
@@ -46,21 +45,6 @@ _WRITTEN_AS = {
     "pairs": "image and label paths",
     "tabs": "two paths with a tab",
 }
-
-
-@dataclass(frozen=True)
-class Split:
-    """A list of image ids in order.
-
-    Attributes:
-        family: what the syntax tells, and which public list it is if it is one.
-        names: ids without repetition.
-        fingerprint: 12 hex digits of SHA-256 over the ids joined by newlines, so the order counts.
-    """
-
-    family: str
-    names: tuple[str, ...]
-    fingerprint: str
 
 
 @dataclass(frozen=True)

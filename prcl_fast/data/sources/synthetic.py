@@ -17,9 +17,10 @@ from PIL import Image
 
 from prcl_fast import __version__
 from prcl_fast.config import DataConfig, SyntheticConfig
+from prcl_fast.data.source import SUBSETS, Split
 from prcl_fast.data.sources.images import save_index_png
 from prcl_fast.data.sources.scene import CLASSES, render
-from prcl_fast.data.sources.splits import SUBSETS, Split, make_split
+from prcl_fast.data.sources.splits import make_split
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import write_text
