@@ -57,7 +57,7 @@ CANDIDATES: dict[str, tuple[Callable[[Config], Training], tuple[str, ...]]] = {
     "ours": (OurTraining, ()),
     "eager": (PlainTraining, ()),
     "ours-graph": (OurTraining, ("train.graph=true",)),
-    "ours-shared16": (OurTraining, ("method.share=16",)),
+    "ours-shared16": (OurTraining, ("method.anchors_per_set=16",)),
     "ours-compile": (OurTraining, ("train.compile=true",)),
     "ours-graph-compile": (OurTraining, ("train.graph=true", "train.compile=true")),
     "compile": (PlainTraining, ("train.compile=true",)),

@@ -15,8 +15,10 @@ from prcl_fast.config.schema import (
     dump_config,
     json_schema,
     load_config,
+    load_stored_config,
     override_config,
     parse_config,
+    parse_stored_config,
 )
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "dump_config",
     "json_schema",
     "load_config",
+    "load_stored_config",
     "override_config",
     "parse_config",
+    "parse_stored_config",
 ]

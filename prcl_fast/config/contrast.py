@@ -75,8 +75,10 @@ class ContrastConfig(Section):
         description="Scores by which the classes of real negatives are drawn. prototype: of the anchors' "
         "positives; local: of the batch's prototypes; uniform: all other classes alike.",
     )
-    share: Count = Field(
-        1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
+    anchors_per_set: Count = Field(
+        1,
+        description="Anchors of a class that use the same set of negatives; must divide anchors. 16 or 32 "
+        "is faster; the expectation of the loss stays, its variance grows.",
     )
 
     def changed(self, options: Mapping[str, Any]) -> ContrastConfig:
@@ -111,6 +113,6 @@ class ContrastConfig(Section):
                 "memory_bank: takes the place of virtual_negatives, which must be 0, and needs "
                 "representation probabilistic"
             )
-        if self.anchors % self.share:
-            raise ValueError(f"share: must divide anchors ({self.anchors})")
+        if self.anchors % self.anchors_per_set:
+            raise ValueError(f"anchors_per_set: must divide anchors ({self.anchors})")
         return self

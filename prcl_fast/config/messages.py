@@ -9,6 +9,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from prcl_fast.config.renamed import new_name
+
 _SHOWN = 160
 
 
@@ -26,6 +28,9 @@ def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[Ba
     where = _cut(".".join(location))
     if mistake["type"] == "extra_forbidden":
         known = _known_keys(mistake["loc"][:-1], root)
+        renamed = new_name(location, known)
+        if renamed is not None:
+            return f"key {where} is now named {renamed}{more}"
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
         return f"unknown key {where}; {hint}{more}"

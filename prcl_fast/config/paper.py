@@ -122,7 +122,7 @@ _PRCL_FACTS: dict[Paper, tuple[_Fact, ...]] = {
         _Fact("method.normalize", False, "eq. (3)", "true is what the public code does"),
         _Fact("method.confidence", "teacher", "3.1, 3.5", _STUDENT),
         _Fact("method.negatives", 512, "", "negatives of an anchor"),
-        _Fact("method.share", 1, "", _SHARED),
+        _Fact("method.anchors_per_set", 1, "", _SHARED),
         *_EITHER_PRCL,
     ),
     "AAAI": (
@@ -135,7 +135,7 @@ _PRCL_FACTS: dict[Paper, tuple[_Fact, ...]] = {
             "method.confidence", "student", "", "whose confidence picks the hard pixels; no network is named"
         ),
         _Fact("method.negatives", 512, "table 6", "negatives of an anchor"),
-        _Fact("method.share", 1, "sampling strategy", _SHARED),
+        _Fact("method.anchors_per_set", 1, "sampling strategy", _SHARED),
         *_EITHER_PRCL,
     ),
 }

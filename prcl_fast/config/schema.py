@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from prcl_fast.config.files import PATH_KEYS, RUN_KEYS, apply_override, plain_path, read_tree
 from prcl_fast.config.messages import first_message
 from prcl_fast.config.methods import MethodConfig, PPSConfig, UnlabeledConfig
+from prcl_fast.config.renamed import with_new_names
 from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Positive, Rgb, Section, Size
 from prcl_fast.errors import InputError
 
@@ -306,6 +307,16 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise InputError(f"{origin}: {first_message(error, tree, Config)}") from None
+
+
+def load_stored_config(path: Path) -> Config:
+    """The config.yaml that a run has written, also a run of a former version. Raises InputError."""
+    return parse_stored_config(read_tree(path), str(path))
+
+
+def parse_stored_config(tree: Mapping[str, Any], origin: str) -> Config:
+    """`parse_config` for a tree that a run has stored: keys renamed since then are translated."""
+    return parse_config(with_new_names(tree), origin)
 
 
 def dump_config(config: Config) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +15,30 @@ from prcl_fast.models.batch_norm import count_together
 from prcl_fast.models.deeplab import DeepLabDecoder
 from prcl_fast.models.heads import ProbabilityHead, RepresentationHead, SegmentationHead
 from prcl_fast.models.mobilenet import MobileNetV2
-from prcl_fast.models.query_head import PrototypeScores, QueryHead
+from prcl_fast.models.query_head import QueryHead
 from prcl_fast.models.resnet import ResNet
-from prcl_fast.models.weights import load_weights
-
-if TYPE_CHECKING:
-    from prcl_fast.config import ModelConfig
-    from prcl_fast.config.methods import PPSConfig
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 BACKBONES = (*DEPTHS, "mobilenet_v2")
 
 
 class NetworkOutput(NamedTuple):
-    """What a network says of its images at the decoder's resolution, h = ceil(H/4) and w = ceil(W/4)."""
+    """A network's maps at the decoder's resolution, h = ceil(H/4) and w = ceil(W/4); None without a head."""
 
     logits: Tensor  # [B, num_classes, h, w]
     mu: Tensor | None  # [B, D, h, w]
     var: Tensor | None  # [B, D, h, w], float32
     features: Tensor  # [B, decoder.out_channels, h, w], the decoder's, which all heads read
-    prototypes: PrototypeScores | None = None  # of a head of prototypes
+    prototype_scores: Tensor | None = None  # [B, num_classes * n, h, w], of a query head
+    projection: Tensor | None = None  # [B, projection_dim, h, w], of a query head
 
 
 def joined(outputs: Sequence[NetworkOutput]) -> NetworkOutput:
-    """The outputs of several passes as the output of one, their images in order.
-
-    Those of a linear head: prototypes of a query head are not joined.
-    """
+    """The outputs of several passes as one, images in order; for networks with a linear classifier."""
     if len(outputs) == 1:
         return outputs[0]
-    assert all(output.prototypes is None for output in outputs)
-    logits, mu, var, features, _ = (
+    assert all(output.prototype_scores is None for output in outputs)
+    logits, mu, var, features, _, _ = (
         [tensor for tensor in tensors if tensor is not None] for tensors in zip(*outputs, strict=True)
     )
     return NetworkOutput(
@@ -55,6 +47,13 @@ def joined(outputs: Sequence[NetworkOutput]) -> NetworkOutput:
         torch.cat(var) if var else None,
         torch.cat(features),
     )
+
+
+def at_resolution(full: Tensor, size: torch.Size) -> Tensor:
+    """[B, H, W] -> [B, h, w]: the value at the pixel nearest to each aligned-corner position."""
+    rows = torch.linspace(0, full.shape[-2] - 1, size[0], device=full.device).round().long()
+    columns = torch.linspace(0, full.shape[-1] - 1, size[1], device=full.device).round().long()
+    return full[:, rows[:, None], columns]
 
 
 class SegmentationNetwork(nn.Module):
@@ -142,9 +141,9 @@ class SegmentationNetwork(nn.Module):
         self._passes.begin()
         low, high = self.backbone(x)
         features = self.decoder(low, high)
-        prototypes = None
+        prototype_scores = projection = None
         if isinstance(self.classifier, QueryHead):
-            logits, prototypes = self.classifier(features, high, project=representations)
+            logits, prototype_scores, projection = self.classifier(features, high, project=representations)
         else:
             logits = self.classifier(features)
         mu = var = None
@@ -153,7 +152,7 @@ class SegmentationNetwork(nn.Module):
             if self.probability is not None:
                 var = self.probability(features)
         self._passes.end()
-        return NetworkOutput(logits, mu, var, features, prototypes)
+        return NetworkOutput(logits, mu, var, features, prototype_scores, projection)
 
     def _parts(self, representations: bool) -> list[nn.Module]:
         """The parts that a forward pass uses: the backbone's stages, the decoder and the heads."""
@@ -185,58 +184,3 @@ def build_backbone(name: str, stem: str, output_stride: int, base_width: int) ->
     if base_width != 64:
         raise InputError(f"base_width: {base_width} is a ResNet's, {name} has one width")
     return MobileNetV2(output_stride)
-
-
-def build_network(
-    model: ModelConfig,
-    num_classes: int,
-    *,
-    representation: bool = False,
-    probability: bool = False,
-    initial_variance: float = 0.5,
-    queries: PPSConfig | None = None,
-) -> SegmentationNetwork:
-    """The network that a configuration describes, with its starting weights loaded.
-
-    Args:
-        model: the configuration's `model` section.
-        num_classes: number of classes of the data.
-        representation, probability, initial_variance: the heads that the method needs.
-        queries: settings of a head of prototypes, which then takes the linear one's place.
-
-    Raises:
-        InputError: `model.weights` cannot be read or does not fit.
-    """
-    query_head = None
-    if queries is not None:
-        query_head = partial(
-            QueryHead,
-            dim=model.dim,
-            num_classes=num_classes,
-            per_class=queries.prototypes,
-            layers=queries.layers,
-            heads=queries.heads,
-            projection_dim=queries.projection_dim,
-        )
-    network = SegmentationNetwork(
-        model.backbone,
-        model.stem,
-        model.output_stride,
-        base_width=model.base_width,
-        num_classes=num_classes,
-        width=model.width,
-        representation_dim=model.dim if representation else None,
-        probability=probability,
-        initial_variance=initial_variance,
-        query_head=query_head,
-    )
-    if model.weights is not None:
-        load_weights(network, model.weights)
-    return network
-
-
-def at_resolution(full: Tensor, size: torch.Size) -> Tensor:
-    """[B, H, W] -> [B, h, w]: the value at the pixel nearest to each aligned-corner position."""
-    rows = torch.linspace(0, full.shape[-2] - 1, size[0], device=full.device).round().long()
-    columns = torch.linspace(0, full.shape[-1] - 1, size[1], device=full.device).round().long()
-    return full[:, rows[:, None], columns]

@@ -1,20 +1,11 @@
-"""A segmentation head of prototypes, which a transformer decoder makes of learned queries for each image."""
+"""The query head of PPS: class scores from prototypes that a transformer decoder computes for each image."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from prcl_fast.models.heads import RepresentationHead
 from prcl_fast.models.query_decoder import QueryDecoder
-
-
-class PrototypeScores(NamedTuple):
-    """What a head of prototypes knows beside the logits."""
-
-    scores: Tensor  # P_m [B, C * n, h, w]; prototype j of class c has the number c * n + j
-    projection: Tensor | None  # F_p [B, projection_dim, h, w]; None where it was not asked for
 
 
 class QueryHead(nn.Module):
@@ -57,13 +48,19 @@ class QueryHead(nn.Module):
             nn.Conv2d(dim, dim, 1), nn.ReLU(inplace=True), nn.Conv2d(dim, projection_dim, 1)
         )
 
-    def forward(self, features: Tensor, high: Tensor, *, project: bool) -> tuple[Tensor, PrototypeScores]:
-        """The logits [B, C, h, w] and what they come from.
+    def forward(
+        self, features: Tensor, high: Tensor, *, project: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Class logits, prototype scores and projection of every pixel.
 
         Args:
             features: [B, in_channels, h, w], the DeepLabv3+ decoder's.
             high: [B, high_channels, h', w'], the backbone's last map.
-            project: whether to embed the pixels for the contrast.
+            project: whether to compute the projection.
+
+        Returns:
+            logits [B, C, h, w]; scores P_m [B, C * n, h, w], prototype j of class c at channel c * n + j;
+            projection F_p [B, projection_dim, h, w], or None.
         """
         embedding = self.embedding(features)
         prototypes = self.decoder(high)  # [B, C * n, d]
@@ -72,4 +69,4 @@ class QueryHead(nn.Module):
         scores = (pixels.flatten(1, 2) @ prototypes.mT).unflatten(1, pixels.shape[1:3])  # [B, h, w, C * n]
         logits = scores.unflatten(-1, (self.num_classes, -1)).sum(dim=-1)
         projection = self.projector(embedding) if project else None
-        return logits.permute(0, 3, 1, 2), PrototypeScores(scores.permute(0, 3, 1, 2), projection)
+        return logits.permute(0, 3, 1, 2), scores.permute(0, 3, 1, 2), projection

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from torch import Tensor
 from prcl_fast.config.messages import shortened
 from prcl_fast.errors import InputError
 from prcl_fast.files.torch_file import check_torch_file
-
-if TYPE_CHECKING:
-    from prcl_fast.models.network import SegmentationNetwork
+from prcl_fast.models.network import SegmentationNetwork
 
 FORMAT = "prcl_fast-network"
 VERSION = 1

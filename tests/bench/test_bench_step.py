@@ -443,7 +443,7 @@ def test_a_worker_that_dies_is_a_failure_with_its_status(config: Config) -> None
         (("--size", "huge"), "--size: 'huge'"),
         (("--candidates", "publishd"), "did you mean published?"),
         (("method.mix=cutmix",), "method.mix: cutmix"),
-        (("method.share=16",), "ours-shared16"),
+        (("method.anchors_per_set=16",), "ours-shared16"),
         (("train.amp=fp16",), "train.amp: fp16"),
         (("method.name=supervised",), "method.name: 'supervised'"),
         (("--config", "none.yaml"), "none.yaml"),

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prcl_fast.losses import ProbabilisticContrast, explain_inert
 from prcl_fast.losses import contrast as contrast_module
 from prcl_fast.losses.negative_classes import negative_class_probability
-from prcl_fast.losses.virtual_negatives import virtual_negatives
+from prcl_fast.losses.virtual_negatives import draw_virtual_negatives
 from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce, prototype_statistics
 
 C, D = 4, 8
@@ -113,8 +113,8 @@ def test_local_prototypes_are_this_batchs_and_leave_no_state(monkeypatch: pytest
 def test_shared_negatives_leave_the_expectation_of_loss_and_gradient() -> None:
     direction = torch.randn(scene()["mu"].shape, generator=torch.Generator().manual_seed(3))
     results: dict[int, list[Tensor]] = {1: [], 8: []}
-    for share, values in results.items():
-        contrast = make(prototype="local", share=share, virtual_negatives=0, tau=0.5)
+    for anchors_per_set, values in results.items():
+        contrast = make(prototype="local", anchors_per_set=anchors_per_set, virtual_negatives=0, tau=0.5)
         for step in range(200):
             batch = scene() | {"seed": torch.tensor([11, step])}
             loss = contrast(**batch)
@@ -126,8 +126,8 @@ def test_shared_negatives_leave_the_expectation_of_loss_and_gradient() -> None:
     )
     assert ((mean[0] - mean[1]).abs() < 4 * (error[0].square() + error[1].square()).sqrt()).all()
     assert (mean[0].abs() > 4 * error[0]).all()  # else the comparison would say nothing
-    with pytest.raises(ValueError, match=r"share: must divide anchors \(16\)"):
-        make(share=5)
+    with pytest.raises(ValueError, match=r"anchors_per_set: must divide anchors \(16\)"):
+        make(anchors_per_set=5)
 
 
 @pytest.mark.parametrize("prototype", ["global", "ema"])
@@ -187,7 +187,7 @@ def test_negative_classes_follow_the_scores_of_the_prototypes() -> None:
 
 def test_virtual_negatives_spread_by_the_variance_around_the_mean() -> None:
     positive = local(scene())
-    virtual = virtual_negatives(positive, 2000, 2.0, torch.tensor([1, 1]), positive.variance)
+    virtual = draw_virtual_negatives(positive, 2000, 2.0, torch.tensor([1, 1]), positive.variance)
     assert virtual.shape == (C, 2000, D)
     present = positive.count > 0
     # 2000 draws: the standard error of the mean is 2.2 % of the spread, of the spread 1.6 %.

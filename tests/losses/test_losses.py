@@ -124,8 +124,8 @@ def test_lambda_c_falls_from_its_initial_value_to_exp_alpha_of_it() -> None:
     assert lambda_c(1.0, torch.tensor(50), 100, alpha=-4.0) == pytest.approx(0.36787944117144233)
 
 
-def test_poly_lr_falls_to_its_floor_and_stays_there() -> None:
+def test_poly_lr_falls_to_0_and_stays_there() -> None:
     assert poly_lr(0.1, torch.tensor(0), 10) == 0.1
     assert poly_lr(0.1, torch.tensor(5), 10, power=2.0) == pytest.approx(0.025)
     assert poly_lr(0.1, torch.tensor(10), 10) == 0.0
-    assert poly_lr(0.1, torch.tensor(12), 10, floor=1e-6) == 1e-6
+    assert poly_lr(0.1, torch.tensor(12), 10) == 0.0

@@ -17,7 +17,7 @@ from prcl_fast.config import parse_config
 from prcl_fast.device import autocast
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.methods import Step
-from prcl_fast.models.resnet import Conv3x3
+from prcl_fast.models.conv3x3 import Conv3x3
 from support.tiny import tiny_tree
 
 SURE = {"delta_u": 0.2, "delta_w": 0.0, "delta_s": 1.0}

@@ -15,8 +15,9 @@ from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.methods import build_method
 from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.models.build import build_network
 from prcl_fast.models.mobilenet import MobileNetV2
-from prcl_fast.models.network import SegmentationNetwork, build_network
+from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.weights import load_backbone
 from prcl_fast.planning.memory_estimate import MemoryEstimator, tensor_bytes
 from support.tiny import tiny_tree
