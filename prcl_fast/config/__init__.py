@@ -1,16 +1,10 @@
 """Configuration: schema, YAML files, and the papers' values."""
 
 from prcl_fast.config.contrast import ContrastConfig
+from prcl_fast.config.data import AugmentConfig, DataConfig, SyntheticConfig
 from prcl_fast.config.schema import (
     NEUTRAL_KEYS,
-    AugmentConfig,
     Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    SyntheticConfig,
-    TrainConfig,
     config_fingerprint,
     dump_config,
     json_schema,
@@ -20,6 +14,7 @@ from prcl_fast.config.schema import (
     parse_config,
     parse_stored_config,
 )
+from prcl_fast.config.sections import EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "NEUTRAL_KEYS",

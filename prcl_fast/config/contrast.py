@@ -1,4 +1,4 @@
-"""Settings of the probabilistic contrast: one set of names, ranges and defaults for module and YAML."""
+"""Settings of the probabilistic contrast: names, ranges and defaults for the module and for YAML files."""
 
 from __future__ import annotations
 
