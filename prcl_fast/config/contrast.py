@@ -85,7 +85,7 @@ class ContrastConfig(Section):
         """These settings with some of them changed.
 
         Raises:
-            ValueError: an option that is unknown, or out of its range.
+            ValueError: an option is unknown or out of its range.
         """
         if not options:
             return self
@@ -97,7 +97,7 @@ class ContrastConfig(Section):
 
     @property
     def temperature(self) -> float:
-        """tau, or what its null stands for."""
+        """tau, or the value that its null stands for."""
         if self.tau is not None:
             return self.tau
         return _COSINE_TAU if self.representation == "deterministic" else _TAU

@@ -132,7 +132,9 @@ class DataConfig(Section):
         "(cache_dir).",
     )
     cache_dir: PathString | None = Field(
-        None, description="Folder of the cache on disk; null: prcl_fast/images in the user's cache folder."
+        None,
+        description="Folder of the cache on disk; null: $XDG_CACHE_HOME/prcl_fast/images, by default "
+        "~/.cache/prcl_fast/images.",
     )
     scan: bool = Field(
         True,
