@@ -113,12 +113,7 @@ _PRCL_FACTS: dict[Paper, tuple[_Fact, ...]] = {
         _Fact("method.prototype", "global", "3.3", "local: without GDP; ema: Baseline+, eq. (16)"),
         _Fact("method.prototype_ema", 0.99, "4.2", "another speed of Baseline+'s prototypes, eq. (16)"),
         _Fact("method.virtual_negatives", 4, "5.3", "0: without virtual negatives"),
-        _Fact(
-            "method.virtual_spread",
-            "prototype",
-            "eq. (10)",
-            "class: the spread of a class's mu in place of sigma^2",
-        ),
+        _Fact("method.virtual_spread", "prototype", "eq. (10)", "class: the spread of mu, not sigma^2"),
         _Fact("method.memory_bank", 0, "5.3", "table 7's rows MB"),
         _Fact("method.negative_classes", "prototype", "3.5", "whose similarity draws negatives' classes"),
         _Fact("method.beta", 1.0, "5.3", "another radius, eq. (10); table 7 has its best at 0.8"),
@@ -149,9 +144,10 @@ _PRCL_FACTS: dict[Paper, tuple[_Fact, ...]] = {
 def paper_of(config: Config) -> Paper | None:
     """The paper with which a configuration is compared; None for data sets of neither paper.
 
-    Probabilistic PRCL with prototypes of the batch alone and no virtual negatives belongs to AAAI, except in
-    the schedule of the IJCV paper's ablations, where it is that paper's PR. All else, including other
-    methods, belongs to AAAI if it has the crop of the AAAI schedule, and to IJCV otherwise.
+    Probabilistic PRCL belongs to IJCV. Only with prototypes of the batch alone, no virtual negatives and no
+    memory bank does it belong to AAAI, unless it has the schedule of the IJCV paper's ablations.
+    Deterministic contrast and all other methods belong to AAAI if they have the crop of its schedule, else to
+    IJCV.
     """
     if ("IJCV", config.data.kind) not in _SCHEDULES:
         return None

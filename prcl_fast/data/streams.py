@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What random numbers are for: each purpose has its own streams."""
+    """Use of random numbers; each has its own streams."""
 
     ORDER_LABELED = 0
     ORDER_UNLABELED = 1
@@ -24,9 +24,9 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, *, step: int = 0, stream: int = 0) -> np.random.Generator:
-    """NumPy's Philox-4x64-10, keyed by (seed, purpose, stream) and with its counter at (step, 0).
+    """NumPy's Philox-4x64-10 with key (seed, purpose, stream) and counter (step, 0).
 
-    The counter's upper half holds the step, so that the numbers of two steps never overlap.
+    The step is the counter's upper half, so that the numbers of two steps never overlap.
     """
     key = np.array([seed % 2**64, purpose | (stream << 8)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=step << 128))

@@ -130,5 +130,5 @@ def _read_cache(file: Path) -> dict[str, Any]:
 def _write_cache(file: Path, kept: Mapping[str, Any]) -> None:
     try:
         write_text(file, json.dumps({"version": _VERSION, "labels": kept}))
-    except OSError as error:  # a home folder that cannot be written costs time, not the run
+    except OSError as error:  # a home that cannot be written to costs time, not the run
         _log.warning("%s: the scan of the labels cannot be kept: %s", file, error.strerror)
