@@ -220,7 +220,7 @@ def _schedule(config: Config, there: _Schedule) -> list[Difference]:
             change = "noisier" if sum(batch) < sum(there.batch) else "smoother"
             meaning = f"{change} gradients, and batch-norm statistics over another number of images"
             if there.split == "ours":
-                meaning += f"; the paper gives {sum(there.batch)} in all, not how many are labeled"
+                meaning += f"; the paper gives {sum(there.batch)}, and not how many of them are labeled"
             found.append(Difference(key, *values, *given, meaning))
     if train.accumulate > 1:
         passes = _pair((batch[0] // train.accumulate, batch[1] // train.accumulate))

@@ -1,4 +1,4 @@
-"""The network of a configuration: its parts, and its initial weights."""
+"""Networks from a configuration, with their initial weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def build_network(
     initial_variance: float = 0.5,
     queries: PPSConfig | None = None,
 ) -> SegmentationNetwork:
-    """The network that a configuration describes, with its starting weights loaded.
+    """The network of a configuration, with the initial weights of `model.weights` loaded.
 
     Args:
         model: the configuration's `model` section.
         num_classes: number of classes of the data.
         representation, probability, initial_variance: the heads that the method needs.
-        queries: settings of a head of prototypes, which then takes the linear one's place.
+        queries: settings of a query head, in place of the linear classifier.
 
     Raises:
         InputError: `model.weights` cannot be read or does not fit.

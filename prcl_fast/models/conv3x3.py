@@ -1,4 +1,4 @@
-"""The 3x3 convolution of backbones and ASPP, fast on small maps, too."""
+"""The 3x3 convolution of ResNets and ASPP, with fast paths for small maps."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Taps(torch.autograd.Function):
 
 
 def _windows(padded: Tensor, size: Sequence[int], step: int) -> Iterator[Tensor]:
-    """The nine views of the padded rows that a 3x3 convolution multiplies."""
+    """The nine shifted views of a padded map that a 3x3 convolution reads."""
     height, width = size
     for first_row in (0, step, 2 * step):
         for first_column in (0, step, 2 * step):

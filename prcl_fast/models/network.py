@@ -1,4 +1,4 @@
-"""The segmentation network: backbone f, DeepLabv3+ decoder, and the heads g, h, p on the shared features."""
+"""The segmentation network: backbone f, DeepLabv3+ decoder, and the heads g, h, p on its features."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def joined(outputs: Sequence[NetworkOutput]) -> NetworkOutput:
 
 
 def at_resolution(full: Tensor, size: torch.Size) -> Tensor:
-    """[B, H, W] -> [B, h, w]: the value at the pixel nearest to each aligned-corner position."""
+    """[B, H, W] -> [B, h, w]: values at the pixels nearest to the aligned-corner positions."""
     rows = torch.linspace(0, full.shape[-2] - 1, size[0], device=full.device).round().long()
     columns = torch.linspace(0, full.shape[-1] - 1, size[1], device=full.device).round().long()
     return full[:, rows[:, None], columns]
@@ -61,20 +61,20 @@ class SegmentationNetwork(nn.Module):
 
     Args:
         backbone: "resnet18", "resnet34", "resnet50", "resnet101" or "mobilenet_v2".
-        stem: "plain" or "deep"; the latter of a ResNet alone.
+        stem: "plain" or, for a ResNet, "deep".
         output_stride: 8 or 16.
         base_width: channels of a ResNet's first stage.
         num_classes: channels of the logits.
         width: channels of the decoder and of the heads' hidden layer.
         representation_dim: D, the dimension of the latent space; None builds no representation head.
-        probability: whether to build the probability head; it has the representation's dimension.
-        initial_variance: where the probability head's variances start.
-        query_head: makes a head of prototypes from (in_channels, hidden_channels, high_channels), in place of
-            the linear one.
+        probability: whether to build the probability head, of dimension D.
+        initial_variance: of the probability head.
+        query_head: builds a query head from (in_channels, hidden_channels, high_channels), in place of the
+            linear classifier.
 
     Raises:
-        InputError: an unknown backbone, stem or output stride, a stem or width that the backbone has not,
-            or a probability head without a representation.
+        InputError: an unknown backbone, stem or output stride, a stem or width that the backbone lacks, or a
+            probability head without a representation head.
     """
 
     def __init__(
@@ -114,17 +114,17 @@ class SegmentationNetwork(nn.Module):
         self._passes = count_together(self)
 
     def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
-        """Segment images and embed their pixels.
+        """Segments images and embeds their pixels.
 
         Args:
-            x: images [B, 3, H, W], any size from the output stride on; channels_last is the fast format. A
-                training batch must hold more than one pixel at the output stride.
-            representations: False skips the representation and probability heads, and the projection of a
-                head of prototypes.
+            x: images [B, 3, H, W], at least as large as the output stride; channels_last is fastest. A
+                training batch must have more than one pixel at the output stride.
+            representations: False skips representation head, probability head and the query head's
+            projection.
 
         Returns:
-            NetworkOutput; mu and var are None where the head is absent or skipped. Under autocast logits and
-            mu have the autocast type, var is float32 always. Upsample logits with align_corners=True.
+            The output; None for skipped heads. Under autocast logits and mu have the autocast type; var is
+            always float32. Logits are to be upsampled with align_corners=True.
         """
         if torch.compiler.is_compiling():
             output = self._pass(x, representations)
@@ -155,7 +155,7 @@ class SegmentationNetwork(nn.Module):
         return NetworkOutput(logits, mu, var, features, prototype_scores, projection)
 
     def _parts(self, representations: bool) -> list[nn.Module]:
-        """The parts that a forward pass uses: the backbone's stages, the decoder and the heads."""
+        """The parts used in a forward pass: the stages of the backbone, the decoder and the heads."""
         heads = (self.classifier, *((self.representation, self.probability) if representations else ()))
         return [*self.backbone.children(), self.decoder, *(head for head in heads if head is not None)]
 
@@ -169,12 +169,12 @@ class SegmentationNetwork(nn.Module):
         return chain.from_iterable(module.parameters() for module in modules if module is not None)
 
     def probability_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the probability head, which learns at a rate of its own; none where it is absent."""
+        """Parameters of the probability head, which has its own learning rate; none without the head."""
         return iter(()) if self.probability is None else self.probability.parameters()
 
 
 def build_backbone(name: str, stem: str, output_stride: int, base_width: int) -> ResNet | MobileNetV2:
-    """The backbone of a `SegmentationNetwork`, whose arguments these are. Raises InputError."""
+    """The backbone for these arguments of `SegmentationNetwork`. Raises InputError."""
     if name in DEPTHS:
         return ResNet(DEPTHS[name], stem, output_stride, base_width=base_width)
     if name != "mobilenet_v2":

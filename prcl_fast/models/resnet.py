@@ -1,7 +1,7 @@
-"""ResNet backbones for dense prediction: torchvision's parameter names, no classifier, dilation for stride.
+"""ResNet backbones for dense prediction: torchvision's parameter names, no classifier, dilated stages.
 
-Source: He et al., "Deep Residual Learning for Image Recognition" (2016); the stride of a bottleneck sits on
-its 3x3 convolution, as in torchvision. The deep stem is the one of He et al., "Bag of Tricks" (2019).
+Source: He et al., "Deep Residual Learning for Image Recognition" (2016). As in torchvision, the 3x3
+convolution of a bottleneck has its stride. The deep stem is the one of He et al., "Bag of Tricks" (2019).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prcl_fast.models.conv3x3 import Conv3x3
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """The projection of a residual branch whose shape changes; None where the identity fits."""
+    """The projection of a shortcut whose shape changes; None for an identity."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
@@ -23,7 +23,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential 
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions. `first_dilation` is that of the convolution that carried the stride."""
+    """Two 3x3 convolutions. `first_dilation` applies to the first, which has the stride."""
 
     expansion = 1
 
@@ -46,7 +46,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions. The only 3x3 carries the stride, hence `first_dilation`."""
+    """1x1, 3x3, 1x1 convolutions. `first_dilation` applies to the 3x3 one, which has the stride."""
 
     expansion = 4
 
@@ -86,22 +86,22 @@ DILATIONS: dict[int, tuple[int, int, int, int]] = {16: (1, 1, 1, 2), 8: (1, 1, 2
 class ResNet(nn.Module):
     """ResNet without its pooling and classifier, at output stride 8 or 16.
 
-    Where a stage loses its stride, everything after the convolution that carried it is dilated instead: the
-    features at every second pixel are then exactly those of the strided network, so ImageNet weights stay
-    valid. Unlike torchvision's, basic blocks may be dilated too.
+    A stage without its stride dilates all later convolutions instead. The features at every second pixel are
+    then exactly those of the strided network, so that ImageNet weights stay valid. Unlike torchvision's,
+    basic blocks can be dilated, too.
 
     Args:
         depth: 18, 34, 50 or 101.
         stem: "plain" (7x7 convolution) or "deep" (three 3x3 convolutions, 128 channels).
         output_stride: 8 or 16.
-        base_width: channels of the first stage, 64 in the published networks; everything is in proportion.
+        base_width: channels of the first stage, 64 in the published networks; all others are in proportion.
 
     Attributes:
         low_channels, out_channels: channels of the two maps that `forward` returns.
-        classifier_keys: first parts of the keys in torchvision's files that are of the classifier.
+        classifier_keys: prefixes of the classifier's keys in torchvision's files.
 
     Raises:
-        InputError: an argument is none of the values above.
+        InputError: an argument has none of these values.
     """
 
     classifier_keys = ("fc.",)

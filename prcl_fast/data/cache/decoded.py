@@ -59,7 +59,7 @@ class ImageCache:
         try:
             return self._file[self._first[subset] + index]
         except (OSError, DamagedFileError) as error:
-            raise InputError(f"data.cache: {self.path} can no longer be opened: {error}") from None
+            raise InputError(f"data.cache: {self.path} cannot be opened any more: {error}") from None
 
 
 def open_cache(
