@@ -1,4 +1,4 @@
-"""The scan finds every kind of wrong label, counts the good ones, and remembers them."""
+"""The scan of labels: every kind of wrong label is found, good ones are counted and cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {"labeled": ("l0", "l1"), "unlabeled": ("u0",), "val": ("v0", "v1")}
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    """Three classes, images of 6 x 8; label k is filled with class k % 3, its first row is not labeled."""
+    """Three classes, images of 6 x 8; label k has class k % 3, except for its unlabeled first row."""
     for subset, names in NAMES.items():
         (tmp_path / f"{subset}.txt").write_text("\n".join(names))
         for k, name in enumerate(names):
@@ -45,7 +45,7 @@ def save_label(path: Path, value: int) -> None:
 
 
 class Counting:
-    """Counts how many labels are read."""
+    """Counts the labels that are read."""
 
     def __init__(self) -> None:
         self.read = 0

@@ -1,4 +1,4 @@
-"""ProbabilisticContrast: prototypes over steps, what takes part, and what it says about itself."""
+"""ProbabilisticContrast: prototypes over steps, participating classes, diagnostics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ C, D = 4, 8
 
 
 def scene(seed: int = 0, labels: tuple[int, ...] = (0, 1, 2, 255)) -> dict[str, Tensor]:
-    """Class 3 is absent; pixels of a class lie around one direction."""
+    """A batch without class 3; the pixels of a class lie around one direction."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.tensor(labels)[torch.randint(0, len(labels), (2, 8, 9), generator=generator)]
     centre = torch.randn(256, D, generator=torch.Generator().manual_seed(99))
@@ -69,7 +69,7 @@ def test_global_prototypes_are_the_merge_of_all_steps(monkeypatch: pytest.Monkey
     merged = local(batches[0]) + local(batches[1]) + local(batches[2])
     torch.testing.assert_close(seen[-1].mean, merged.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(seen[-1].variance, merged.variance, rtol=1e-5, atol=0)
-    # Who takes part is a matter of the batch, not of the state.
+    # The batch, not the stored prototypes, decides which classes take part.
     assert torch.equal(seen[1].count, local(batches[1]).count)
     assert seen[1].count[1] == 0
 
@@ -204,7 +204,7 @@ def test_virtual_negatives_raise_the_loss() -> None:
 
 
 def test_deterministic_contrast_is_info_nce_of_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rebuilt from the drawn indices with cosine similarities alone."""
+    """The loss is rebuilt from the drawn indices with cosine similarities alone."""
     drawn = []
 
     def spy(*args: Any, **options: Any) -> Tensor:
@@ -288,7 +288,7 @@ def test_compiles_whole_and_updates_the_state() -> None:
 
 
 class CountedCalls(TorchDispatchMode):
-    """How often each op of the package is called."""
+    """Number of calls of each op of the package."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The contrast as in eq. (15): virtual negatives of every class with a global prototype, and its terms."""
+"""The contrast of eq. (15): virtual negatives of all classes with a global prototype, and its terms."""
 
 from __future__ import annotations
 

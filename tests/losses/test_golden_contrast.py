@@ -25,7 +25,7 @@ RUNS_PER_CALL = 20
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Many short operations: on a busy machine, threads that wait for each other only cost time."""
+    """One thread: the operations are short, and waiting threads cost time on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,7 +37,7 @@ def recorded(name: str) -> Tensor:
 
 
 class Sampled(NamedTuple):
-    """Mean over `runs` runs, as so many calls of RUNS_PER_CALL runs each."""
+    """Means over `runs` runs, in calls of RUNS_PER_CALL runs each."""
 
     runs: int
     loss: float

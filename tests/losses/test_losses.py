@@ -30,7 +30,7 @@ def test_supervised_loss_is_the_mean_over_labeled_pixels() -> None:
 
 
 def exact_losses(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, H, W] float64: -log softmax at the label, 0 where ignored; and where it is not ignored."""
+    """-log softmax at the label, [B, H, W] float64, 0 where ignored; and the mask of kept pixels."""
     full = F.interpolate(logits.double(), label.shape[1:], mode="bilinear", align_corners=True)
     kept = label != 255
     loss = -full.log_softmax(1).gather(1, label.long().where(kept, 0)[:, None])[:, 0]
@@ -84,7 +84,7 @@ def test_omega_image_is_the_public_code_of_the_aaai_papers_authors() -> None:
     confidence[0] = 0.0
     loss, kept = exact_losses(logits, label)
     weight = (confidence >= 0.7).sum((1, 2)).double() / kept.sum((1, 2))
-    # Their mean is over positive losses: here, those that are not ignored.
+    # The public code takes the mean over positive losses: here, over all pixels that are not ignored.
     assert (loss[kept] > 0).all()
     expected = (weight[:, None, None] * loss)[loss > 0].mean()
     assert_loss_and_gradient("image", expected, (logits, label, confidence))

@@ -1,4 +1,4 @@
-"""MobileNetV2: torchvision's names and shapes, dilation for stride, features of a plain network, weights."""
+"""MobileNetV2: torchvision's names and shapes, dilation, features of a plain network, weights."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Residual(nn.Module):
 
 
 def plain_mobilenet(state: dict[str, Tensor]) -> nn.Sequential:
-    """The published network of output stride 32 from PyTorch's layers, holding the values of `state`."""
+    """The published network of output stride 32, built from PyTorch's layers with the values of `state`."""
     values = [
         value
         for name, value in state.items()

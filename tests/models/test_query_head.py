@@ -1,4 +1,4 @@
-"""The head of prototypes of PPS: transformer decoder, dot products, and sums of eq. (8)."""
+"""The query head of PPS: transformer decoder, dot products, and sums of eq. (8)."""
 
 from __future__ import annotations
 
