@@ -15,7 +15,7 @@ from prcl_fast.config.methods import PRCLConfig
 from prcl_fast.config.schema import Config
 
 Paper = Literal["IJCV", "AAAI"]
-Source = Literal["paper", "public code", "ours"]
+Origin = Literal["paper", "public code", "ours"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Difference:
     key: str
     here: str
     there: str
-    source: Source  # of the paper's value
+    source: Origin  # of the paper's value
     section: str  # of the paper, if the source is the paper; else ""
     meaning: str
 
@@ -38,10 +38,10 @@ class _Fact:
     value: Any
     section: str
     meaning: str
-    source: Source = "public code"
+    source: Origin = "public code"
 
     @property
-    def origin(self) -> tuple[Source, str]:
+    def origin(self) -> tuple[Origin, str]:
         return ("paper", self.section) if self.section else (self.source, "")
 
 
@@ -53,7 +53,7 @@ class _Schedule:
     batch: tuple[int, int]  # labeled and unlabeled images of a step
     iterations: int
     section: str  # of the paper, for crop, images per step and iterations; "": from the public code
-    split: Source  # of the number of labeled images among them
+    split: Origin  # of the number of labeled images among them
 
 
 # The IJCV paper gives labeled and unlabeled images of a step in one number.
@@ -203,7 +203,7 @@ def _schedule_of(config: Config, paper: Paper) -> _Schedule:
 def _schedule(config: Config, there: _Schedule) -> list[Difference]:
     """Differences in crop, batch, accumulation and iterations."""
     train, crop = config.train, config.data.crop
-    given: tuple[Source, str] = ("paper", there.section) if there.section else ("public code", "")
+    given: tuple[Origin, str] = ("paper", there.section) if there.section else ("public code", "")
     found = []
     if crop != there.crop:
         share = crop[0] * crop[1] / (there.crop[0] * there.crop[1])

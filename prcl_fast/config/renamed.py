@@ -1,4 +1,4 @@
-"""Renamed keys of a configuration: refused in a user's file, translated in what a run has stored."""
+"""Renamed keys of a configuration: refused in a user's file, translated in the files of a run."""
 
 from __future__ import annotations
 

@@ -202,19 +202,19 @@ class ProbabilisticContrast(nn.Module):
         )
         group = torch.arange(min(ANCHORS, settings.anchors), device=mu.device) // settings.anchors_per_set
         self.terms = ContrastTerms(
-            mu.detach(),
-            var.detach(),
-            anchors[:, :ANCHORS].clone(),
-            negatives[:, group],
-            positive,
-            virtual_mu,
-            virtual_var,
-            known,
-            deviation,
-            class_probability,
-            self.tau,
-            self.reduction,
-            self.normalize,
+            mu=mu.detach(),
+            var=var.detach(),
+            anchors=anchors[:, :ANCHORS].clone(),
+            negatives=negatives[:, group],
+            positive=positive,
+            virtual_mu=virtual_mu,
+            virtual_var=virtual_var,
+            virtual_known=known,
+            deviation=deviation,
+            class_probability=class_probability,
+            tau=self.tau,
+            reduction=self.reduction,
+            normalize=self.normalize,
         )
         return loss
 

@@ -39,7 +39,7 @@ def step_diagnostics(
         known: [C] bool, classes with virtual negatives or rows in the memory bank.
         before, after: [C, D], means of the stored prototypes before and after the step, nan for none.
     Returns:
-        valid_per_class, hard_per_class [C]: pixels of all processes; anchors_per_class [C]: at most so many
+        valid_per_class, hard_per_class [C]: pixels of all processes; anchors_per_class [C]: upper bound of
         distinct anchors; present_classes; negatives: real negatives of this process's anchors;
         virtual_classes: classes of `known`; loss; chance_level: the loss if all scores were equal;
         prototype_shift [C], if prototypes are stored: distance between a class's L2-normalised prototypes

@@ -77,7 +77,7 @@ def _acquired(path: Path, mode: int) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, mode)
-            # The lock is removed with its file: a lock without a name excludes nobody.
+            # The lock is removed with its file: a lock without a name excludes no process.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:
