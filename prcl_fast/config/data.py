@@ -75,14 +75,12 @@ class DataConfig(Section):
         None, description="Folder of the data set; required except for kind synthetic."
     )
     labeled: PathString | None = Field(
-        None, description="Text file with the ids of the labeled images, one a line."
+        None, description="Split file of the labeled images: one id or path a line."
     )
     unlabeled: PathString | None = Field(
-        None, description="Text file with the ids of the unlabeled images, one a line."
+        None, description="Split file of the unlabeled images; required for methods that use them."
     )
-    val: PathString | None = Field(
-        None, description="Text file with the ids of the validation images, one a line."
-    )
+    val: PathString | None = Field(None, description="Split file of the validation images.")
     classes: list[str] | PathString | None = Field(
         None,
         description="Class names in the order of their ids, or a text file with one name a line; required "
@@ -101,8 +99,8 @@ class DataConfig(Section):
     )
     palette: list[Rgb] | None = Field(
         None,
-        description="RGB colour of each class, for figures and for reading RGB masks (kind folder). Pixels "
-        "with one of any further colours in the list are not labeled.",
+        description="RGB colour of each class, for figures and for reading RGB masks (kind folder). Colours "
+        "after those of the classes mark pixels that are not labeled.",
     )
     ignore: int = Field(
         255, ge=0, le=255, description="Id in the label files of pixels that are not labeled."

@@ -74,7 +74,7 @@ class PRCLConfig(ConsistencyConfig, ContrastConfig):
     )
     confidence: Literal["student", "teacher"] = Field(
         "student",
-        description="Network whose confidence decides which unlabeled pixels are hard (see delta_s).",
+        description="Network whose confidence decides which unlabeled pixels are hard (below delta_s).",
     )
     lambda_c: NonNegative = Field(1.0, description="Weight of the contrastive loss at the start, eq. (12).")
     alpha: float = Field(

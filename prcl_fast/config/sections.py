@@ -38,11 +38,11 @@ class ModelConfig(Section):
     width: int = Field(
         256, ge=16, description="Channels of the decoder and of the hidden layers of the heads."
     )
-    dim: int = Field(256, ge=2, description="Dimension D of the pixel representation.")
+    dim: int = Field(256, ge=2, description="Dimension D of the pixel representation (methods prcl and pps).")
     weights: PathString | None = Field(
         None,
-        description="File of initial weights: a backbone with torchvision's key names, or a whole network "
-        "saved by prcl; null: random weights.",
+        description="File of initial weights: a backbone with torchvision's key names, or a network file of "
+        "this package; null: random weights.",
     )
 
     @model_validator(mode="after")
@@ -103,7 +103,7 @@ class TrainConfig(Section):
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="Reaction to a loss or gradient that is not finite: end the run, or skip the step.",
+        description="Reaction to a loss or gradient that is not finite: stop the run, or skip the step.",
     )
     stall_timeout: Positive | None = Field(
         600.0, description="Seconds without progress after which the watchdog ends the run; null: never."
