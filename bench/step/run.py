@@ -82,8 +82,10 @@ def measure(
         InputError: the configuration has a setting that a candidate does not support.
     """
     method = method_of(plan.config)
-    if method.share != 1:
-        raise InputError(f"method.share: {method.share}; the candidate ours-shared16 measures it")
+    if method.anchors_per_set != 1:
+        raise InputError(
+            f"method.anchors_per_set: {method.anchors_per_set}; the candidate ours-shared16 measures it"
+        )
     outcomes = {name: _Outcome() for name in plan.candidates}
     result = {
         "kind": KIND,

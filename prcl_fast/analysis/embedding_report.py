@@ -41,7 +41,8 @@ from prcl_fast.analysis.prototypes import Prototypes, pixel_prototypes, stored_v
 from prcl_fast.analysis.style import save_figure
 from prcl_fast.config import Config, override_config
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
-from prcl_fast.data.source import Source, build_source
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import write_text
 from prcl_fast.runs.checkpoint import LoadedRun, find_checkpoint, load_checkpoint, load_run

@@ -16,14 +16,13 @@ from prcl_fast.data.decode import decode
 from prcl_fast.data.draws import (
     STRONG_NUMBERS,
     WEAK_NUMBERS,
-    Purpose,
     StrongDraws,
     WeakDraws,
-    generator,
     strong_draws,
     weak_draws,
 )
 from prcl_fast.data.source import Source
+from prcl_fast.data.streams import Purpose, generator
 from prcl_fast.errors import InputError
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
 from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.data.tools.scan import scan_labels
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.describe import describe_run
@@ -78,7 +78,7 @@ class Trainer:
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
         if config.data.scan and rank() == 0:
-            scan_labels(self.source, cache=label_scan_cache())
+            scan_labels(self.source, cache=label_scan_cache()).check()
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))

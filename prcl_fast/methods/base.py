@@ -14,7 +14,8 @@ from prcl_fast.config.methods import UnlabeledConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.batches import Batch
 from prcl_fast.losses import PixelCounts, start_counting, supervised_loss
-from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, build_network
+from prcl_fast.models.build import build_network
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
 from prcl_fast.step_parts import part
 
 

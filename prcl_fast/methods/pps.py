@@ -25,7 +25,8 @@ from prcl_fast.losses import (
 from prcl_fast.losses.prototypical import Contrast
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.cps import CPS
-from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution, build_network
+from prcl_fast.models.build import build_network
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution
 from prcl_fast.models.query_head import QueryHead
 from prcl_fast.ops import pseudo_label, upsample_bilinear
 from prcl_fast.step_parts import part
@@ -101,8 +102,8 @@ class PPS(CPS):
 
     def scores(self, output: NetworkOutput) -> tuple[Tensor, ...]:
         """P_m, each prototype a category of its own, [B, C * n, h, w], and the classes' S, [B, C, h, w]."""
-        assert output.prototypes is not None
-        return output.prototypes.scores, output.logits
+        assert output.prototype_scores is not None
+        return output.prototype_scores, output.logits
 
     def labeled_loss(self, logits: Tensor, label: Tensor, counts: PixelCounts | None) -> Tensor:
         """L_s of one network, eq. (3), of f(S), eq. (9)."""
@@ -128,10 +129,10 @@ class PPS(CPS):
         """Eq. (7) at the decoder's resolution, over all pixels of both networks: each has its own argmax."""
         scores, projections = [], []
         for output in outputs:
-            assert output.prototypes is not None
-            assert output.prototypes.projection is not None
-            scores.append(output.prototypes.scores.detach())
-            projections.append(output.prototypes.projection)
+            assert output.prototype_scores is not None
+            assert output.projection is not None
+            scores.append(output.prototype_scores.detach())
+            projections.append(output.projection)
         size = scores[0].shape[-2:]
         valid = torch.cat([at_resolution(batch.label != IGNORE, size), at_resolution(inside, size)])
         return prototypical_contrast(

@@ -16,7 +16,8 @@ from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast, explain_inert, explain_variance, lambda_c
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.mean_teacher import MeanTeacher, Unlabeled
-from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution, build_network
+from prcl_fast.models.build import build_network
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution
 from prcl_fast.processes.collectives import world_size
 from prcl_fast.step_parts import part
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from prcl_fast.config import NEUTRAL_KEYS, Config, config_fingerprint, dump_config, load_config
+from prcl_fast.config import NEUTRAL_KEYS, Config, config_fingerprint, dump_config, load_stored_config
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import user_cache, write_whole
 
@@ -27,7 +27,7 @@ def claim_output(config: Config) -> Path:
     fingerprint = config_fingerprint(config)
     former = folder / "config.yaml"
     try:
-        if former.exists() and config_fingerprint(load_config(former)) != fingerprint:
+        if former.exists() and config_fingerprint(load_stored_config(former)) != fingerprint:
             raise InputError(f"output: {folder} holds another configuration's run (config.yaml differs)")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(former, yaml.safe_dump(dump_config(config), sort_keys=False).encode())
@@ -97,7 +97,7 @@ def run_state(config: Config) -> RunState:
     folder, total = config.output, config.train.iterations
     former = folder / "config.yaml"
     if former.exists():
-        before = load_config(former)
+        before = load_stored_config(former)
         if config_fingerprint(before) != config_fingerprint(config):
             raise InputError(
                 f"{folder} holds another configuration's run: {first_difference(before, config)}; "

@@ -26,7 +26,8 @@ from bench.step.run import KIND, Plan, measure
 from bench.step.setup import LOSSES
 from bench.step.worker import CANDIDATES, Worker
 from prcl_fast.config import Config, parse_config
-from prcl_fast.data.source import IGNORE, build_source
+from prcl_fast.data.source import IGNORE
+from prcl_fast.data.sources import build_source
 from support.bench_command import run_bench
 from support.paths import CONFIGS
 from support.tiny import tiny_tree
@@ -253,7 +254,7 @@ def test_a_worker_that_dies_is_a_failure_with_its_status(config: Config) -> None
         (("--size", "huge"), "--size: 'huge'"),
         (("--candidates", "publishd"), "did you mean published?"),
         (("method.mix=cutmix",), "method.mix: cutmix"),
-        (("method.share=16",), "ours-shared16"),
+        (("method.anchors_per_set=16",), "ours-shared16"),
         (("train.amp=fp16",), "train.amp: fp16"),
         (("method.name=supervised",), "method.name: 'supervised'"),
         (("--config", "none.yaml"), "none.yaml"),

@@ -19,7 +19,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prcl_fast.config import Config, parse_config
 from prcl_fast.data.batches import Batch, rank_seed, training_batches
-from prcl_fast.data.source import IGNORE, Split, build_source
+from prcl_fast.data.source import IGNORE, Split
+from prcl_fast.data.sources import build_source
 from prcl_fast.data.workers import WorkerDiedError
 from prcl_fast.errors import InputError
 
@@ -278,7 +279,7 @@ def test_an_exit_with_an_open_stream_ends_the_workers():
         import torch
         from prcl_fast.config import parse_config
         from prcl_fast.data.batches import training_batches
-        from prcl_fast.data.source import build_source
+        from prcl_fast.data.sources import build_source
         tree = {"output": "unused", "data": {"kind": "synthetic"}, "method": {"name": "supervised"}}
         config = parse_config(tree, "test")
         source = build_source(config.data)
@@ -300,7 +301,7 @@ def test_ctrl_c_ends_main_process_and_workers_without_worker_tracebacks(tmp_path
             import contextlib, signal, torch
             from prcl_fast.config import parse_config
             from prcl_fast.data.batches import training_batches
-            from prcl_fast.data.source import build_source
+            from prcl_fast.data.sources import build_source
 
             if __name__ == "__main__":
                 # A background job of a shell inherits SIGINT ignored.

@@ -15,7 +15,7 @@ import torch
 from prcl_fast.config import parse_config
 from prcl_fast.data.batches import Batch, training_batches
 from prcl_fast.data.prefetch import on_device, one_ahead, tensors_of
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

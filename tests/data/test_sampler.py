@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from prcl_fast.data.draws import Purpose
 from prcl_fast.data.micro_steps import BatchSampler, share
+from prcl_fast.data.streams import Purpose
 
 
 def sampler(count: int, batch: int, seed: int = 0, purpose: Purpose = Purpose.ORDER_LABELED) -> BatchSampler:

@@ -35,7 +35,7 @@ def trainer_in(folder: Path, train: dict[str, Any], method: dict[str, Any]) -> T
 @pytest.mark.parametrize(
     ("train", "method"),
     [
-        ({}, {"prototype": "global", "virtual_negatives": 4, "share": 4}),
+        ({}, {"prototype": "global", "virtual_negatives": 4, "anchors_per_set": 4}),
         ({"accumulate": 2, "batch_labeled": 2, "batch_unlabeled": 4}, {"prototype": "ema"}),
         ({"amp": "fp16"}, {"mix": "cutmix", "forward": "separate", "omega": "image"}),
         ({"amp": "bf16"}, {"name": "mean_teacher", "mix": "cutout"}),
@@ -61,7 +61,7 @@ def test_replayed_steps_are_the_eager_ones(
     if train.get("amp") == "fp16":  # its scale alone: a CPU takes a minute for convolutions in it
         monkeypatch.setattr(step, "autocast", lambda *_: contextlib.nullcontext())
     # The backbone is the same in all methods: one has it, the others a small one.
-    small = contextlib.nullcontext() if "share" in method else small_backbones()
+    small = contextlib.nullcontext() if "anchors_per_set" in method else small_backbones()
     with small:
         eager, replayed = (trainer_in(tmp_path / name, train, method) for name in ("eager", "replayed"))
     recording: Recording | None = None

@@ -45,8 +45,8 @@ def with_stubs(**settings: Any) -> PPS:
 
 def scores_of(output: NetworkOutput) -> Tensor:
     """P_m [B, C * n, h, w]."""
-    assert output.prototypes is not None
-    return output.prototypes.scores
+    assert output.prototype_scores is not None
+    return output.prototype_scores
 
 
 def class_sums(scores: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from prcl_fast.data.batches import Batch
 from prcl_fast.data.draws import STRONG_NUMBERS, StrongDraws, strong_draws
 from prcl_fast.models import network
 from prcl_fast.models.network import NetworkOutput
-from prcl_fast.models.query_head import PrototypeScores
 
 IGNORE = 255
 
@@ -73,9 +72,7 @@ class PixelNetwork(nn.Module):
         prototypes = self.queries + features.mean((2, 3))[:, None, None]
         scores = torch.einsum("bcnd,bdhw->bcnhw", prototypes, features)
         projection = features.square() if representations else None
-        return NetworkOutput(
-            scores.sum(2), None, None, features, PrototypeScores(scores.flatten(1, 2), projection)
-        )
+        return NetworkOutput(scores.sum(2), None, None, features, scores.flatten(1, 2), projection)
 
 
 def small_batch(classes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Batch:
