@@ -19,7 +19,7 @@ from prcl_fast.device import autocast
 from prcl_fast.engine.guard import GRADIENT, BufferSnapshot, Failure, FiniteGuard
 from prcl_fast.engine.sgd import FusedSGD
 from prcl_fast.losses import poly_lr
-from prcl_fast.methods import Method, Step
+from prcl_fast.methods import Method, StepIndex
 from prcl_fast.processes.collectives import start_sum, summed, world_size
 from prcl_fast.step_parts import part
 
@@ -61,7 +61,7 @@ class TrainStep:
         self._guard: FiniteGuard | None = None
         self._gradient_norm = torch.zeros((), device=device)
         self._snapshot = BufferSnapshot(method) if config.train.on_nonfinite == "skip" else None
-        self._losses: Callable[[Batch, Step], dict[str, Tensor]] = method
+        self._losses: Callable[[Batch, StepIndex], dict[str, Tensor]] = method
         if world_size() > 1:
             no_sync_of_buffers: dict[str, Any] = {_BUFFER_SYNC: False}  # see _average_batch_statistics
             self._losses = DistributedDataParallel(
@@ -77,7 +77,7 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One step over `train.accumulate` micro-batches; the named losses, averaged over them."""
         config = self.config
-        step = Step(self.iteration, config.train.iterations)
+        step = StepIndex(self.iteration, config.train.iterations)
         decay = poly_lr(1.0, step.iteration, step.total, power=config.optim.power)
         for lr, base in zip(self._lr, self._base_lr, strict=True):
             lr.copy_(base * decay)
@@ -97,7 +97,7 @@ class TrainStep:
         self.iteration += 1
         return means
 
-    def _accumulate(self, batches: Sequence[Batch], step: Step) -> dict[str, Tensor]:
+    def _accumulate(self, batches: Sequence[Batch], step: StepIndex) -> dict[str, Tensor]:
         """The gradients of the micro-batches' mean loss, and the means of the named losses."""
         sums: dict[str, Tensor] = {}
         for batch in batches:

@@ -107,7 +107,7 @@ class Trainer:
         self.stop = StopRequest()
         self.watchdog = watchdog or Watchdog(0, 1, None, stall_s=None, say=self._say)
         self.watchdog.details = lambda: named(self._images(self.iteration))
-        self.cache = training_cache(self.source, config, unlabeled=self.method.needs_unlabeled, say=self._say)
+        self.cache = training_cache(self.source, config, say=self._say)
         self.output = config.output
         if rank() == 0:
             claim_output(config)
@@ -277,7 +277,7 @@ class Trainer:
         self._say(f"{found}: left out, {failure.steps} such steps since the start of this command")
 
     def _images(self, iteration: int) -> list[str]:
-        return images_of_step(self.source, self.config, iteration, unlabeled=self.method.needs_unlabeled)
+        return images_of_step(self.source, self.config, iteration)
 
     def _save(self, name: str, log: RunLog | None) -> None:
         self.watchdog.at(f"saving {name} of iteration {self.iteration}")
@@ -340,7 +340,6 @@ class Trainer:
             rank=rank(),
             world=world_size(),
             device=self.device,
-            unlabeled=self.method.needs_unlabeled,
             cache=self.cache,
         )
 

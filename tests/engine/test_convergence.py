@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prcl_fast.config import Config, parse_config
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.methods import Step
+from prcl_fast.methods import StepIndex
 from prcl_fast.ops import _backend, use_backend
 from support.stub_networks import small_backbones
 from support.tiny import tiny_tree
@@ -56,7 +56,7 @@ def losses_and_gradient(
     method = trainer.method
     method.train()
     with use_backend(backend):
-        losses = method.losses(batch, Step(torch.tensor(step), STEPS))
+        losses = method.losses(batch, StepIndex(torch.tensor(step), STEPS))
         losses["loss"].backward()
     gradient = torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
     return {name: value.detach() for name, value in losses.items()}, gradient
@@ -80,7 +80,7 @@ def test_every_step_has_the_same_losses_and_gradient(tmp_path: Path) -> None:
                 apart.append((step, got, expected, float(error)))
             reference.train_step.optimizer.step()
             reference.train_step.optimizer.zero_grad()
-            reference.method.after_step(Step(torch.tensor(step), STEPS))
+            reference.method.after_step(StepIndex(torch.tensor(step), STEPS))
     # A confidence that rounds to the other side of a threshold changes what is drawn: rare, but right.
     assert len(apart) <= 1, apart
 

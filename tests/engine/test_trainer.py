@@ -26,7 +26,7 @@ from prcl_fast.engine.guard import Failure, FiniteGuard, NonFiniteLossError
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.losses import explain_variance
-from prcl_fast.methods import Step
+from prcl_fast.methods import StepIndex
 from prcl_fast.runs.checkpoint import load_checkpoint, load_run
 from support.run_folders import final_state, same_state
 from support.stub_networks import small_backbones
@@ -247,7 +247,7 @@ def spoil(trainer: Trainer, iterations: Collection[int], how: str) -> None:
     """Makes a loss, or only its gradient, not finite in some steps."""
     losses = trainer.method.losses
 
-    def spoilt(batch: Batch, step: Step) -> dict[str, torch.Tensor]:
+    def spoilt(batch: Batch, step: StepIndex) -> dict[str, torch.Tensor]:
         values = losses(batch, step)
         if int(step.iteration) in iterations:
             if how == "loss_contrast":
