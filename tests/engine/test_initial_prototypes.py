@@ -207,7 +207,7 @@ MISTAKES = {
     "missing": (lambda folder: None, "no such run or checkpoint"),
     "without checkpoint": (lambda folder: folder.mkdir(), "last.pt: no such"),
     "no checkpoint": (lambda folder: folder.write_text("no"), "damaged, or not a checkpoint"),
-    "unfinished": (unfinished, "has come to iteration 40 of 41"),
+    "unfinished": (unfinished, "is at iteration 40 of 41"),
     "other method": (
         lambda folder: write_trained(folder, tiny_tree(folder, name="mean_teacher")),
         "trained by method mean_teacher; prototypes come from one of method supervised",
