@@ -1,4 +1,4 @@
-"""Training batches: every one a function of its number, whatever decodes it and wherever a run starts."""
+"""Training batches: each is a function of its number, for any number of workers and any start."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 class NumberedSource:
-    """Image k of n is everywhere k; its label too. Sizes differ from image to image."""
+    """Image k has the value k everywhere, and so has its label. Sizes differ from image to image."""
 
     classes = tuple("abcdefghijklmnopqrstuvwxyz")
     palette = np.zeros((26, 3), dtype=np.uint8)
@@ -173,7 +173,7 @@ def test_processes_and_micro_steps_share_out_what_one_process_sees(world, accumu
         of_step = [parts[r][step * accumulate + k] for k in range(accumulate) for r in range(world)]
         for name in ("labeled_image", "label", "unlabeled_image", "inside", "color", "box", "class_score"):
             joined = torch.cat([tensors(part)[name] for part in of_step])
-            # Images of a part are padded to its own largest one, which must not show.
+            # Each part is padded to its own largest image; the padding must not show.
             assert torch.equal(joined, tensors(whole[step])[name]), name
 
 
@@ -210,7 +210,7 @@ def test_a_label_of_another_size_than_its_image_is_an_input_error():
 
 
 def look_for_deaths_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The loader waits 5 s for an item before it looks whether its workers live.
+    # The loader waits 5 s for an item before it checks whether its workers live.
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 

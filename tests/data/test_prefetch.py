@@ -1,4 +1,4 @@
-"""Batches on their way to the device: one ahead on CUDA, in plain order elsewhere, errors when due."""
+"""Prefetching to the device: one ahead on CUDA, on demand on a CPU, errors when they are due."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 class Log:
-    """Records what is started and finished."""
+    """Records starts and ends of items."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -139,7 +139,7 @@ def test_all_tensors_of_a_batch_are_found():
 
 
 class FakeStream:
-    """Records in which order streams are entered and waited for."""
+    """Records the order of a stream's events."""
 
     def __init__(self, log: list[str], name: str) -> None:
         self.log, self.name = log, name
@@ -153,7 +153,7 @@ class FakeStream:
 
 
 class FakeTensor(torch.Tensor):
-    """Records the stream that it is said to be used on."""
+    """Records the stream that it is used on."""
 
     log: list[str]
 
@@ -216,7 +216,7 @@ def test_memory_of_a_result_is_not_reused_before_the_consumer_is_done():
 
     sums = []
     for item in islice(prefetched(count(), place, device), 20):
-        torch.cuda._sleep(5_000_000)  # the consumer is late, and lets go of the item at once
+        torch.cuda._sleep(5_000_000)  # the consumer is late, and drops the item at once
         sums.append(item.sum() / item.numel())
         del item
     assert torch.stack(sums).tolist() == list(range(20))

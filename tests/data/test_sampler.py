@@ -1,4 +1,4 @@
-"""Batch order: a pure function of (seed, step, subset), without repetition where there are enough images."""
+"""Order of the images: a function of (seed, step, subset), without repetition in a batch."""
 
 from __future__ import annotations
 

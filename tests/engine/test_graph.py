@@ -1,4 +1,4 @@
-"""Captured steps: when they may be, after how many eager ones, and on several processes."""
+"""Captured steps: refused configurations, eager warm-up, several processes."""
 
 from __future__ import annotations
 

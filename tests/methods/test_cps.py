@@ -1,4 +1,4 @@
-"""CPS against a plain transcription: each network learns from what the other says."""
+"""CPS against a plain transcription: each network learns from the other's labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cps(request: pytest.FixtureRequest) -> CPS:
 
 
 def said(logits: Tensor, known: Tensor) -> Tensor:
-    """The class of the largest logit at each pixel, none where it is not known."""
+    """The class of the largest logit at each pixel, IGNORE where `known` is False."""
     return upsampled(logits).argmax(1).masked_fill(~known, IGNORE)
 
 
@@ -67,7 +67,7 @@ def test_each_network_learns_the_others_labels_and_labels_carry_no_gradient(cps:
 def test_labels_of_mixed_images_come_from_the_images_as_they_are_in_training_mode(cps: CPS) -> None:
     cps.train()
     cps.losses(small_batch(C), STEP)
-    # (training, with a graph): both networks on the unlabeled images, then on all; without mixing at once.
+    # (training mode, with a graph) of each pass: unlabeled images, then all; without mixing, one pass.
     expected = [(True, False), (True, True)] if cps.settings.mix == "cutmix" else [(True, True)]
     assert cps.student.calls == cps.second.calls == expected
 

@@ -23,7 +23,7 @@ from support.tiny import tiny_tree
 
 
 def apart(pcr: PCR) -> None:
-    """Moves the teacher away from the student, so that it shows whose labels they are."""
+    """Moves the teacher away from the student, so that their labels differ."""
     with torch.no_grad():
         for parameter in pcr.teacher.network.parameters():
             parameter.add_(0.3 * draw(*parameter.shape, seed=7))
@@ -37,7 +37,7 @@ def test_the_warm_up_learns_from_labels_alone_and_keeps_their_features() -> None
     torch.testing.assert_close(losses["loss"], cross_entropy(output.logits, batch.label))
     assert torch.equal(losses["loss"], losses["loss_supervised"])
     assert all(value == 0 for name, value in losses.items() if name not in ("loss", "loss_supervised"))
-    label = batch.label[:, ::2, ::2]  # those that the network's pixels are on
+    label = batch.label[:, ::2, ::2]  # at the network's pixels
     for c in range(C):
         allowed = {tuple(row) for row in output.features.movedim(1, -1)[label == c].tolist()}
         kept = int(pcr.samples.count[c])
@@ -205,7 +205,7 @@ def test_a_captured_step_is_forgotten_where_the_warm_up_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Captured:
-        """In place of a CUDA graph: counts the steps since it was made or told to forget."""
+        """Stand-in for a captured step: counts the steps since it was made or since `forget`."""
 
         def __init__(self, wrapped: Any) -> None:
             self.step, self.calls = wrapped, 0

@@ -39,7 +39,7 @@ def with_stubs(**settings: Any) -> PPS:
     method.student, method.second = (PixelNetwork(C, prototypes=N) for _ in range(2))  # type: ignore[assignment]
     with torch.no_grad():
         for network in method.learners():
-            network.embed.weight.mul_(0.15)  # sums stay where the odds are exact
+            network.embed.weight.mul_(0.15)  # keeps the sums below 3, where the odds are exact
     return method.double()
 
 
@@ -163,7 +163,7 @@ def test_what_networks_share_is_one_before_and_after_a_checkpoint(tmp_path: Path
     trainer.run()
 
     def common(first: Any, second: Any) -> bool:
-        """Whether the two have in common what `shared` says, and nothing else."""
+        """Whether the two share exactly the parameters that `shared` names."""
         own = [first.classifier.decoder.queries is second.classifier.decoder.queries]
         if shared == "decoder":
             own.append(first.classifier.decoder is second.classifier.decoder)
