@@ -111,7 +111,7 @@ def profile(
         device=_device_name(trainer.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        images=train.batch_labeled + (train.batch_unlabeled if trainer.method.needs_unlabeled else 0),
+        images=train.batch_labeled + (train.batch_unlabeled if config.method.needs_unlabeled else 0),
         steps=steps,
         graph=train.graph,
         step_ms=statistics.median(whole),

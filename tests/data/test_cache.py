@@ -29,6 +29,7 @@ from prcl_fast.data.cache import decoded as cache_module
 from prcl_fast.data.cache import file as cache_file
 from prcl_fast.data.cache.decoded import ImageCache, open_cache
 from prcl_fast.data.decode import decode
+from prcl_fast.data.prefetch import tensors_of
 from prcl_fast.data.source import Source
 from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
@@ -116,12 +117,12 @@ def test_batches_are_bitwise_the_same_with_and_without_a_cache(data, memory, kin
 
     def made(settings: Config) -> list[torch.Tensor]:
         source = build_source(settings.data)
-        cache = training_cache(source, settings, unlabeled=True, say=lines.append)
-        options = {"start": 0, "device": torch.device("cpu"), "unlabeled": True, "cache": cache}
+        cache = training_cache(source, settings, say=lines.append)
+        options = {"start": 0, "device": torch.device("cpu"), "cache": cache}
         stream = training_batches(source, settings, **options)
         with contextlib.closing(stream):
             batches = list(islice(stream, 4))
-        return [t for b in batches for t in (b.labeled_image, b.label, b.unlabeled_image, b.inside, b.seed)]
+        return [tensor for batch in batches for tensor in tensors_of(batch)]
 
     without = made(run_config(data, cache="none"))
     for _ in range(2):  # built, then found
