@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from prcl_fast.config import Config, parse_config
-from prcl_fast.errors import InputError, RunError
-from prcl_fast.files.writing import TEMPORARY, cannot_write, staged, write_whole
+from prcl_fast.errors import InputError, RunError, WriteError
+from prcl_fast.files.writing import replacing, sync, write_bytes, write_errors
 from prcl_fast.methods import Method, build_method
 from prcl_fast.runs import checkpoint_file
 from prcl_fast.runs.checkpoint_file import DamagedCheckpointError, check_state
@@ -38,11 +38,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` so that `path` holds either the former or the new checkpoint, whatever happens.
 
     Raises:
-        RunError: it cannot be written; the line says which whole checkpoint there is instead.
+        RunError: it cannot be written; the line names the checkpoint that is whole.
     """
     try:
-        write_whole(path, checkpoint_file.pack(state))
-    except OSError as error:
+        write_bytes(path, checkpoint_file.pack(state), durable=True)
+    except WriteError as error:
         raise _not_saved(path, error) from None
 
 
@@ -52,15 +52,17 @@ def save_last(folder: Path, state: dict[str, Any], keep: int) -> None:
     Whenever the process ends, one of these files is whole and at most one save old. One process may save.
 
     Raises:
-        RunError: it cannot be written; the line says which whole checkpoint there is instead.
+        RunError: it cannot be written; the line names the checkpoint that is whole.
     """
     last = folder / "last.pt"
     try:
-        (folder / f"best.pt{TEMPORARY}").unlink(missing_ok=True)  # of a run that was killed
-        with staged(last, checkpoint_file.pack(state)):
-            free_last(folder, keep)
-        remove_older(folder, keep)
-    except OSError as error:
+        with replacing(last, durable=True) as file:
+            file.write(checkpoint_file.pack(state))
+            sync(file)  # before the former ones change their names
+            _free_last(folder, keep)
+        with write_errors(last):
+            _remove_older(folder, keep)
+    except WriteError as error:
         raise _not_saved(last, error) from None
 
 
@@ -98,6 +100,12 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, d
         except OSError as error:
             raise RunError(f"{spoilt}: cannot be renamed: {error.strerror or error}") from None
     return found
+
+
+def last_checkpoints(folder: Path) -> list[Path]:
+    """last.pt, last-1.pt, ..., newest first, as far as they are there. Raises OSError."""
+    paths = [folder / name for name in os.listdir(folder)]
+    return sorted((path for path in paths if _age(path) >= 0), key=_age)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -167,26 +175,20 @@ def _last(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: cannot be read: {error.strerror or error}") from None
 
 
-def _not_saved(path: Path, error: OSError) -> RunError:
-    """What went wrong, and what the run can go on from."""
+def _not_saved(path: Path, error: WriteError) -> RunError:
+    """The error and the checkpoint from which the run can go on."""
     rest = "no whole last.pt is beside it"
     with contextlib.suppress(InputError):
         found, _ = _newest_whole(path.parent)
         if found is not None:
             rest = f"{found[0].name} of iteration {found[1]['iteration']} is whole"
-    return RunError(f"{cannot_write(path, error)}; {rest}")
+    return RunError(f"{error}; {rest}")
 
 
-def last_checkpoints(folder: Path) -> list[Path]:
-    """last.pt, last-1.pt, ..., newest first, as far as they are there. Raises OSError."""
-    paths = [folder / name for name in os.listdir(folder)]
-    return sorted((path for path in paths if _age(path) >= 0), key=_age)
+def _free_last(folder: Path, keep: int) -> None:
+    """Frees the name last.pt: each file takes the next older name, up to the first free one. Raises OSError.
 
-
-def free_last(folder: Path, keep: int) -> None:
-    """Frees the name last.pt: each takes the next older name, up to the first free one. Raises OSError.
-
-    The oldest of `keep` gives way only where all names are taken, and at every moment the others are there.
+    The oldest of `keep` is overwritten only where all names are taken. At every moment the others exist.
     """
     present = {_age(path) for path in last_checkpoints(folder)}
     free = next(age for age in range(keep) if age not in present or age == keep - 1)
@@ -194,8 +196,8 @@ def free_last(folder: Path, keep: int) -> None:
         os.replace(folder / _name(age - 1), folder / _name(age))
 
 
-def remove_older(folder: Path, keep: int) -> None:
-    """Removes what is older than `keep` checkpoints, as after a run that kept more. Raises OSError."""
+def _remove_older(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, as after a run that kept more. Raises OSError."""
     for path in last_checkpoints(folder):
         if _age(path) >= keep:
             path.unlink()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from prcl_fast.errors import InputError
+from prcl_fast.files.writing import remove_leftovers
 from prcl_fast.runs import checkpoint_file
 from prcl_fast.runs.checkpoint import (
     find_checkpoint,
@@ -133,14 +134,14 @@ def test_a_deleted_last_is_written_again_and_pushes_nothing_out(tmp_path: Path) 
     assert iterations(tmp_path) == {"last.pt": 3, "last-1.pt": 1}
 
 
-def test_what_killed_writers_left_is_no_checkpoint_and_goes_with_the_next_save(tmp_path: Path) -> None:
-    for name in ("last.pt.tmp", "best.pt.tmp"):
-        save_checkpoint(tmp_path / "made", small_state(9))
-        (tmp_path / "made").rename(tmp_path / name)
+def test_what_killed_writers_left_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        save_checkpoint(tmp_path / f".{name}.prcl-0123456789abcdef.tmp", small_state(9))
     assert newest_checkpoint(tmp_path, silent) is None
     with pytest.raises(InputError, match=r"no best\.pt or last\.pt"):
         find_checkpoint(tmp_path)
     save_last(tmp_path, small_state(1), keep=2)
+    remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
