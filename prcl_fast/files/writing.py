@@ -169,7 +169,7 @@ def user_cache() -> Path:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.prcl-{secrets.token_hex(8)}.tmp")
+    return path.parent / f".{path.name}.prcl-{secrets.token_hex(8)}.tmp"
 
 
 def _open_plain(path: Path, flags: int) -> int:

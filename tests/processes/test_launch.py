@@ -190,7 +190,7 @@ SCRIPT = """
 import os, sys
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 import torch
-from prcl_fast.engine import rendezvous
+from prcl_fast.processes import rendezvous
 from prcl_fast.processes.launch import Launch
 from prcl_fast.errors import InputError, RunError
 
