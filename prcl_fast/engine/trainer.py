@@ -27,7 +27,7 @@ from prcl_fast.engine.uncertainty import HeadMovement, Uncertainty, explain_unle
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.methods import build_method
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
-from prcl_fast.processes.collectives import backend, first_says, rank, world_size
+from prcl_fast.processes.collectives import backend, broadcast_text, rank, world_size
 from prcl_fast.processes.replicas import check_alike
 from prcl_fast.processes.signals import StopRequest
 from prcl_fast.processes.watchdog import Watchdog
@@ -105,7 +105,7 @@ class Trainer:
             "evaluated": 0,  # iteration of the last evaluation
         }
         self.stop = StopRequest()
-        self.watchdog = watchdog or Watchdog(0, 1, None, stall_s=None, say=self._say)
+        self.watchdog = watchdog or Watchdog()  # not entered, it watches nothing
         self.watchdog.details = lambda: named(self._images(self.iteration))
         self.cache = training_cache(self.source, config, unlabeled=self.method.needs_unlabeled, say=self._say)
         self.output = config.output
@@ -303,7 +303,7 @@ class Trainer:
     def _resume(self) -> None:
         """Goes on from the newest checkpoint that process 0 finds whole, in all processes."""
         found = newest_checkpoint(self.output, self._say) if rank() == 0 else None
-        name = first_says("" if found is None else found[0].name)
+        name = broadcast_text("" if found is None else found[0].name)
         if not name:
             return
         path = self.output / name

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: best.pt, last.pt and its predecessors last-1.pt, last-2.pt, ..., newest first."""
+"""Checkpoints of a run: write, find, load and rotate best.pt, last.pt, last-1.pt, last-2.pt, ..."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prcl_fast.runs.checkpoint_file import DamagedCheckpointError, check_state
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What a checkpoint holds for evaluation and prediction."""
+    """The contents of a checkpoint for evaluation and prediction."""
 
     path: Path
     config: Config
@@ -78,13 +78,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole one of last.pt, last-1.pt, ... and its state; None where there is none of them.
+    """The newest undamaged checkpoint of last.pt, last-1.pt, ... and its state; None where there is no file.
 
-    `say` is told of each damaged one. It is renamed to NAME.damaged, so that it takes no part in
-    `save_last`; where none is whole, all are left as they are. One process of a run may call this.
+    Each damaged checkpoint is renamed to NAME.damaged, out of the rotation of `save_last`, and `say` gets a
+    line. If all are damaged, they stay as they are. Only one process of a run may call this.
 
     Raises:
-        InputError: none is whole, or the newest is another program's or version's.
+        InputError: all are damaged, or the newest was written by another program or version.
         RunError: a damaged one cannot be renamed.
     """
     found, damaged = _newest_whole(folder)
@@ -93,23 +93,27 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, d
             raise InputError("; ".join(damaged.values()))
         return None
     path, state = found
-    for spoilt, reason in damaged.items():
+    for broken, reason in damaged.items():
         say(f"{reason}; {path.name} of iteration {state['iteration']} is used instead")
         try:
-            os.replace(spoilt, spoilt.with_name(spoilt.name + ".damaged"))
+            os.replace(broken, broken.with_name(broken.name + ".damaged"))
         except OSError as error:
-            raise RunError(f"{spoilt}: cannot be renamed: {error.strerror or error}") from None
+            raise RunError(f"{broken}: cannot be renamed: {error.strerror or error}") from None
     return found
 
 
 def last_checkpoints(folder: Path) -> list[Path]:
-    """last.pt, last-1.pt, ..., newest first, as far as they are there. Raises OSError."""
+    """The existing ones of last.pt, last-1.pt, ..., newest first. Raises OSError."""
     paths = [folder / name for name in os.listdir(folder)]
     return sorted((path for path in paths if _age(path) >= 0), key=_age)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint file itself, or a run folder's best.pt, else its newest last one. Raises InputError."""
+    """`path` itself where it is a file; best.pt of the run folder `path`, else its newest last.pt.
+
+    Raises:
+        InputError: no such file or folder, or no checkpoint in the folder.
+    """
     if path.is_dir():
         found = _checkpoints(path)
         if not found:
@@ -130,7 +134,7 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
         beside = f"; beside it: {', '.join(others)}" if others else "; no other checkpoint is beside it"
         raise InputError(f"{error}{beside}") from None
     config = parse_config(state["config"], str(file))
-    # The checkpoint holds every weight: a file of initial ones may be long gone.
+    # The checkpoint holds every weight; the file of the initial weights may no longer exist.
     config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
     classes = tuple(state["classes"])
     method = build_method(config, len(classes))
@@ -151,7 +155,7 @@ def restore(method: Method, state: dict[str, Any], origin: Path) -> None:
 
 
 def _newest_whole(folder: Path) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, str]]:
-    """The newest whole one of the last checkpoints, and what is wrong with each newer one."""
+    """The newest undamaged one of the last checkpoints, and the fault of each newer one."""
     damaged: dict[Path, str] = {}
     for path in _last(folder):
         try:

@@ -310,9 +310,8 @@ def test_a_killed_builder_blocks_nobody_and_its_half_file_goes(data):
 SCRIPT = """
     import sys
     from pathlib import Path
-from typing import BinaryIO
     from prcl_fast.config import DataConfig
-    from prcl_fast.data import cache
+    from prcl_fast.data.cache import decoded as cache
     from prcl_fast.data.source import build_source
     cache._SHARED_MEMORY = Path(sys.argv[1])
     data = DataConfig.model_validate_json(sys.argv[2])

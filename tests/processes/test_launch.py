@@ -14,6 +14,7 @@ import torch
 from prcl_fast.errors import InputError
 from prcl_fast.processes.launch import Launch, device_of, expand_hosts, read_launch
 from support.paths import CONFIGS
+from support.processes import free_port
 
 TORCHRUN = {
     "RANK": "5",
@@ -201,7 +202,7 @@ def work(name, address, port, world, rank, wait_s):
     if name == "mistaken" and rank > 0:
         device = InputError(f"data.root: the mistake of rank {rank}")
     if name in GPUS:
-        rendezvous._device_name = lambda device: GPUS[name][rank]
+        rendezvous._announcement = lambda device: GPUS[name][rank]
     with rendezvous.join(here, device, 20.0, wait_s=wait_s) as group:
         ones = torch.ones(1)
         torch.distributed.all_reduce(ones)
@@ -236,21 +237,17 @@ for _ in range(len(children)):
 
 
 @dataclass
-class Meeting:
+class Outcome:
+    """Exit statuses of the ranks of a rendezvous, and their standard error."""
+
     port: int
     statuses: list[int]
-    said: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    errors: str
 
 
 @pytest.fixture(scope="module")
-def meetings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Meeting]:
-    folder = tmp_path_factory.mktemp("meetings")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    folder = tmp_path_factory.mktemp("outcomes")
     runs = {
         "all": ("127.0.0.1", "2=0=1"),
         "missing": ("127.0.0.1", "3=0=2"),
@@ -272,61 +269,61 @@ def meetings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Meeting]:
             env={k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")},
         )
     assert not process.stderr
-    meetings = {name: Meeting(ports[name], [], (folder / name).read_text()) for name in runs}
+    outcomes = {name: Outcome(ports[name], [], (folder / name).read_text()) for name in runs}
     for line in process.stdout.splitlines():
         name, status = line.split()
-        meetings[name].statuses.append(int(status))
-    return meetings
+        outcomes[name].statuses.append(int(status))
+    return outcomes
 
 
-def test_processes_come_together_and_part(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["all"]
-    assert (meeting.statuses, meeting.said) == ([0, 0], "")
+def test_processes_come_together_and_part(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["all"]
+    assert (outcome.statuses, outcome.errors) == ([0, 0], "")
 
 
-def test_a_rank_that_never_comes_is_named_by_one_of_the_others(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["missing"]
-    place = f"rendezvous at 127.0.0.1:{meeting.port}"
-    assert meeting.said == f"{place}: 2 of 3 processes came within 2 s; missing: rank 1\n"
-    assert sorted(meeting.statuses) == [1, 3]
+def test_a_rank_that_never_comes_is_named_by_one_of_the_others(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["missing"]
+    place = f"rendezvous at 127.0.0.1:{outcome.port}"
+    assert outcome.errors == f"{place}: 2 of 3 processes came within 2 s; missing: rank 1\n"
+    assert sorted(outcome.statuses) == [1, 3]
 
 
-def test_a_mistake_on_some_ranks_is_said_by_one_and_ends_all(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["mistaken"]
-    assert meeting.said == "data.root: the mistake of rank 1\n"
-    assert sorted(meeting.statuses) == [1, 1, 2]
+def test_a_mistake_on_some_ranks_is_said_by_one_and_ends_all(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["mistaken"]
+    assert outcome.errors == "data.root: the mistake of rank 1\n"
+    assert sorted(outcome.statuses) == [1, 1, 2]
 
 
 def test_ranks_on_different_kinds_of_device_or_on_the_same_gpu_are_refused(
-    meetings: dict[str, Meeting],
+    outcomes: dict[str, Outcome],
 ) -> None:
     for name, line in (
         ("mixed", "rank 0 computes on the CPU, but rank 1 on GPU a of there"),
         ("shared", "ranks 0 and 1 share GPU a of here; give each its own"),
     ):
-        meeting = meetings[name]
-        assert meeting.said == f"rendezvous at 127.0.0.1:{meeting.port}: {line}\n"
-        assert sorted(meeting.statuses) == [1, 3]
+        outcome = outcomes[name]
+        assert outcome.errors == f"rendezvous at 127.0.0.1:{outcome.port}: {line}\n"
+        assert sorted(outcome.statuses) == [1, 3]
 
 
-def test_a_run_without_rank_0_says_where_it_was_looked_for(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["headless"]
-    place = f"rendezvous at 127.0.0.1:{meeting.port}"
-    assert meeting.said.startswith(f"{place}: rank 1 of 2 found nobody there within 2 s: ")
-    assert (meeting.said.count("\n"), meeting.statuses) == (1, [3])
+def test_a_run_without_rank_0_says_where_it_was_looked_for(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["headless"]
+    place = f"rendezvous at 127.0.0.1:{outcome.port}"
+    assert outcome.errors.startswith(f"{place}: rank 1 of 2 found nobody there within 2 s: ")
+    assert (outcome.errors.count("\n"), outcome.statuses) == (1, [3])
 
 
-def test_a_port_that_is_taken_is_one_line(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["taken"]
-    place = f"rendezvous at 127.0.0.1:{meeting.port}"
-    assert meeting.said == f"{place}: the port is taken; MASTER_PORT sets another port\n"
-    assert meeting.statuses == [3]
+def test_a_port_that_is_taken_is_one_line(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["taken"]
+    place = f"rendezvous at 127.0.0.1:{outcome.port}"
+    assert outcome.errors == f"{place}: the port is taken; MASTER_PORT sets another port\n"
+    assert outcome.statuses == [3]
 
 
-def test_an_unknown_address_is_one_line(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["unknown"]
-    assert "unknown address" in meeting.said
-    assert (meeting.said.count("\n"), meeting.statuses) == (1, [3])
+def test_an_unknown_address_is_one_line(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["unknown"]
+    assert "unknown address" in outcome.errors
+    assert (outcome.errors.count("\n"), outcome.statuses) == (1, [3])
 
 
 def test_the_example_for_slurm_is_valid_bash() -> None:

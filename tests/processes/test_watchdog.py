@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from torch.distributed import HashStore
 
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.processes.watchdog import Watchdog
+from support.processes import free_port
 
 # The same periods everywhere, short ones.
 BEAT_S, GONE_S, STALL_S = 0.1, 1.0, 0.8
@@ -26,11 +26,11 @@ class Process:
     """A watchdog that, instead of ending the process, remembers that it would have."""
 
     def __init__(self, rank: int, world: int, store: HashStore | None, stall_s: float | None = None) -> None:
-        self.said: list[str] = []
+        self.printed: list[str] = []
         self.ended: list[int] = []
         self._over = threading.Event()
         self.watchdog = Watchdog(
-            rank, world, store, stall_s, self.said.append, self._end, beat_s=BEAT_S, gone_s=GONE_S
+            rank, world, store, stall_s, self.printed.append, self._end, beat_s=BEAT_S, gone_s=GONE_S
         )
 
     def _end(self, status: int) -> None:
@@ -48,8 +48,8 @@ def processes(world: int, stall_s: float | None = None) -> list[Process]:
     return [Process(rank, world, store, stall_s) for rank in range(world)]
 
 
-def said(group: list[Process]) -> list[str]:
-    return [line for process in group for line in process.said]
+def printed(group: list[Process]) -> list[str]:
+    return [line for process in group for line in process.printed]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -65,21 +65,21 @@ def test_without_other_processes_a_stall_is_said_and_ends_the_process() -> None:
     with process.watchdog as watchdog:
         watchdog.at("waiting for data at iteration 41")
         assert process.status() == 1
-    assert process.said == [
+    assert process.printed == [
         "prcl: no progress for 0.8 s, waiting for data at iteration 41 (worker 1 is at a.png); "
         "train.stall_timeout sets how long that may take"
     ]
 
 
 def test_details_that_fail_or_hang_do_not_keep_the_line_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prcl_fast.processes.watchdog._SAYING_S", 0.1)
+    monkeypatch.setattr("prcl_fast.processes.watchdog._OUTPUT_S", 0.1)
     for details in (lambda: 1 / 0, lambda: time.sleep(60)):
         process = Process(0, 1, None, STALL_S)
         process.watchdog.details = details  # type: ignore[assignment]
         with process.watchdog as watchdog:
             watchdog.at("evaluating")
             assert process.status() == 1
-        assert process.said[0].startswith("prcl: no progress for 0.8 s, evaluating; ")
+        assert process.printed[0].startswith("prcl: no progress for 0.8 s, evaluating; ")
 
 
 def test_progress_is_no_stall_and_neither_is_the_time_before_the_first() -> None:
@@ -89,14 +89,14 @@ def test_progress_is_no_stall_and_neither_is_the_time_before_the_first() -> None
         for i in range(12):
             watchdog.at(f"in the step of iteration {i}")
             time.sleep(STALL_S / 8)
-    assert (process.said, process.ended) == ([], [])
+    assert (process.printed, process.ended) == ([], [])
 
 
 def test_with_one_process_an_error_passes_untouched() -> None:
     process = Process(0, 1, None)
     with pytest.raises(RunError, match="no luck"), process.watchdog:
         raise RunError("no luck")
-    assert (process.said, process.ended) == ([], [])
+    assert (process.printed, process.ended) == ([], [])
 
 
 @pytest.mark.parametrize("faulty", [0, 2])
@@ -109,7 +109,7 @@ def test_an_error_is_said_once_and_ends_all(faulty: int) -> None:
         raise InputError("data.root: no such folder")
     assert group[faulty].status() == 2
     assert [process.status() for process in others] == [1, 1]
-    assert said(group) == group[faulty].said == ["prcl: data.root: no such folder"]
+    assert printed(group) == group[faulty].printed == ["prcl: data.root: no such folder"]
 
 
 def test_an_error_that_nobody_foresaw_is_said_with_its_traceback() -> None:
@@ -118,7 +118,7 @@ def test_an_error_that_nobody_foresaw_is_said_with_its_traceback() -> None:
         with pytest.raises(ZeroDivisionError), group[1].watchdog:
             print(1 / 0)
         assert group[0].status() == 1
-    (text,) = said(group)
+    (text,) = printed(group)
     assert text.startswith("Traceback")
     assert text.endswith("ZeroDivisionError: division by zero")
 
@@ -135,7 +135,7 @@ def test_only_the_first_of_several_reports_is_shown() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(said(group)) == 1
+    assert len(printed(group)) == 1
 
 
 def test_the_rank_that_the_others_wait_for_reports_the_stall() -> None:
@@ -146,10 +146,10 @@ def test_the_rank_that_the_others_wait_for_reports_the_stall() -> None:
     for process in (group[0], group[2]):
         process.watchdog.at("in the step of iteration 40")
     assert [process.status() for process in group] == [1, 1, 1]
-    assert said(group) == group[1].said
+    assert printed(group) == group[1].printed
     assert (
         group[1]
-        .said[0]
+        .printed[0]
         .startswith(
             "prcl: no progress for 0.8 s, rank 1 is waiting for data at iteration 40; train.stall_timeout"
         )
@@ -164,8 +164,8 @@ def test_a_rank_that_cannot_report_its_stall_is_named_by_another() -> None:
         process.watchdog.at("saving")
     group[0].watchdog.at("in the step of iteration 7")
     assert [process.status() for process in group] == [1, 1]
-    assert said(group) == group[0].said
-    assert "waiting for rank 1, which is saving; " in group[0].said[0]
+    assert printed(group) == group[0].printed
+    assert "waiting for rank 1, which is saving; " in group[0].printed[0]
 
 
 def test_a_stall_of_all_alike_is_said_so() -> None:
@@ -174,8 +174,8 @@ def test_a_stall_of_all_alike_is_said_so() -> None:
         process.watchdog.__enter__()
         process.watchdog.at("in the step of iteration 7")
     assert [process.status() for process in group] == [1, 1]
-    assert len(said(group)) == 1
-    assert "all 2 processes are in the step of iteration 7" in said(group)[0]
+    assert len(printed(group)) == 1
+    assert "all 2 processes are in the step of iteration 7" in printed(group)[0]
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
@@ -183,13 +183,13 @@ def test_a_process_that_is_not_heard_of_any_more_is_named(dead: int) -> None:
     group = processes(3)
     for process in group:
         process.watchdog.__enter__()
-    wait_until(lambda: all(0 in group[r].watchdog._board.notes for r in (1, 2)))
-    wait_until(lambda: len(group[0].watchdog._board.notes) == 2)
+    wait_until(lambda: all(0 in group[r].watchdog._heartbeat.statuses for r in (1, 2)))
+    wait_until(lambda: len(group[0].watchdog._heartbeat.statuses) == 2)
     group[dead].watchdog._stopped.set()
-    group[dead].watchdog._board.stop()
+    group[dead].watchdog._heartbeat.stop()
     alive = [process for process in group if process is not group[dead]]
     assert [process.status() for process in alive] == [1, 1]
-    assert said(group) == [f"prcl: rank {dead} is gone (killed, out of memory, or its machine lost)"]
+    assert printed(group) == [f"prcl: rank {dead} is gone (killed, out of memory, or its machine lost)"]
 
 
 def test_processes_that_leave_at_different_times_are_not_missed() -> None:
@@ -198,7 +198,7 @@ def test_processes_that_leave_at_different_times_are_not_missed() -> None:
         with group[0].watchdog, group[1].watchdog:
             pass
         time.sleep(2 * GONE_S)
-    assert not said(group)
+    assert not printed(group)
     assert not any(process.ended for process in group)
 
 
@@ -207,11 +207,11 @@ def test_a_store_that_ends_after_rank_0_has_left_is_not_missed() -> None:
     with group[1].watchdog:
         with group[0].watchdog:
             pass
-        board = group[1].watchdog._board
-        wait_until(lambda: 0 in board.notes and board.notes[0].left)
-        board.lost = True
+        heartbeat = group[1].watchdog._heartbeat
+        wait_until(lambda: 0 in heartbeat.statuses and heartbeat.statuses[0].left)
+        heartbeat.store_lost = True
         time.sleep(5 * BEAT_S)
-    assert (said(group), group[1].ended) == ([], [])
+    assert (printed(group), group[1].ended) == ([], [])
 
 
 def test_an_interrupt_ends_the_others_and_says_nothing() -> None:
@@ -220,7 +220,7 @@ def test_an_interrupt_ends_the_others_and_says_nothing() -> None:
         with pytest.raises(KeyboardInterrupt), group[1].watchdog:
             raise KeyboardInterrupt
         assert group[0].status() == 1
-    assert [line for line in said(group) if line] == []
+    assert [line for line in printed(group) if line] == []
     assert not group[1].ended
 
 
@@ -296,12 +296,6 @@ RUNS = {
         "prcl: a collective timed out, waiting for rank 0, which is waiting for data at iteration 20",
     ),
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
