@@ -1,4 +1,4 @@
-"""Collectives over the ranks of a run; with one process each is the identity."""
+"""Collectives over the ranks of a run: sum, maximum, all-gather, broadcast of a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes: the same mathematics as one, and the same state in all."""
+"""Training on several ranks: the mathematics of one process, and the same state on all ranks."""
 
 from __future__ import annotations
 

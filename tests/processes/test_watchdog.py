@@ -1,4 +1,4 @@
-"""A run that cannot go on ends on every process, and one line says why."""
+"""The watchdog: a run that cannot go on ends on every rank with one message of the cause."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEAT_S, GONE_S, STALL_S = 0.1, 1.0, 0.8
 
 
 class Process:
-    """A watchdog that, instead of ending the process, remembers that it would have."""
+    """A watchdog that records the statuses with which it would end the process."""
 
     def __init__(self, rank: int, world: int, store: HashStore | None, stall_s: float | None = None) -> None:
         self.printed: list[str] = []
@@ -38,7 +38,7 @@ class Process:
         self._over.set()
 
     def status(self) -> int | None:
-        """The status with which it ended, once it has; None where it does not."""
+        """The status with which it would have ended; None if it does not within 10 seconds."""
         self._over.wait(10.0)
         return self.ended[0] if self.ended else None
 
@@ -59,7 +59,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
-def test_without_other_processes_a_stall_is_said_and_ends_the_process() -> None:
+def test_a_stall_of_a_single_process_is_reported_and_ends_it() -> None:
     process = Process(0, 1, None, STALL_S)
     process.watchdog.details = lambda: "worker 1 is at a.png"
     with process.watchdog as watchdog:
@@ -71,7 +71,7 @@ def test_without_other_processes_a_stall_is_said_and_ends_the_process() -> None:
     ]
 
 
-def test_details_that_fail_or_hang_do_not_keep_the_line_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_details_that_fail_or_hang_do_not_delay_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prcl_fast.processes.watchdog._OUTPUT_S", 0.1)
     for details in (lambda: 1 / 0, lambda: time.sleep(60)):
         process = Process(0, 1, None, STALL_S)
@@ -82,7 +82,7 @@ def test_details_that_fail_or_hang_do_not_keep_the_line_back(monkeypatch: pytest
         assert process.printed[0].startswith("prcl: no progress for 0.8 s, evaluating; ")
 
 
-def test_progress_is_no_stall_and_neither_is_the_time_before_the_first() -> None:
+def test_neither_progress_nor_the_start_is_a_stall() -> None:
     process = Process(0, 1, None, STALL_S)
     with process.watchdog as watchdog:
         time.sleep(1.5 * STALL_S)
@@ -92,7 +92,7 @@ def test_progress_is_no_stall_and_neither_is_the_time_before_the_first() -> None
     assert (process.printed, process.ended) == ([], [])
 
 
-def test_with_one_process_an_error_passes_untouched() -> None:
+def test_with_one_process_an_error_passes() -> None:
     process = Process(0, 1, None)
     with pytest.raises(RunError, match="no luck"), process.watchdog:
         raise RunError("no luck")
@@ -100,7 +100,7 @@ def test_with_one_process_an_error_passes_untouched() -> None:
 
 
 @pytest.mark.parametrize("faulty", [0, 2])
-def test_an_error_is_said_once_and_ends_all(faulty: int) -> None:
+def test_an_error_is_printed_once_and_ends_all_ranks(faulty: int) -> None:
     group = processes(3)
     others = [process for process in group if process is not group[faulty]]
     for process in others:
@@ -112,7 +112,7 @@ def test_an_error_is_said_once_and_ends_all(faulty: int) -> None:
     assert printed(group) == group[faulty].printed == ["prcl: data.root: no such folder"]
 
 
-def test_an_error_that_nobody_foresaw_is_said_with_its_traceback() -> None:
+def test_an_unexpected_error_is_printed_with_its_traceback() -> None:
     group = processes(2)
     with group[0].watchdog:
         with pytest.raises(ZeroDivisionError), group[1].watchdog:
@@ -123,7 +123,7 @@ def test_an_error_that_nobody_foresaw_is_said_with_its_traceback() -> None:
     assert text.endswith("ZeroDivisionError: division by zero")
 
 
-def test_only_the_first_of_several_reports_is_shown() -> None:
+def test_only_the_first_of_several_reports_is_printed() -> None:
     group = processes(3)
     for process in group:
         process.watchdog.__enter__()
@@ -138,7 +138,7 @@ def test_only_the_first_of_several_reports_is_shown() -> None:
     assert len(printed(group)) == 1
 
 
-def test_the_rank_that_the_others_wait_for_reports_the_stall() -> None:
+def test_the_rank_that_is_furthest_behind_reports_the_stall() -> None:
     group = processes(3, STALL_S)
     for process in group:
         process.watchdog.__enter__()
@@ -168,7 +168,7 @@ def test_a_rank_that_cannot_report_its_stall_is_named_by_another() -> None:
     assert "waiting for rank 1, which is saving; " in group[0].printed[0]
 
 
-def test_a_stall_of_all_alike_is_said_so() -> None:
+def test_a_stall_in_the_same_activity_names_all_ranks() -> None:
     group = processes(2, STALL_S)
     for process in group:
         process.watchdog.__enter__()
@@ -179,7 +179,7 @@ def test_a_stall_of_all_alike_is_said_so() -> None:
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
-def test_a_process_that_is_not_heard_of_any_more_is_named(dead: int) -> None:
+def test_a_silent_rank_is_named(dead: int) -> None:
     group = processes(3)
     for process in group:
         process.watchdog.__enter__()
@@ -192,7 +192,7 @@ def test_a_process_that_is_not_heard_of_any_more_is_named(dead: int) -> None:
     assert printed(group) == [f"prcl: rank {dead} is gone (killed, out of memory, or its machine lost)"]
 
 
-def test_processes_that_leave_at_different_times_are_not_missed() -> None:
+def test_ranks_may_leave_at_different_times() -> None:
     group = processes(3)
     with group[2].watchdog:
         with group[0].watchdog, group[1].watchdog:
@@ -202,7 +202,7 @@ def test_processes_that_leave_at_different_times_are_not_missed() -> None:
     assert not any(process.ended for process in group)
 
 
-def test_a_store_that_ends_after_rank_0_has_left_is_not_missed() -> None:
+def test_the_store_may_end_after_rank_0_has_left() -> None:
     group = processes(2)
     with group[1].watchdog:
         with group[0].watchdog:
@@ -214,7 +214,7 @@ def test_a_store_that_ends_after_rank_0_has_left_is_not_missed() -> None:
     assert (printed(group), group[1].ended) == ([], [])
 
 
-def test_an_interrupt_ends_the_others_and_says_nothing() -> None:
+def test_an_interrupt_ends_the_other_ranks_silently() -> None:
     group = processes(2)
     with group[0].watchdog:
         with pytest.raises(KeyboardInterrupt), group[1].watchdog:
@@ -224,8 +224,8 @@ def test_an_interrupt_ends_the_others_and_says_nothing() -> None:
     assert not group[1].ended
 
 
-# Real runs, all at the same time: one process that forks the ranks of each, because to import PyTorch takes
-# longer than all else.
+# Real runs, all at the same time. One process forks the ranks of all runs, because importing PyTorch takes
+# longer than the runs.
 SCRIPT = """
 import os, sys, time
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
@@ -300,7 +300,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """The exit status of RUN.RANK; beside it in the folder of that name what it said."""
+    """The exit status of each RUN.RANK by the file of its standard error."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [f"{name}-{world}-{free_port()}" for name, (world, _) in RUNS.items()]
     process = subprocess.run(
@@ -316,7 +316,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_each_way_to_fail_ends_all_processes_with_one_line(name: str, outcomes: dict[str, int]) -> None:
+def test_each_failure_ends_all_ranks_with_one_line(name: str, outcomes: dict[str, int]) -> None:
     what, actor = name.split("-")
     world, line = RUNS[name]
     statuses: list[int] = []

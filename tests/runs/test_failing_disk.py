@@ -1,4 +1,4 @@
-"""Saves on a disk that fails or a process that dies: a whole checkpoint is always there, and is named."""
+"""Saves on a failing disk or by a killed process: an undamaged checkpoint always remains, and is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes in one group, for tests: they stay, and run one function after the other."""
+"""Processes for tests: a process group that runs function after function, and launched commands."""
 
 from __future__ import annotations
 
