@@ -19,7 +19,7 @@ _KINDS = {
 
 
 def special_kind(mode: int) -> str | None:
-    """Words for what a file's mode says that it is, such as "a pipe"; None for a plain file."""
+    """The kind of a special file by its mode, such as "a pipe"; None for a plain file."""
     return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no plain file")
 
 

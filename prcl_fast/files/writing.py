@@ -35,9 +35,9 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     as it was and removes the new file.
 
     Args:
-        durable: for files of a run. Bytes and name are on the disk when the block has ended, and the folder
-            must exist, because a run whose folder was deleted must not make it anew. Otherwise parent folders
-            are made.
+        durable: for files of a run. Bytes and name are on the disk when the block has ended. The folder must
+            exist, because a run whose folder was deleted must not make it again; otherwise parent folders are
+            made.
 
     Raises:
         WriteError: `path` cannot be written, or an OSError left the block.
@@ -97,7 +97,7 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 def append(path: Path, data: bytes) -> None:
     """Adds `data` to the end of `path`, without waiting for the disk.
 
-    The file is opened anew each time: a folder that was deleted meanwhile is noticed.
+    The file is opened for each call, so that a folder deleted meanwhile is noticed.
 
     Raises:
         WriteError: `path` cannot be written, or is no plain file.

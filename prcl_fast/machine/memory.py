@@ -25,7 +25,7 @@ def available_memory() -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """Resident memory; None where the system does not tell it."""
+    """Resident memory; None where it is unknown."""
     return _field(_STATUS, "VmRSS")
 
 
@@ -39,7 +39,7 @@ def resident_peak() -> int:
 
 
 def reset_resident_peak() -> bool:
-    """Starts the peak anew; False where the system cannot."""
+    """Restarts the peak from the present memory; False where the system cannot."""
     with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text(_RESET_PEAK)
         return True

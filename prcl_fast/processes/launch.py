@@ -56,10 +56,10 @@ def read_launch(environ: Mapping[str, str]) -> Launch | None:
         ("local rank", launch.local_rank, launch.local_world),
     ):
         if index >= count:
-            raise InputError(f"{launch.by} says that this is {name} {index} of {count}; ranks count from 0")
+            raise InputError(f"{launch.by} set {name} {index} of {count}; ranks count from 0")
     if launch.local_world > launch.world:
         raise InputError(
-            f"{launch.by} says {launch.local_world} processes on this machine, but {launch.world} in all"
+            f"{launch.by} set {launch.local_world} processes on this machine, but {launch.world} in all"
         )
     if not 0 < launch.port < 65536:
         raise InputError(f"MASTER_PORT: {launch.port} is not a port")
@@ -93,7 +93,7 @@ def device_of(launch: Launch | None, name: str) -> torch.device:
     if launch is None or launch.local_world == 1 or device.type == "cpu":
         return device
     if name.startswith("cuda:"):
-        raise InputError(f"train.device: {name} for each of {launch.local_world} processes; say cuda")
+        raise InputError(f"train.device: {name} for each of {launch.local_world} processes; use cuda")
     visible = torch.cuda.device_count()
     if visible == 1 and launch.by == "slurm":
         return torch.device("cuda", 0)  # each task has its own; `join` refuses a GPU given to two

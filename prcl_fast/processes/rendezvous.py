@@ -131,7 +131,7 @@ class _Rendezvous:
                 missing = [str(rank) for rank in range(world) if not store.check([keys[rank]])]
                 self._give_up(
                     store,
-                    f"{world - len(missing)} of {world} processes came within {self.wait_s:g} s; "
+                    f"{world - len(missing)} of {world} processes arrived within {self.wait_s:g} s; "
                     f"missing: rank {', '.join(missing)}",
                 )
             time.sleep(pause)

@@ -53,7 +53,7 @@ def session(
         load: reads what the command needs.
         device: gives the name of the device, from what was loaded.
         stall_timeout: gives the seconds without progress that end the run, from what was loaded.
-        captures: tells whether CUDA graphs are captured, from what was loaded.
+        captures: whether CUDA graphs are captured, from what was loaded.
 
     Raises:
         InputError: a wrong environment or device, or an error of `load`.

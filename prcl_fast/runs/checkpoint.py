@@ -35,10 +35,10 @@ class LoadedRun:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` so that `path` holds either the former or the new checkpoint, whatever happens.
+    """Writes `state`; at every moment `path` holds the former or the new checkpoint.
 
     Raises:
-        RunError: it cannot be written; the line names the checkpoint that is whole.
+        RunError: it cannot be written; the message names an undamaged checkpoint.
     """
     try:
         write_bytes(path, checkpoint_file.pack(state), durable=True)
@@ -49,10 +49,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def save_last(folder: Path, state: dict[str, Any], keep: int) -> None:
     """Writes folder/last.pt and keeps the former ones as last-1.pt, last-2.pt, ...: `keep` >= 1 in all.
 
-    Whenever the process ends, one of these files is whole and at most one save old. One process may save.
+    Whenever the process is killed, one of these files is undamaged and at most one save old. Only one process
+    of a run may save.
 
     Raises:
-        RunError: it cannot be written; the line names the checkpoint that is whole.
+        RunError: it cannot be written; the message names an undamaged checkpoint.
     """
     last = folder / "last.pt"
     try:

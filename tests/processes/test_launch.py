@@ -284,7 +284,7 @@ def test_all_ranks_join_and_leave_the_group(outcomes: dict[str, Outcome]) -> Non
 def test_a_missing_rank_is_named_by_one_other_rank(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["missing"]
     place = f"rendezvous at 127.0.0.1:{outcome.port}"
-    assert outcome.errors == f"{place}: 2 of 3 processes came within 2 s; missing: rank 1\n"
+    assert outcome.errors == f"{place}: 2 of 3 processes arrived within 2 s; missing: rank 1\n"
     assert sorted(outcome.statuses) == [1, 3]
 
 
