@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prcl_fast.errors import InputError
-from prcl_fast.processes.collectives import first_says, rank
+from prcl_fast.processes.collectives import broadcast_text, rank
 from prcl_fast.runs.checkpoint import load_checkpoint, newest_checkpoint
 
 
@@ -45,7 +45,7 @@ def newest_state(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[s
         RunError: a damaged one cannot be renamed.
     """
     found = newest_checkpoint(folder, say) if rank() == 0 else None
-    name = first_says("" if found is None else found[0].name)
+    name = broadcast_text("" if found is None else found[0].name)
     if found is not None or not name:
         return found
     path = folder / name

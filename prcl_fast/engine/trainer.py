@@ -97,7 +97,7 @@ class Trainer:
         self.iteration = 0
         self.progress = Progress()
         self.stop = StopRequest()
-        self.watchdog = watchdog or Watchdog(0, 1, None, stall_s=None, say=self._say)
+        self.watchdog = watchdog or Watchdog()  # not entered, it watches nothing
         self.watchdog.details = lambda: named_images(self._images(self.iteration))
         self.cache = training_cache(self.source, config, say=self._say)
         if rank() == 0:

@@ -14,7 +14,7 @@ from prcl_fast.data.batches import Batch, UnlabeledBatch
 from prcl_fast.data.draws import STRONG_NUMBERS, strong_draws
 from prcl_fast.device import prepare_device
 from prcl_fast.engine.step import TrainStep
-from prcl_fast.machine import reset_resident_peak, resident_bytes, resident_peak
+from prcl_fast.machine.memory import reset_resident_peak, resident_bytes, resident_peak
 from prcl_fast.methods import build_method
 from prcl_fast.planning.part_meter import PartTimer
 from prcl_fast.step_parts import listening
