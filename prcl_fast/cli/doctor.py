@@ -1,4 +1,4 @@
-"""`prcl doctor`: what is installed, what runs where, and why something does not."""
+"""`prcl doctor`: versions, native libraries and the backends of each op."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPTIONAL = ("native", "triton")  # torch runs everywhere
 
 
 def doctor() -> None:
-    """Show versions, the state of the native libraries, and which backend runs each op on each device."""
+    """Show versions, the state of the native libraries, and the backend of each op on each device."""
     console = Console()
     console.print(_versions())
     console.print(_libraries())
