@@ -51,12 +51,12 @@ def main() -> int:
         capability="{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None,
     )
     from bench import machine
-    from prcl_fast.ops import _native
-    from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
+    from prcl_fast.ops import native
+    from prcl_fast.ops.registry import BACKENDS, op_names, unavailable
 
     device = "cuda" if gpu else "cpu"
     add(
-        native=_native.unavailable(device),
+        native=native.unavailable(device),
         machine=machine.describe(device),
         nvidia_smi=machine.output("nvidia-smi").splitlines(),
     )

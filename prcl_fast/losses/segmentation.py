@@ -58,7 +58,6 @@ def supervised_loss(
     *,
     counts: PixelCounts | None = None,
     ignore_index: int = 255,
-    align_corners: bool = True,
 ) -> Tensor:
     """L_s, eq. (13) of the IJCV paper: mean cross-entropy over the labeled pixels, at label size.
 
@@ -77,7 +76,6 @@ def supervised_loss(
         None,
         None if counts is None else counts.labeled,
         ignore_index=ignore_index,
-        align_corners=align_corners,
     )
 
 
@@ -90,7 +88,6 @@ def unsupervised_loss(
     omega: str = "batch",
     counts: PixelCounts | None = None,
     ignore_index: int = 255,
-    align_corners: bool = True,
 ) -> Tensor:
     """L_u: the cross-entropy against the pseudo-labels, weighted by how many pixels are confident.
 
@@ -145,7 +142,6 @@ def unsupervised_loss(
         weight.to(torch.float32),
         None if counts is None else counts.pseudo_labeled,
         ignore_index=ignore_index,
-        align_corners=align_corners,
     )
 
 
@@ -156,7 +152,6 @@ def _mean(
     count: Tensor | None,
     *,
     ignore_index: int,
-    align_corners: bool,
 ) -> Tensor:
     """The weighted loss over `count` pixels; None means: over those that are not ignored here."""
     reduction = "mean" if count is None else "sum"
@@ -165,7 +160,6 @@ def _mean(
         target,
         weight=weight,
         ignore_index=ignore_index,
-        align_corners=align_corners,
         reduction=reduction,
     )
     return loss if count is None else loss / _or_one(count).to(loss.dtype)

@@ -39,16 +39,16 @@ def features(
     return torch.empty(shape, dtype=dtype, memory_format=layout).copy_(values)
 
 
-def exact(x: Tensor, grad: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
+def exact(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Value and gradient in float64."""
     leaf = x.detach().double().requires_grad_()
-    y = F.interpolate(leaf, grad.shape[2:], mode="bilinear", align_corners=align_corners)
+    y = F.interpolate(leaf, grad.shape[2:], mode="bilinear", align_corners=True)
     return y.detach(), torch.autograd.grad(y, leaf, grad.double())[0]
 
 
-def value_and_gradient(x: Tensor, grad: Tensor, align_corners: bool = True) -> tuple[Tensor, Tensor]:
+def value_and_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.detach().requires_grad_()
-    y = upsample_bilinear(leaf, grad.shape[2:], align_corners=align_corners)
+    y = upsample_bilinear(leaf, grad.shape[2:])
     return y.detach(), torch.autograd.grad(y, leaf, grad)[0]
 
 
@@ -56,29 +56,27 @@ def far_apart(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(("shape", "size"), SIZES)
 def test_value_and_gradient_agree_with_float64(
-    shape: tuple[int, ...], size: tuple[int, int], layout: torch.memory_format, align_corners: bool
+    shape: tuple[int, ...], size: tuple[int, int], layout: torch.memory_format
 ) -> None:
     x = features(shape, layout=layout)
     grad = features((*shape[:2], *size), seed=1, layout=layout)
-    got = value_and_gradient(x, grad, align_corners)
+    got = value_and_gradient(x, grad)
     # float32 holds a position between two inputs of a wide map less closely.
     tolerance = max(1e-6, 4 * max(shape[2:]) * 2.0**-24)
-    for value, expected in zip(got, exact(x, grad, align_corners), strict=True):
+    for value, expected in zip(got, exact(x, grad), strict=True):
         assert far_apart(value, expected) < tolerance
         assert value.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("layout", FORMATS)
-def test_float64_is_computed_in_float64(layout: torch.memory_format, align_corners: bool) -> None:
+def test_float64_is_computed_in_float64(layout: torch.memory_format) -> None:
     x = features((2, 19, 5, 7), torch.float64, layout=layout)
     grad = features((2, 19, 13, 12), torch.float64, seed=1)
-    got = value_and_gradient(x, grad, align_corners)
-    for value, expected in zip(got, exact(x, grad, align_corners), strict=True):
+    got = value_and_gradient(x, grad)
+    for value, expected in zip(got, exact(x, grad), strict=True):
         assert far_apart(value, expected) < 1e-14
 
 
@@ -136,13 +134,12 @@ def test_infinity_and_nan_reach_their_neighbours_alone(layout: torch.memory_form
 
 def test_first_and_second_derivatives() -> None:
     x = features((1, 2, 3, 2), torch.float64).requires_grad_()
-    for align_corners in (True, False):
 
-        def up(x: Tensor, align_corners: bool = align_corners) -> Tensor:
-            return upsample_bilinear(x, (5, 4), align_corners=align_corners)
+    def up(x: Tensor) -> Tensor:
+        return upsample_bilinear(x, (5, 4))
 
-        assert torch.autograd.gradcheck(up, (x,))
-        assert torch.autograd.gradgradcheck(up, (x,))
+    assert torch.autograd.gradcheck(up, (x,))
+    assert torch.autograd.gradgradcheck(up, (x,))
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -233,8 +230,8 @@ def test_opcheck(layout: torch.memory_format) -> None:
     last = layout == torch.channels_last
     x = features((2, 5, 3, 4), layout=layout).requires_grad_()
     grad = features((2, 5, 7, 6)).requires_grad_()
-    torch.library.opcheck(torch.ops.prcl_fast.upsample_bilinear.default, (x, 7, 6, True, last))
-    torch.library.opcheck(torch.ops.prcl_fast.upsample_bilinear_backward.default, (grad, 3, 4, True, last))
+    torch.library.opcheck(torch.ops.prcl_fast.upsample_bilinear.default, (x, 7, 6, last))
+    torch.library.opcheck(torch.ops.prcl_fast.upsample_bilinear_backward.default, (grad, 3, 4, last))
 
 
 @pytest.mark.parametrize("layout", FORMATS)
