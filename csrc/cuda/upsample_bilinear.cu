@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class S, int K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, K == 8 ? 3 : 4)
     gather_kernel(Map<const S> grad, Map<S> to, Shares shares, FloatAxis rows, FloatAxis columns) {
   const Share share(shares);
   if (share.first >= share.last) return;
