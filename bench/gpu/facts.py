@@ -56,12 +56,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     from bench import machine
     from prcl_fast.machine.description import command_output
-    from prcl_fast.ops import _native
-    from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
+    from prcl_fast.ops import native
+    from prcl_fast.ops.registry import BACKENDS, op_names, unavailable
 
     device = "cuda" if gpu else "cpu"
     add(
-        native=_native.unavailable(device),
+        native=native.unavailable(device),
         machine=machine.describe(device),
         nvidia_smi=command_output("nvidia-smi").splitlines(),
     )

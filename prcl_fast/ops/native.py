@@ -1,19 +1,15 @@
-"""Loads the two compiled libraries, each at its first use, and keeps the reason why one is not there.
+"""The two compiled libraries: each is loaded at its first use, or the reason kept why it cannot be.
 
-`_native.so` holds the schemas of all native ops and their CPU code, `_native_cuda.so` their CUDA code.
+`_native.so` holds the CPU code of all native ops, `_native_cuda.so` their CUDA code.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from prcl_fast.ops._arguments import HALF
-from prcl_fast.ops._backend import Implementation
 
 OLDEST_TORCH = (2, 11)
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -31,24 +27,6 @@ def unavailable(device_type: str) -> str | None:
     if device_type == "cuda":
         return cpu_library_error() or cuda_library_error()
     return f"there is no native code for {device_type}"
-
-
-def implementation(
-    call: Callable[..., Any], *, cuda_dtypes: Sequence[torch.dtype] = (*HALF, torch.float32)
-) -> Implementation:
-    """The native backend of an op.
-
-    Args:
-        call: called as call(ops(), *arguments of the op).
-        cuda_dtypes: what the CUDA kernels take; those of the CPU take float64 as well.
-    """
-
-    def reason(device_type: str, dtype: torch.dtype) -> str | None:
-        if device_type == "cuda" and dtype not in cuda_dtypes:
-            return f"there is no native CUDA code for {str(dtype).removeprefix('torch.')}"
-        return unavailable(device_type)
-
-    return Implementation(lambda *arguments: call(ops(), *arguments), reason)
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""Checks of op arguments: they look at shapes, dtypes and devices, never at values on a device."""
+"""Op arguments: checks of shape, dtype and device, never of values on a device; layouts for kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,3 +90,13 @@ def reduction_is_mean(reduction: str) -> bool:
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be sum or mean; got {reduction!r}")
     return reduction == "mean"
+
+
+def contiguous(*arguments: Any) -> Iterator[Any]:
+    """The arguments, every tensor among them contiguous."""
+    return (value.contiguous() if isinstance(value, Tensor) else value for value in arguments)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[B, D, h, w] -> [B*h*w, D], contiguous: a view where x is channels_last and else a copy."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()

@@ -13,11 +13,12 @@
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
 #include "cuda/storage.h"
-#include "interpolation.h"
+#include "shared/constants.h"
+#include "shared/interpolation.h"
 
 namespace prcl::cuda::upsample {
 
-constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLog2E = float(prcl::kLog2E);
 constexpr float kNoClass = -1e38f;  // the logit of what is past the last class: finite, and never the largest
 constexpr int kChunk = 12;
 
@@ -140,7 +141,7 @@ class Column {
   __device__ __forceinline__ float between(const char* at_left, const char* at_right) const {
     const float left = float(*reinterpret_cast<const S*>(at_left)),
                 right = float(*reinterpret_cast<const S*>(at_right));
-    return __fmul_rn(fmaf(fraction_, right - left, left), kLog2e);
+    return __fmul_rn(fmaf(fraction_, right - left, left), kLog2E);
   }
 
   const char *left_, *right_;
@@ -212,7 +213,7 @@ __device__ __forceinline__ void walk(const Logits<S>& logits, int image, const P
 }
 
 template <class S>
-Logits<S> logits_of(const Tensor& logits, int64_t height, int64_t width, bool align_corners) {
+Logits<S> logits_of(const Tensor& logits, int64_t height, int64_t width) {
   const auto bytes = [&](int dim) { return logits.stride(dim) * int64_t(sizeof(S)); };
   return {static_cast<const char*>(logits.const_data_ptr()),
           bytes(0),
@@ -220,8 +221,8 @@ Logits<S> logits_of(const Tensor& logits, int64_t height, int64_t width, bool al
           bytes(2),
           bytes(3),
           int(logits.size(1)),
-          FloatAxis(logits.size(2), height, align_corners),
-          FloatAxis(logits.size(3), width, align_corners)};
+          FloatAxis(logits.size(2), height),
+          FloatAxis(logits.size(3), width)};
 }
 
 // Calls f with an integral_constant: the number of classes where there is a kernel for it, 0 for any other.

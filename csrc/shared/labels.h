@@ -1,8 +1,8 @@
 // Integer label maps of any width, read one pixel at a time.
 #pragma once
 
-#include "host_device.h"
-#include "tensor.h"
+#include "shared/host_device.h"
+#include "shared/tensor.h"
 
 namespace prcl {
 

@@ -1,9 +1,9 @@
 // Philox-4x32-10 and the rules by which ops draw from it: Salmon, Moraes, Dror, Shaw, "Parallel Random
-// Numbers: As Easy as 1, 2, 3" (SC 2011). The rules are written in prcl_fast/reference/philox.py; every
-// backend follows them, so that indices are equal bit for bit.
+// Numbers: As Easy as 1, 2, 3" (SC 2011). The rules are written in prcl_fast/reference/philox.py and in the
+// samplers beside it; every backend follows them, so that indices are equal bit for bit.
 #pragma once
 
-#include "host_device.h"
+#include "shared/host_device.h"
 
 #include <cmath>
 #include <cstdint>

@@ -27,8 +27,8 @@
 #include "cuda/approximate.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vector_load.cuh"
-#include "labels.h"
-#include "norm.h"
+#include "shared/labels.h"
+#include "shared/norm.h"
 
 #include <type_traits>
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ float sum_of_squares(const Values<S, kWidth>& packed)
   return sum;
 }
 
-// How many of the counted pixels each of `units` warps owns.
+// Number of counted pixels that each of `units` warps owns.
 __device__ __forceinline__ int64_t share(int64_t counted, int64_t units) {
   return (counted + units - 1) / units;
 }
@@ -295,7 +295,8 @@ struct Slots {
   int64_t first, count, stride;
 };
 
-// Where rows_kernel, run by `parts` warps, or planes_kernel, for `parts` ranges, put the sums of class c.
+// Place of the sums of class c as written by rows_kernel, run by `parts` warps, or planes_kernel, for `parts`
+// ranges.
 __device__ __forceinline__ Slots slots_of(int c, bool rows, int64_t parts, const int* start, int classes) {
   if (!rows) return {c, parts, classes};
   if (start[c] == start[c + 1]) return {0, 0, 0};

@@ -1,4 +1,4 @@
-// What the CPU and CUDA kernels of the mutual likelihood score share.
+// Mutual likelihood score: the arithmetic that CPU and CUDA kernels share.
 //
 // The score of rows i and j over D dimensions is -1/2 (Q + L) + constant, with s_l = var_i + var_j clamped at
 // kMinVariance,
@@ -9,12 +9,12 @@
 // end.
 #pragma once
 
+#include "shared/constants.h"
+
 #include <cstdint>
 
 namespace prcl::mls {
 
-constexpr double kMinVariance = 1e-12;
-constexpr double kMaxVariance = 1e18;
 constexpr double kLogTwoPi = 1.8378770664093454836;
 
 // score = scale * (Q + L) + offset; the mean divides by D and drops the constant.
@@ -27,7 +27,7 @@ struct Affine {
         offset(T(mean ? 0.0 : -0.5 * double(dims) * kLogTwoPi)) {}
 };
 
-// What multiplies the gradient of the scores: d score / d (Q + L) times -2.
+// The factor of the gradient of the scores: d score / d (Q + L) times -2.
 inline double gradient_scale(int64_t dims, bool mean) { return mean ? 1.0 / double(dims) : 1.0; }
 
 }  // namespace prcl::mls

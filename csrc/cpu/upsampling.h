@@ -1,4 +1,4 @@
-// Bilinear upsampling of logits a strip at a time: what pseudo_label and upsample_cross_entropy share.
+// Bilinear upsampling of logits a strip at a time, shared by pseudo_label and upsample_cross_entropy.
 //
 // A map of logits [C, h, w] is resized to [H, W] without storing the result. An input row is converted and
 // interpolated horizontally once, into tiles [C, lanes] of one vector of output pixels each, in units of
@@ -15,16 +15,14 @@
 #include "cpu/buffer.h"
 #include "cpu/convert.h"
 #include "cpu/vector_math.h"
-#include "interpolation.h"
-#include "tensor.h"
+#include "shared/constants.h"
+#include "shared/interpolation.h"
+#include "shared/tensor.h"
 
 #include <algorithm>
 #include <vector>
 
 namespace prcl::cpu {
-
-constexpr double kLog2E = 1.4426950408889634074;
-constexpr double kLn2 = 0.69314718055994530942;
 
 // Copies `count` of kLanes values, in one piece where it is all of them.
 template <int64_t kLanes, class T>
@@ -36,7 +34,7 @@ PRCL_INLINE void copy_lanes(const T* from, int64_t count, T* to) {
   }
 }
 
-// Where output i lies; the fraction is zero at the last input, which has no neighbour.
+// Neighbours of output i; the fraction is zero at the last input, which has no neighbour.
 inline Tap<double> tap_of(const Axis<double>& axis, int64_t i) {
   Tap<double> tap = axis.tap(i);
   if (tap.high == tap.low) tap.fraction = 0;

@@ -16,7 +16,7 @@
 #pragma once
 
 #include "cuda/approximate.cuh"
-#include "mls.h"
+#include "shared/mls.h"
 
 namespace prcl::cuda::mls {
 
@@ -38,12 +38,12 @@ __device__ __forceinline__ double log_base_2(double x) { return log2(x); }
 
 template <class T>
 __device__ __forceinline__ T cut(T variance) {
-  return variance > T(prcl::mls::kMaxVariance) ? T(prcl::mls::kMaxVariance) : variance;
+  return variance > T(kMaxVariance) ? T(kMaxVariance) : variance;
 }
 
 template <class T>
 __device__ __forceinline__ T clamped(T sum) {
-  return sum < T(prcl::mls::kMinVariance) ? T(prcl::mls::kMinVariance) : sum;
+  return sum < T(kMinVariance) ? T(kMinVariance) : sum;
 }
 
 template <class T>
@@ -72,7 +72,7 @@ __device__ __forceinline__ bool load_operand(Operand<T>& to, const T* mu, const 
     to.mu[l][row] = real ? mu[from] : T(0);
     to.var[l][row] = cut(variance);
     if (isinf(variance)) to.infinite[row] = 1;
-    tiny |= variance < T(prcl::mls::kMinVariance);
+    tiny |= variance < T(kMinVariance);
     from += kRowStep * dims;
   }
   return tiny;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreadsPerSide* kThreadsPerSide)
 #pragma unroll
     for (int c = 0; c < kPerThread; ++c) {
       if (first_a + row + r >= m || first_b + column + c >= n) continue;
-      const T sum = quadratic[r][c] + log2_product[r][c] * T(0.693147180559945309);
+      const T sum = quadratic[r][c] + log2_product[r][c] * T(kLn2);
       T score = sum * affine.scale + affine.offset;
       if ((a.infinite[row + r] || b.infinite[column + c]) && score == score) score = -T(INFINITY);
       out[(first_a + row + r) * n + first_b + column + c] = score;
@@ -160,8 +160,8 @@ __device__ __forceinline__ void add_row(const T (&grads)[kRows], T mu_j, T var_j
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const T sum = var[r] + var_j;
-    const bool is_clamped = kMayClamp && sum < T(prcl::mls::kMinVariance);
-    const T inverse = reciprocal(is_clamped ? T(prcl::mls::kMinVariance) : sum), t = (mu[r] - mu_j) * inverse;
+    const bool is_clamped = kMayClamp && sum < T(kMinVariance);
+    const T inverse = reciprocal(is_clamped ? T(kMinVariance) : sum), t = (mu[r] - mu_j) * inverse;
     sum_mu[r] -= grads[r] * t;
     sum_var[r] += is_clamped ? T(0) : grads[r] * (t * t - inverse);
   }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int64_t at = (batch * m + first + r) * dims + dim;
     mu[r] = inside ? mu_x[at] : T(0);
     var[r] = inside ? cut(var_x[at]) : T(1);
-    tiny |= var[r] < T(prcl::mls::kMinVariance);
+    tiny |= var[r] < T(kMinVariance);
     sum_mu[r] = sum_var[r] = T(0);
   }
   for (int64_t start = 0; start < n; start += kGrads) {

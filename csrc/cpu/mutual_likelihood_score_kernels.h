@@ -11,7 +11,7 @@
 #pragma once
 
 #include "cpu/vector_math.h"
-#include "mls.h"
+#include "shared/mls.h"
 
 #include <algorithm>
 #include <limits>
@@ -19,8 +19,6 @@
 namespace prcl::cpu::mls {
 
 using prcl::mls::Affine;
-using prcl::mls::kMaxVariance;
-using prcl::mls::kMinVariance;
 
 template <class T>
 struct ForwardArgs {

@@ -2,7 +2,7 @@
 //
 // gradient_kernel: a block owns a tile of input pixels of one image and makes their gradients for K classes
 // from every output pixel that touches them; the output pixels that two tiles share are computed in both, so
-// that no two blocks write the same value. A thread walks down one output column (upsample_kernels.cuh).
+// that no two blocks write the same value. A thread walks down one output column (upsampling.cuh).
 // Between two input rows it sums, for the upper and for the lower row, softmax times the pixel's weight in
 // registers, and minus the weight at the pixel's own class in its column of shared memory. Where it passes an
 // input row, the upper sums are added there, the block sums over the output columns of each input column, and
@@ -17,16 +17,16 @@
 #pragma once
 
 #include "cuda/reduce.cuh"
-#include "cuda/upsample_kernels.cuh"
+#include "cuda/upsampling.cuh"
 
 namespace prcl::cuda::upsample {
 
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLn2 = float(prcl::kLn2);
 constexpr int kCountThreads = 256;
 constexpr int kStatisticsThreads = 128, kStatisticsRows = 16;
 constexpr int kMaxTileThreads = 192;
 
-// What is known of an output pixel besides its logits. B*H*W is below 2^31.
+// Target and weight of each output pixel. B*H*W is below 2^31.
 struct Targets {
   const void* target;  // [B, H, W] uint8 or int64
   bool is_byte;
@@ -48,7 +48,7 @@ struct Targets {
   __device__ __forceinline__ float weight_at(int image, int pixel) const {
     return weight == nullptr ? 1.0f : weight[weight_of_pixel ? pixel : image];
   }
-  // What every pixel's loss is multiplied by. All threads of the block must call it.
+  // The factor of every pixel's loss. All threads of the block must call it.
   __device__ __forceinline__ float scale() const {
     if (kept == nullptr) return 1.0f;
     int mine = 0;
@@ -108,7 +108,7 @@ constexpr int kSums = (K + kAtOnce - 1) / kAtOnce * kAtOnce * kPitch;
 
 __device__ __forceinline__ int slot(int output) { return output + output / 32; }
 
-// What a block owns of the input, and its threads.
+// A block's part of the input, and its threads.
 struct Tile {
   int rows, columns, threads;
 

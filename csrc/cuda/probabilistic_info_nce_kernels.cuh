@@ -19,12 +19,13 @@
 #include "cuda/approximate.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vector_load.cuh"
-#include "norm.h"
+#include "shared/constants.h"
+#include "shared/norm.h"
 
 namespace prcl::cuda::info_nce {
 
-constexpr float kMinSum = 1e-12f;  // s_i + s_j is clamped here; its gradient is zero where it was
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kMinVariance = float(prcl::kMinVariance);
+constexpr float kLn2 = float(prcl::kLn2);
 constexpr int kWarps = 8;  // anchors per block
 
 template <class Mu, class Var>
@@ -65,7 +66,7 @@ struct Candidate {
   float inverse_norm;  // what its mean is multiplied by
 };
 
-// Where a row starts.
+// Start of a row.
 template <int kPerLane, bool kFull>
 __device__ __forceinline__ int64_t offset(int row, int dims) {
   return int64_t(uint64_t(uint32_t(row)) * uint32_t(kFull ? 32 * kPerLane : dims));
@@ -191,8 +192,8 @@ __device__ __forceinline__ float pair_terms(const Row<kPerLane>& anchor, const R
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     float s = anchor.var[i] + other.var[i];
-    const bool clamped = kMayClamp && s <= kMinSum;
-    if (clamped) s = kMinSum;
+    const bool clamped = kMayClamp && s <= kMinVariance;
+    if (clamped) s = kMinVariance;
     const float r = approximate_reciprocal(s), d = fmaf(other.mu[i], inverse_norm, -anchor.mu[i]);
     t[i] = d * r;
     u[i] = clamped ? 0.0f : fmaf(t[i], t[i], -r);
@@ -385,7 +386,7 @@ __global__ void __launch_bounds__(kWarps * 32, kPerLane == 8 ? 2 : 1) info_nce_k
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     anchor.mu[i] *= inverse_norm;
-    tiny |= anchor.var[i] <= kMinSum;
+    tiny |= anchor.var[i] <= kMinVariance;
   }
   if constexpr (kPerLane == 8) {
     if (!__any_sync(kAllLanes, tiny)) {

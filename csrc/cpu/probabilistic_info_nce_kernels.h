@@ -19,9 +19,9 @@
 #include "cpu/convert.h"
 #include "cpu/reciprocal.h"
 #include "cpu/vector_math.h"
-#include "mls.h"
-#include "norm.h"
-#include "tensor.h"
+#include "shared/constants.h"
+#include "shared/norm.h"
+#include "shared/tensor.h"
 
 #include <algorithm>
 #include <cmath>
@@ -29,15 +29,13 @@
 
 namespace prcl::cpu::info_nce {
 
-using prcl::mls::kMinVariance;
-
 constexpr int kBatch = 8;
 constexpr double kPadding = 0.5;
 // Candidates so far below the highest score do not count: a 1e-30th of the sum is far below its rounding, and
 // their products would be subnormal numbers, which processors are slow at.
 constexpr double kFaint = -69.0;
 
-// What all groups share. Mu and Var are the types of means and variances, T = Work<Mu>.
+// Operands that all groups share. Mu and Var are the types of means and variances, T = Work<Mu>.
 template <class Mu, class Var>
 struct Problem {
   using T = Work<Mu>;
@@ -61,7 +59,7 @@ struct Problem {
   T* grad_var;
 };
 
-// What one anchor accumulates.
+// Sums of one anchor.
 template <class T>
 struct State {
   T *mu, *var;                   // [width], of the anchor
@@ -167,7 +165,7 @@ PRCL_INLINE void weights_of(const T* score, T highest, T* weight) {
     V x{};
     std::memcpy(&x, score + i, bytes);
     x -= highest;
-    const V e = x < T(kFaint) ? V{} : exp2<T, Traits>(x * T(1.4426950408889634));
+    const V e = x < T(kFaint) ? V{} : exp2<T, Traits>(x * T(kLog2E));
     std::memcpy(weight + i, &e, bytes);
   }
 }

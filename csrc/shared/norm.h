@@ -1,13 +1,12 @@
 // The norm of a mean, as the score divides by it: never below kMinNorm.
 #pragma once
 
-#include "host_device.h"
+#include "shared/constants.h"
+#include "shared/host_device.h"
 
 #include <cmath>
 
 namespace prcl {
-
-constexpr double kMinNorm = 1e-12;  // MIN_NORM of prcl_fast/reference/norm.py
 
 // From the sum of squares.
 template <class T>
