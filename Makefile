@@ -21,7 +21,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
-FORMATTED := $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES) $(shell find tests/cuda_emulation -type f))
+FORMATTED := $(filter %.h %.cuh %.cpp %.cu,$(NATIVE_SOURCES) $(shell find tests/support/cuda_emulation -type f))
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
   grep -E '^([89]|1[0-9])[.][0-9]$$' | sort -u | paste -s -d ';' -)
 ARCHITECTURES = $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
@@ -56,7 +56,7 @@ bench: install
 	$(BIN)/prcl bench --json bench/results/local/bench.json $(ARGS)
 
 gpu-check: install
-	$(BIN)/python -m bench.gpu_check $(or $(ARGS),first second)
+	$(BIN)/python -m bench.gpu $(or $(ARGS),first second)
 
 gpu-bundle: install
 	$(BIN)/python -m bench.gpu.bundle $(ARGS)

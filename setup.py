@@ -167,7 +167,7 @@ def ninja_file(flags: Flags, found: list[Extension], out: Path) -> str:
     ]
     if flags.nvcc is not None:
         lines += [
-            # Registers and spills of each kernel stay beside the object, for tests/test_kernel_resources.py.
+            # Registers and spills of each kernel stay beside the object, for test_kernel_resources.py.
             "rule nvcc",
             f"  command = {flags.nvcc} -MMD -MF $out.d {joined(flags.cuda_compile)} -Xptxas=-v -c $in -o $out"
             " 2> $out.ptxas; status=$$?; grep -vE 'ptxas info|bytes stack frame|^$$' $out.ptxas >&2;"

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from prcl_fast import __version__
-from prcl_fast.analysis.provenance import commit, cpu_name
-from prcl_fast.memory import available_memory
+from prcl_fast.machine import available_memory, commit, cpu_name
 
 _SHARE_OF_MEMORY = 0.7
 

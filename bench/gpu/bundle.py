@@ -24,7 +24,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from bench.gpu.wheels import REQUIREMENTS, normalized
-from prcl_fast.data.atomic import replacing
+from prcl_fast.files.writing import replacing
 
 LARGEST = 60_000_000  # bytes
 PYTHON = "3.12"  # of such a machine
@@ -32,7 +32,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _OUT = _ROOT / "dist" / "prcl_fast_gpu_check.tar.gz"
 _LIBRARIES = ("prcl_fast/_native.so", "prcl_fast/_native_cuda.so")
 _SOURCES = ("prcl_fast", "bench", "tests", "configs", "csrc", "setup.py", "pyproject.toml", "constraints.txt")
-_LEFT_OUT = ("bench/results/", "tests/golden/", "tests/fuzz_corpus/")  # large, and read by no phase
+_LEFT_OUT = ("bench/results/", "tests/golden/", "tests/fuzz/corpus/")  # large, and read by no phase
 _SCRIPT = "bench/gpu/gpu_check.sh"
 # What the phases import besides PyTorch; SciPy, for the tests of two samplers, is too large.
 _PACKAGES = (

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prcl_fast.data.atomic import write_text
+from prcl_fast.files.writing import write_text
 
 IMPORTED = (
     "numpy", "yaml", "PIL", "pydantic", "typer", "rich", "pytest", "xdist", "pytest_timeout",

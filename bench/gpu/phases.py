@@ -41,7 +41,9 @@ def first(folder: Path, facts: dict[str, Any]) -> list[Phase]:
     of = _Phases(folder, facts)
     return [
         of.build(),
-        of.module("smoke", 45, "every op runs, at odd shapes", "bench.sanitize", _native(), _cpu(_native())),
+        of.module(
+            "smoke", 45, "every op runs, at odd shapes", "bench.gpu.sanitize", _native(), _cpu(_native())
+        ),
         of.step("step", 100, "where a training step's time goes", lines=49),
         of.bench("probabilistic_info_nce", 50, ("eager", "native", "native-shared16")),
         of.bench("contrast", 50, ("eager", "native", "native-shared16"), on_cpu=False),
@@ -71,7 +73,8 @@ def second(folder: Path, facts: dict[str, Any]) -> list[Phase]:
         of.tests("triton_tests", 60, "the Triton kernels agree with float64", "triton"),
         of.module("bench_step", 80, "the package's step against plain PyTorch", "bench.step",
                   ("--size", "voc", *step), ("--size", "small", *small)),
-        of.module("same_losses", 60, "a captured step trains like an eager one", "bench.same_losses", losses),
+        of.module("same_losses", 60, "a captured step trains like an eager one", "bench.step.same_losses",
+                  losses),
     ]  # fmt: skip
 
 
@@ -133,7 +136,7 @@ class _Phases:
         )  # fmt: skip
 
     def step(self, name: str, box: float, settles: str, *overrides: str, lines: int) -> Phase:
-        out = (_PYTHON, "-m", "bench.step_profile", self.result(name))
+        out = (_PYTHON, "-m", "bench.step.profile", self.result(name))
         # A step on a CPU is neither captured nor compiled within its box.
         on_cpu = None if overrides else (*out, "small", *_SMALL_STEP)
         return self.phase(name, box, settles, (*out, "voc", *overrides), on_cpu=on_cpu, lines=lines)
@@ -176,13 +179,13 @@ class _Phases:
 
     def tests(self, name: str, box: float, settles: str, backend: str) -> Phase:
         run = (_WITHOUT_SOME, "-k", f"cuda-{backend}", "-n", "8", *op_tests())
-        small = ("-k", f"cpu-{backend} and not compile", "tests/test_philox_normal.py")
+        small = ("-k", f"cpu-{backend} and not compile", "tests/ops/test_philox_normal.py")
         # Only there: other places would have the emulated kernels compiled first.
         place = f"{'cuda' if self.cuda else 'cpu'}-{backend}"
         return self.pytest(name, box, settles, run, small, PRCL_TEST_PLACE=place)
 
     def captured(self) -> Phase:
-        files = ("tests/test_step.py", "tests/test_prefetch.py")
+        files = ("tests/engine/test_step.py", "tests/data/test_prefetch.py")
         settles = "captured steps are the eager ones; prefetched batches leave no memory behind"
         small = ("-k", "consumer or mean_teacher", *files)
         return self.pytest("captured", 60, settles, ("-n", "6", *files), small)
@@ -194,7 +197,7 @@ class _Phases:
         command = ("compute-sanitizer", "--tool", tool, *only, *report)
         return self.phase(
             tool, 60 if tool == "memcheck" else 50, f"{tool} finds nothing in the native kernels",
-            (*command, _PYTHON, "-m", "bench.sanitize", *_native()), tools=("compute-sanitizer",),
+            (*command, _PYTHON, "-m", "bench.gpu.sanitize", *_native()), tools=("compute-sanitizer",),
             # Without PyTorch's cache every tensor is an allocation of its own, whose bounds are watched.
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.table import notes, table
-from prcl_fast.data.atomic import replacing, write_text
+from prcl_fast.files.writing import replacing, write_text
 
 KIND = "prcl gpu check 1"
 PASSED, FAILED, CUT_OFF, SKIPPED, NO_TIME = "passed", "failed", "cut off", "skipped", "no time was left"

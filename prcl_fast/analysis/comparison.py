@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prcl_fast.analysis.run_result import RunResult, read_result
 from prcl_fast.analysis.seed_statistics import MISSING, Summary, cell_texts, summarize
 from prcl_fast.config import Config, load_config
-from prcl_fast.config_files import PATH_KEYS, RUN_KEYS
-from prcl_fast.engine.settings import settings
+from prcl_fast.config.files import PATH_KEYS, RUN_KEYS
 from prcl_fast.errors import InputError
+from prcl_fast.runs.folder import settings
+from prcl_fast.runs.metrics import RunResult, read_result
 
 _RESULTS = ("seeds", "mIoU", "best", "iterations", "minutes")
 _PATHS = {f"{section}.{key}" for section, key in (*PATH_KEYS, *RUN_KEYS)}

@@ -11,13 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from prcl_fast.analysis.comparison import Comparison, Group
-from prcl_fast.analysis.metrics import series
-from prcl_fast.analysis.provenance import provenance
 from prcl_fast.analysis.seed_statistics import csv_table, markdown_table
-from prcl_fast.analysis.style import iteration_axis, new_figure, save_figure, styled
-from prcl_fast.analysis.sweep_figure import COLOURS
-from prcl_fast.data.atomic import write_text
+from prcl_fast.analysis.style import COLOURS, iteration_axis, new_figure, save_figure, styled
 from prcl_fast.errors import InputError
+from prcl_fast.files.writing import write_text
+from prcl_fast.machine import provenance
+from prcl_fast.runs.metrics import series
 
 _RESULTS = ("miou", "miou_student", "best_miou", "iteration", "seconds")
 _DASHES = ("-", "--", "-.", ":")

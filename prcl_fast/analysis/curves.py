@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prcl_fast.analysis.metrics import Metrics, series
 from prcl_fast.analysis.style import (
     BLUE,
     GREEN,
@@ -21,6 +20,7 @@ from prcl_fast.analysis.style import (
     new_figure,
     styled,
 )
+from prcl_fast.runs.metrics import Metrics, series
 
 Records = Sequence[Mapping[str, Any]]
 

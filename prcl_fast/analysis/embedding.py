@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import PCRConfig
+from prcl_fast.config.methods import PCRConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.pixel_draws import DrawnPixels
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.engine.inference import inference
 from prcl_fast.errors import InputError
-from prcl_fast.methods import resolution
+from prcl_fast.models import network as resolution
 
 Progress = Callable[[int, int], None]
 MU, FEATURES, ASPP = "mu", "features", "aspp"

@@ -36,16 +36,16 @@ from prcl_fast.analysis.embedding_figures import (
     draw_tsne,
     perplexity_of,
 )
-from prcl_fast.analysis.metrics import read_metrics
 from prcl_fast.analysis.prototype_path import checkpoints_of, logged_shift, moves, prototype_path
 from prcl_fast.analysis.prototypes import Prototypes, pixel_prototypes, stored_virtual_negatives
 from prcl_fast.analysis.style import save_figure
 from prcl_fast.config import Config, override_config
-from prcl_fast.data.atomic import write_text
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source, build_source
-from prcl_fast.engine.checkpoint import LoadedRun, find_checkpoint, load_checkpoint, load_run
 from prcl_fast.errors import InputError
+from prcl_fast.files.writing import write_text
+from prcl_fast.runs.checkpoint import LoadedRun, find_checkpoint, load_checkpoint, load_run
+from prcl_fast.runs.metrics import read_metrics
 
 LABEL, PREDICTION = "label", "prediction"
 

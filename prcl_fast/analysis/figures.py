@@ -8,15 +8,15 @@ import numpy as np
 import torch
 
 from prcl_fast.analysis.curves import draw_curves, draw_representation
-from prcl_fast.analysis.metrics import read_metrics
 from prcl_fast.analysis.panel import PanelRow, draw_panel
 from prcl_fast.analysis.style import save_figure
-from prcl_fast.config_methods import ConsistencyConfig
+from prcl_fast.config.methods import ConsistencyConfig
 from prcl_fast.data.source import Source, build_source
 from prcl_fast.device import choose_device
-from prcl_fast.engine.checkpoint import LoadedRun, load_run
 from prcl_fast.engine.predict import predict_image
 from prcl_fast.errors import InputError
+from prcl_fast.runs.checkpoint import LoadedRun, load_run
+from prcl_fast.runs.metrics import read_metrics
 
 PANEL_IMAGES = 4
 

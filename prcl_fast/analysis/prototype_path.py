@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from prcl_fast.analysis.cluster_quality import normalized
-from prcl_fast.analysis.metrics import read_metrics
 from prcl_fast.analysis.prototypes import Prototypes, stored_prototypes
 from prcl_fast.config import config_fingerprint, parse_config
-from prcl_fast.engine.checkpoint import find_checkpoint, load_checkpoint
-from prcl_fast.engine.rotation import last_checkpoints
 from prcl_fast.errors import InputError
+from prcl_fast.runs.checkpoint import find_checkpoint, last_checkpoints, load_checkpoint
+from prcl_fast.runs.metrics import read_metrics
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prcl_fast.analysis.embedding import Embedding
-from prcl_fast.config_methods import MethodConfig, PCRConfig, PRCLConfig
+from prcl_fast.config.methods import MethodConfig, PCRConfig, PRCLConfig
 from prcl_fast.data.pixel_draws import DrawnPixels
 from prcl_fast.losses.virtual_negatives import virtual_negatives
 from prcl_fast.ops import PrototypeStatistics, prototype_statistics

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 
 from prcl_fast.analysis.style import BLUE, GREEN, ORANGE, RED, new_figure, styled
-from prcl_fast.parts import PARTS
+from prcl_fast.step_parts import PARTS
 
 _COLOURS = dict(
     zip(

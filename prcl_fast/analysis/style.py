@@ -12,11 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from prcl_fast.data.atomic import replacing
 from prcl_fast.errors import InputError
+from prcl_fast.files.writing import replacing
 
 # Okabe and Ito's colours: distinct for colour-blind readers too.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+# Colours of a series, in this order.
+COLOURS = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", GREY, "#000000")
 
 _STYLE = {
     "font.size": 9,

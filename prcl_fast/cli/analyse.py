@@ -43,8 +43,7 @@ def analyse_command(
     The last line on standard output is one JSON object; analysis.json holds everything.
     """
     from prcl_fast.analysis.embedding_report import LABEL, PREDICTION, Question, write_analysis
-    from prcl_fast.cli.choices import check_known
-    from prcl_fast.cli.tables import counting
+    from prcl_fast.console import check_known, counting
     from prcl_fast.data.source import SUBSETS
     from prcl_fast.device import choose_device
 
@@ -80,7 +79,7 @@ def _sorted_out(rest: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from prcl_fast.cli.tables import print_table
+    from prcl_fast.console import print_table
 
     data, metrics = result["data"], result["metrics"]
     title = (

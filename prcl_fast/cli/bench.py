@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from prcl_fast.cli.choices import check_known
-from prcl_fast.cli.tables import print_table
+from prcl_fast.console import check_known, print_table
 from prcl_fast.errors import InputError
 
 _COLUMNS = (
@@ -88,8 +87,8 @@ def _run(
     import torch
 
     from bench import CANDIDATES, DTYPES, LABELS, OPS, SIZES
-    from bench.case import Options
-    from bench.run import broken_rows, run, write_result
+    from bench.ops.case import Options
+    from bench.ops.run import broken_rows, run, write_result
     from prcl_fast.device import choose_device
 
     chosen_device = choose_device(device)
@@ -131,8 +130,8 @@ def _run(
 
 
 def _compare(before: Path, after: Path, bound: float) -> None:
-    from bench.compare import differences, pairs
-    from bench.run import read_result
+    from bench.ops.compare import differences, pairs
+    from bench.ops.run import read_result
 
     if not bound > 0:
         raise InputError(f"--bound: must be positive; got {bound}")
@@ -154,8 +153,8 @@ def _compare(before: Path, after: Path, bound: float) -> None:
 
 
 def _plot(files: Sequence[Path], out: Path) -> None:
-    from bench.plot import write_figures
-    from bench.run import read_result
+    from bench.ops.plot import write_figures
+    from bench.ops.run import read_result
 
     if not files:
         raise InputError("--plot: name at least one result file")
@@ -166,7 +165,7 @@ def _plot(files: Sequence[Path], out: Path) -> None:
 
 def _print(result: Mapping[str, Any]) -> None:
     """One table an op and variant."""
-    from bench.run import label
+    from bench.ops.run import label
 
     machine, ceilings = result["machine"], result["ceilings"]
     gathers = ", ".join(f"{rate:.0f} ({pool})" for pool, rate in ceilings["gather_gb_s"].items())

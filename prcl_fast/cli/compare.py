@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prcl_fast.cli.tables import print_table
+from prcl_fast.console import print_table
 
 
 def compare_command(

@@ -33,7 +33,7 @@ def synth(
     seed: Annotated[int, typer.Option(help="Another seed, other images.")] = _SYNTHETIC.seed,
 ) -> None:
     """Write a generated data set in VOC's layout, with splits and a configuration ready to train."""
-    from prcl_fast.data.synthetic import write_synthetic
+    from prcl_fast.data.sources.synthetic import write_synthetic
 
     write_synthetic(
         folder, _synthetic_config(size=list(size), labeled=labeled, unlabeled=unlabeled, val=val, seed=seed)
@@ -63,8 +63,8 @@ def convert(
     ] = None,
 ) -> None:
     """Turn RGB masks into masks of ids, or change the ids of masks. OUT appears whole or not at all."""
-    from prcl_fast.cli.tables import counting
-    from prcl_fast.data.mask_convert import convert_masks, parse_label_map, read_colour_code
+    from prcl_fast.console import counting
+    from prcl_fast.data.tools.mask_convert import convert_masks, parse_label_map, read_colour_code
 
     if palette is None and not label_map:
         raise InputError("nothing to convert: give --palette, --map or both")

@@ -14,8 +14,8 @@ from prcl_fast.errors import InputError
 
 if TYPE_CHECKING:
     from prcl_fast.config import DataConfig
-    from prcl_fast.data.scan import LabelScan
     from prcl_fast.data.source import Source
+    from prcl_fast.data.tools.scan import LabelScan
 
 _SHOWN = 20
 
@@ -34,10 +34,10 @@ def check(
 
     Exit status 2 if anything is wrong.
     """
-    from prcl_fast.cli.tables import counting, print_table
     from prcl_fast.config import load_config
-    from prcl_fast.data.scan import inspect_labels
+    from prcl_fast.console import counting, print_table
     from prcl_fast.data.source import build_source
+    from prcl_fast.data.tools.scan import inspect_labels
 
     data = load_config(config, overrides or ()).data
     source = build_source(data)
@@ -63,9 +63,9 @@ def check(
 
 def _read_images(source: Source, fast: bool) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """Height and width of every image that can be read, and a line for each one that cannot."""
-    from prcl_fast.cli.tables import counting
-    from prcl_fast.data.file_source import FileSource
-    from prcl_fast.data.images import image_size
+    from prcl_fast.console import counting
+    from prcl_fast.data.sources.file_source import FileSource
+    from prcl_fast.data.sources.images import image_size
 
     def read(name: str) -> tuple[int, int] | str:
         try:

@@ -60,8 +60,8 @@ def make(
     Without --cover the images drawn for a smaller number are among those for a larger one.
     """
     from prcl_fast.config import load_config
-    from prcl_fast.data.split_tools import choose_labeled, write_lines
-    from prcl_fast.data.splits import read_split
+    from prcl_fast.data.sources.splits import read_split
+    from prcl_fast.data.tools.split_tools import choose_labeled, write_lines
 
     presence: Mapping[str, np.ndarray] | None = None
     classes: tuple[str, ...] = ()
@@ -90,8 +90,8 @@ def make(
 @app.command("show")
 def show(files: Annotated[list[Path], typer.Argument(help="Split files of any form.")]) -> None:
     """Show what split files hold: number of images, form, which public list it is, a hash of the list."""
-    from prcl_fast.cli.tables import print_table
-    from prcl_fast.data.splits import read_split
+    from prcl_fast.console import print_table
+    from prcl_fast.data.sources.splits import read_split
 
     rows = []
     for path in files:
@@ -109,8 +109,8 @@ def convert(
     out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
 ) -> None:
     """Write a split file in the form of another project."""
-    from prcl_fast.data.split_tools import convert_lines, write_lines
-    from prcl_fast.data.splits import read_split
+    from prcl_fast.data.sources.splits import read_split
+    from prcl_fast.data.tools.split_tools import convert_lines, write_lines
 
     write_lines(out, convert_lines(read_split(file), to.value, dataset.value))
     show([file, out])
@@ -122,8 +122,8 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="Split file of any form.")],
 ) -> None:
     """Say whether two split files name the same images, whatever their forms."""
-    from prcl_fast.cli.tables import print_table
-    from prcl_fast.data.splits import read_split
+    from prcl_fast.console import print_table
+    from prcl_fast.data.sources.splits import read_split
 
     a, b = read_split(first), read_split(second)
     show([first, second])
@@ -143,7 +143,7 @@ def compare(
 
 def _lines_of(config: Config, path: Path) -> dict[str, str]:
     """The lines of the labeled and unlabeled images by id; the ids where the two files' forms differ."""
-    from prcl_fast.data.splits import check_disjoint, read_split
+    from prcl_fast.data.sources.splits import check_disjoint, read_split
 
     if config.data.kind == "synthetic":
         raise InputError(f"{path}: data.kind: a synthetic data set has its own splits")
@@ -155,9 +155,9 @@ def _lines_of(config: Config, path: Path) -> dict[str, str]:
 
 def _class_presence(config: Config) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Which classes every labeled and unlabeled image holds, by its label."""
-    from prcl_fast.cli.tables import counting
-    from prcl_fast.data.scan import scan_labels
+    from prcl_fast.console import counting
     from prcl_fast.data.source import build_source
+    from prcl_fast.data.tools.scan import scan_labels
 
     source = build_source(config.data)
     subsets = ("labeled", "unlabeled")

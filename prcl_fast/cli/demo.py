@@ -31,8 +31,8 @@ def demo(
     ),
 ) -> None:
     """Train three methods on a small generated data set and compare them."""
-    from prcl_fast.cli.session import session
-    from prcl_fast.data.synthetic import write_synthetic
+    from prcl_fast.data.sources.synthetic import write_synthetic
+    from prcl_fast.processes.session import session
 
     data = out / "data"
     if not (data / "config.yaml").exists():

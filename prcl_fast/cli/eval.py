@@ -34,13 +34,13 @@ def evaluate_command(
 
     The table goes to standard error; the last line on standard output is one JSON object.
     """
-    from prcl_fast.cli.choices import check_known
-    from prcl_fast.cli.session import session
     from prcl_fast.config import override_config
+    from prcl_fast.console import check_known
     from prcl_fast.data.source import SUBSETS, build_source
     from prcl_fast.device import prepare_device
-    from prcl_fast.engine.checkpoint import load_run
     from prcl_fast.engine.evaluate import evaluate, format_table
+    from prcl_fast.processes.session import session
+    from prcl_fast.runs.checkpoint import load_run
 
     check_known("subset", [subset], SUBSETS)
     with session(lambda: _check_overrides(overrides or ()), lambda _: device) as here:

@@ -70,7 +70,7 @@ def _options(
 ) -> None:
     if context.invoked_subcommand in _SHARED or not {"RANK", "SLURM_STEP_ID"} & os.environ.keys():
         return
-    from prcl_fast.engine.launch import read_launch
+    from prcl_fast.processes.launch import read_launch
 
     launch = read_launch(os.environ)
     if launch is not None and launch.rank > 0:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from prcl_fast.engine.batch_plan import MemoryPlan, Micro, Remedy, TimePlan
-    from prcl_fast.engine.paper import Difference
-    from prcl_fast.engine.plan import Plan
+    from prcl_fast.config.paper import Difference
+    from prcl_fast.planning.batch_plan import MemoryPlan, Micro, Remedy, TimePlan
+    from prcl_fast.planning.plan import Plan
 
 
 def plan_command(
@@ -31,7 +31,7 @@ def plan_command(
     not be there, and nothing is written.
     """
     from prcl_fast.config import load_config
-    from prcl_fast.engine.plan import make_plan
+    from prcl_fast.planning.plan import make_plan
 
     plan = make_plan(load_config(config, overrides or ()))
     if as_json:
@@ -41,7 +41,7 @@ def plan_command(
 
 
 def _print(plan: Plan) -> None:
-    from prcl_fast.cli.tables import print_table
+    from prcl_fast.console import print_table
 
     crop = " x ".join(map(str, plan.crop))
     typer.echo(f"{plan.method}: {plan.backbone}, {plan.num_classes} classes, crop {crop}, on {plan.device}")

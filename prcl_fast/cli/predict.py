@@ -26,10 +26,10 @@ def predict_command(
 
     Writes NAME.png (class ids), NAME_overlay.png and, with a probability head, NAME_variance.png.
     """
-    from prcl_fast.cli.session import session
     from prcl_fast.device import prepare_device
-    from prcl_fast.engine.checkpoint import load_run
     from prcl_fast.engine.predict import predict_files
+    from prcl_fast.processes.session import session
+    from prcl_fast.runs.checkpoint import load_run
 
     with session(lambda: None, lambda _: device) as here:
         loaded = load_run(run, here.device)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prcl_fast.cli.tables import print_table
 from prcl_fast.config import load_config
+from prcl_fast.console import print_table
 from prcl_fast.errors import InputError
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
-    from prcl_fast.data.decode_cost import DecodeCost
-    from prcl_fast.engine.profile import Profile
+    from prcl_fast.planning.decode_cost import DecodeCost
+    from prcl_fast.planning.step_profile import Profile
 
 
 def profile_command(
@@ -37,8 +37,8 @@ def profile_command(
     """
     from prcl_fast.analysis.step_time import draw_step_time
     from prcl_fast.analysis.style import save_figure
-    from prcl_fast.data.atomic import write_text
-    from prcl_fast.engine.profile import profile
+    from prcl_fast.files.writing import write_text
+    from prcl_fast.planning.step_profile import profile
 
     loaded = load_config(config, overrides or [])
     trace = None
@@ -83,7 +83,7 @@ def _print(found: Profile) -> None:
 
 
 def _print_decoding(cost: DecodeCost, config: Config, step_ms: float) -> None:
-    from prcl_fast.data.decode_cost import workers_needed
+    from prcl_fast.planning.decode_cost import workers_needed
 
     shown = [
         f"{name} {subset.milliseconds:.2f} ms an image"

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from prcl_fast.cli.tables import print_table
+from prcl_fast.console import print_table
 from prcl_fast.errors import InputError, RunError
-from prcl_fast.sweep_config import Sweep, SweepRun, read_sweep
+from prcl_fast.sweep.config import Sweep, SweepRun, read_sweep
 
 if TYPE_CHECKING:
-    from prcl_fast.analysis.sweep_table import SweepTable
+    from prcl_fast.sweep.table import SweepTable
 
 
 def sweep_command(
@@ -51,9 +51,9 @@ def sweep_command(
     sweep = read_sweep(file, overrides or [])
     chosen = _chosen(sweep, only or [])
 
-    from prcl_fast.analysis.sweep_table import read_table, write_table
-    from prcl_fast.engine.run_state import run_state
-    from prcl_fast.engine.sweep import check_output
+    from prcl_fast.runs.folder import run_state
+    from prcl_fast.sweep.run import check_output
+    from prcl_fast.sweep.table import read_table, write_table
 
     check_output(sweep)
     if dry_run:
@@ -98,9 +98,9 @@ def _chosen(sweep: Sweep, patterns: Sequence[str]) -> list[SweepRun]:
 
 def _train(sweep: Sweep, runs: Sequence[SweepRun], done: int, jobs: int | None) -> dict[str, str]:
     """Trains `runs` and keeps the table up to date; the reasons of those that failed, by their names."""
-    from prcl_fast.analysis.sweep_table import read_table, write_table
-    from prcl_fast.cli.sweep_progress import SweepProgress
-    from prcl_fast.engine.sweep import Ended, Started, Working, check_files, places, train_runs
+    from prcl_fast.sweep.progress import SweepProgress
+    from prcl_fast.sweep.run import Ended, Started, Working, check_files, places, train_runs
+    from prcl_fast.sweep.table import read_table, write_table
 
     if not runs:
         return {}
@@ -142,7 +142,7 @@ def _say_repeated(runs: Sequence[SweepRun]) -> None:
 
 
 def _show(table: SweepTable) -> None:
-    from prcl_fast.analysis.sweep_table import TITLES
+    from prcl_fast.sweep.table import TITLES
 
     numbers = range(1, len(table.header()))
     for score, title in TITLES.items():

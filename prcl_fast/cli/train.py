@@ -11,7 +11,7 @@ import typer
 from prcl_fast.config import Config, load_config
 
 if TYPE_CHECKING:
-    from prcl_fast.cli.session import Session
+    from prcl_fast.processes.session import Session
 
 
 def train_command(
@@ -26,7 +26,7 @@ def train_command(
     A run that finds its own unfinished state in its output goes on from it. Progress goes to standard error;
     the last line on standard output is one JSON object.
     """
-    from prcl_fast.cli.session import session
+    from prcl_fast.processes.session import session
 
     with session(
         lambda: load_config(config, overrides or []),
@@ -40,8 +40,8 @@ def train_command(
 def train(config: Config, run: Session[Any]) -> dict[str, Any]:
     """Runs `config` to its end, with its figures; returns the summary. Raises RunError, InputError."""
     from prcl_fast.analysis.figures import write_figures
-    from prcl_fast.distributed import rank
     from prcl_fast.engine.trainer import Trainer
+    from prcl_fast.processes.collectives import rank
 
     summary = Trainer(config, run.console, device=run.device, watchdog=run.watchdog).run()
     if rank() == 0:

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import UnlabeledConfig
+from prcl_fast.config.methods import UnlabeledConfig
 from prcl_fast.data.augment import weak_augment
-from prcl_fast.data.cache import ImageCache, open_cache
+from prcl_fast.data.cache.decoded import ImageCache, open_cache
 from prcl_fast.data.draws import Purpose, StrongDraws, generator
 from prcl_fast.data.micro_steps import Loaded, MicroSteps, Pixels
 from prcl_fast.data.prefetch import on_device
 from prcl_fast.data.source import Source
 from prcl_fast.data.workers import loaded_micro_steps
 from prcl_fast.errors import InputError
-from prcl_fast.parts import part
+from prcl_fast.step_parts import part
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from prcl_fast.data.file_source import FileSource
 from prcl_fast.data.source import IGNORE, Source
+from prcl_fast.data.sources.file_source import FileSource
 from prcl_fast.errors import InputError
 
 

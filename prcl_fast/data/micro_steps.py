@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from prcl_fast.config import Config
-from prcl_fast.data.cache import ImageCache
+from prcl_fast.data.cache.decoded import ImageCache
 from prcl_fast.data.decode import decode
 from prcl_fast.data.draws import (
     STRONG_NUMBERS,
@@ -23,7 +23,6 @@ from prcl_fast.data.draws import (
     strong_draws,
     weak_draws,
 )
-from prcl_fast.data.sampler import BatchSampler, share
 from prcl_fast.data.source import Source
 from prcl_fast.errors import InputError
 
@@ -156,3 +155,37 @@ def _padded(images: Sequence[np.ndarray], sizes: np.ndarray) -> np.ndarray:
     for padded, image in zip(pixels.view(np.uint32), images, strict=True):
         padded[: image.shape[0], : image.shape[1]] = image.view(np.uint32)
     return pixels
+
+
+class BatchSampler:
+    """Batches from one random permutation per epoch.
+
+    A batch never spans two epochs: what does not fill a batch is left out of that epoch, so that no image
+    meets itself in a batch. With fewer images than a batch holds, the permutation is repeated within it.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int, purpose: Purpose) -> None:
+        """`count` images (at least 1), `batch` of them a step over all processes."""
+        self.count, self.batch, self.seed, self.purpose = count, batch, seed, purpose
+        self.batches_per_epoch = max(1, count // batch)
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def indices(self, step: int) -> list[int]:
+        """The image indices of step `step` (from 0), for all processes together."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            order = generator(self.seed, self.purpose, step=epoch).permutation(self.count)
+            self._order = np.resize(order, max(self.count, self.batch))
+            self._epoch = epoch
+        return self._order[position * self.batch : (position + 1) * self.batch].tolist()
+
+
+def share(batch: int, micro_step: int, *, accumulate: int, rank: int, world: int) -> slice:
+    """The rows of a step's batch that process `rank` of `world` takes in micro-step `micro_step`.
+
+    A step is `accumulate` micro-steps; together, the processes' micro-steps cover the batch once.
+    """
+    part = batch // (accumulate * world)
+    first = (micro_step % accumulate * world + rank) * part
+    return slice(first, first + part)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prcl_fast.data.labels import IGNORE
+from prcl_fast.data.sources.labels import IGNORE
 
 
 @dataclass(frozen=True, eq=False)

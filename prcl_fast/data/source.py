@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 
 from prcl_fast.config import DataConfig
-from prcl_fast.data.cityscapes import build_cityscapes
-from prcl_fast.data.folder import build_folder
-from prcl_fast.data.labels import IGNORE
-from prcl_fast.data.splits import SUBSETS, Split
-from prcl_fast.data.voc import build_voc
+from prcl_fast.data.sources.cityscapes import build_cityscapes
+from prcl_fast.data.sources.folder import build_folder
+from prcl_fast.data.sources.labels import IGNORE
+from prcl_fast.data.sources.splits import SUBSETS, Split
+from prcl_fast.data.sources.voc import build_voc
 
 __all__ = ["IGNORE", "SUBSETS", "Source", "Split", "build_source"]
 
@@ -53,7 +53,7 @@ def build_source(data: DataConfig) -> Source:
     """
     if data.kind == "synthetic":
         # Imported here because the generated data set builds on this module.
-        from prcl_fast.data.synthetic import SyntheticSource
+        from prcl_fast.data.sources.synthetic import SyntheticSource
 
         return SyntheticSource(data)
     return {"voc": build_voc, "cityscapes": build_cityscapes, "folder": build_folder}[data.kind](data)

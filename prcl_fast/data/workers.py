@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from prcl_fast.data.micro_steps import Loaded, MicroSteps, Mistake
 from prcl_fast.errors import InputError, RunError
-from prcl_fast.parts import part
+from prcl_fast.step_parts import part
 
 _NAMES_SHOWN = 16
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from prcl_fast.config import Config
+from prcl_fast.config.paper import paper_batch, paper_of
 from prcl_fast.data.source import Source
-from prcl_fast.distributed import world_size
-from prcl_fast.engine.paper import paper_batch, paper_of
 from prcl_fast.methods import Method
+from prcl_fast.processes.collectives import world_size
 
 
 def describe_run(config: Config, source: Source, method: Method, device: torch.device) -> Iterator[str]:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from prcl_fast.config import DataConfig, EvalConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.source import IGNORE, Source
-from prcl_fast.distributed import rank, summed, world_size
 from prcl_fast.engine.inference import has_variance, inference, inference_settings, segmentation_of
 from prcl_fast.engine.uncertainty import BINS, ErrorDetector, Uncertainty, histogram_by_error
 from prcl_fast.errors import InputError
+from prcl_fast.processes.collectives import rank, summed, world_size
 
 # Images of equal size share a batch if they lie in one run of this many batches. Processes take such runs in
 # turn, so that every batch, and each rounding in it, is the same for every number of processes.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.prefetch import tensors_of
-from prcl_fast.distributed import world_size
 from prcl_fast.errors import RunError
+from prcl_fast.processes.collectives import world_size
 
 _WARM_UP = 3
 # DistributedDataParallel lays out its buckets in the first two steps, and the host waits for its times in the

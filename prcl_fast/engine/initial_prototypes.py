@@ -15,19 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.config import Config
-from prcl_fast.config_files import plain_path
-from prcl_fast.config_methods import PCRConfig, SupervisedConfig
+from prcl_fast.config.files import plain_path
+from prcl_fast.config.methods import PCRConfig, SupervisedConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source
-from prcl_fast.data.splits import read_split
-from prcl_fast.distributed import rank, summed, world_size
-from prcl_fast.engine.checkpoint import LoadedRun, load_run
+from prcl_fast.data.sources.splits import read_split
 from prcl_fast.engine.inference import inference
-from prcl_fast.engine.rotation import last_checkpoints
 from prcl_fast.errors import InputError
 from prcl_fast.methods import PCR, Method
 from prcl_fast.methods.pcr import SAMPLES, prototype_features
+from prcl_fast.processes.collectives import rank, summed, world_size
+from prcl_fast.runs.checkpoint import LoadedRun, last_checkpoints, load_run
 
 _KEY = "method.prototypes_from"
 # What decides which features a network has.

@@ -16,13 +16,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from prcl_fast.config import Config
-from prcl_fast.data.atomic import replacing
 from prcl_fast.data.augment import normalize
-from prcl_fast.data.images import IMAGE_SUFFIXES, read_image, save_index_png
-from prcl_fast.distributed import rank, world_size
-from prcl_fast.engine.checkpoint import LoadedRun
+from prcl_fast.data.sources.images import IMAGE_SUFFIXES, read_image, save_index_png
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.errors import InputError
+from prcl_fast.files.writing import replacing
+from prcl_fast.processes.collectives import rank, world_size
+from prcl_fast.runs.checkpoint import LoadedRun
 
 VARIANCE_COLOURS = "viridis"
 

@@ -16,12 +16,12 @@ from torch.nn.utils import get_total_norm
 from prcl_fast.config import Config
 from prcl_fast.data.batches import Batch
 from prcl_fast.device import autocast
-from prcl_fast.distributed import start_sum, summed, world_size
 from prcl_fast.engine.guard import GRADIENT, BufferSnapshot, Failure, FiniteGuard
 from prcl_fast.engine.sgd import FusedSGD
 from prcl_fast.losses import poly_lr
 from prcl_fast.methods import Method, Step
-from prcl_fast.parts import part
+from prcl_fast.processes.collectives import start_sum, summed, world_size
+from prcl_fast.step_parts import part
 
 # PyTorch 2.13 renamed the option.
 _BUFFER_SYNC = (

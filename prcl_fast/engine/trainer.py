@@ -14,33 +14,33 @@ from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
 from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
-from prcl_fast.data.scan import scan_labels
 from prcl_fast.data.source import build_source
+from prcl_fast.data.tools.scan import scan_labels
 from prcl_fast.device import choose_device, prepare_device
-from prcl_fast.distributed import backend, first_says, rank, world_size
-from prcl_fast.engine.checkpoint import (
+from prcl_fast.engine.describe import describe_run
+from prcl_fast.engine.evaluate import evaluate
+from prcl_fast.engine.graph import CapturedStep, on_stream, warm_up_steps
+from prcl_fast.engine.guard import NonFiniteLossError, named
+from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
+from prcl_fast.engine.step import TrainStep
+from prcl_fast.engine.uncertainty import HeadMovement, Uncertainty, explain_unlearned
+from prcl_fast.errors import InputError, RunError
+from prcl_fast.methods import build_method
+from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
+from prcl_fast.processes.collectives import backend, first_says, rank, world_size
+from prcl_fast.processes.replicas import check_alike
+from prcl_fast.processes.signals import StopRequest
+from prcl_fast.processes.watchdog import Watchdog
+from prcl_fast.runs.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     restore,
     save_checkpoint,
     save_last,
 )
-from prcl_fast.engine.checkpoint_state import check_optimizer
-from prcl_fast.engine.describe import describe_run
-from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.graph import CapturedStep, on_stream, warm_up_steps
-from prcl_fast.engine.guard import NonFiniteLossError, named
-from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
-from prcl_fast.engine.logging import RunLog
-from prcl_fast.engine.replicas import check_alike
-from prcl_fast.engine.rundir import claim_output, label_scan_cache
-from prcl_fast.engine.signals import StopRequest
-from prcl_fast.engine.step import TrainStep
-from prcl_fast.engine.uncertainty import HeadMovement, Uncertainty, explain_unlearned
-from prcl_fast.engine.watchdog import Watchdog
-from prcl_fast.errors import InputError, RunError
-from prcl_fast.methods import build_method
-from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
+from prcl_fast.runs.checkpoint_file import check_optimizer
+from prcl_fast.runs.folder import claim_output, label_scan_cache
+from prcl_fast.runs.log import RunLog
 
 _SKIPPED_IN_A_ROW = 10  # so many steps left out one after the other end the run
 _OF_VARIANCE = ("variance_auroc", "variance_auroc_student", "confidence_auroc", "variance_moved")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.data.source import IGNORE
-from prcl_fast.distributed import summed
 from prcl_fast.models.heads import ProbabilityHead
+from prcl_fast.processes.collectives import summed
 
 # A bin is the leading bits of a float32: 4096 bins for each power of two, from 2^-20 to 1. Values of one bin
 # agree to 0.03%, and count as equal.

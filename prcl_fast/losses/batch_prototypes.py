@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prcl_fast.distributed import start_sum, world_size
 from prcl_fast.ops import PrototypeStatistics
+from prcl_fast.processes.collectives import start_sum, world_size
 
 # Counts travel as two float32 numbers, so that sums are exact up to 2^36 pixels on 4096 processes.
 _HALF = 4096

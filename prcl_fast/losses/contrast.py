@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prcl_fast.config_contrast import ContrastConfig
-from prcl_fast.distributed import world_size
+from prcl_fast.config.contrast import ContrastConfig
 from prcl_fast.losses.batch_prototypes import BatchPrototypes, start_summing
 from prcl_fast.losses.contrast_terms import ANCHORS, ContrastTerms
 from prcl_fast.losses.diagnostics import chance_level
@@ -24,6 +23,7 @@ from prcl_fast.ops import (
     sample_anchors,
     sample_negatives,
 )
+from prcl_fast.processes.collectives import world_size
 
 # Variance of every distribution in the deterministic case: two of them add up to one.
 _CONSTANT_VARIANCE = 0.5

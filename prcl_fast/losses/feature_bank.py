@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prcl_fast.distributed import rank, start_sum, world_size
 from prcl_fast.ops import ClassLists, Purpose, class_lists, philox_normal, sample_anchors
+from prcl_fast.processes.collectives import rank, start_sum, world_size
 
 # Draws for the bank must not be those of the anchors of the same step.
 _ADD, _DRAW = 0x42414E4B, 0x44524157

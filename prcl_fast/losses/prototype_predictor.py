@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prcl_fast.distributed import summed
 from prcl_fast.ops import prototype_statistics
+from prcl_fast.processes.collectives import summed
 
 
 class PrototypePredictor(nn.Module):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prcl_fast.distributed import start_sum, world_size
 from prcl_fast.ops import upsample_cross_entropy
+from prcl_fast.processes.collectives import start_sum, world_size
 
 OMEGA = ("batch", "image", "pixel")
 

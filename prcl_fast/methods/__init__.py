@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import (
+from prcl_fast.config.methods import (
     CPSConfig,
     MeanTeacherConfig,
     PCRConfig,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import UnlabeledConfig
+from prcl_fast.config.methods import UnlabeledConfig
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.batches import Batch
 from prcl_fast.losses import PixelCounts, start_counting, supervised_loss
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, build_network
-from prcl_fast.parts import part
+from prcl_fast.step_parts import part
 
 
 @dataclass(frozen=True)

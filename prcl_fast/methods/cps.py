@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import CPSConfig, PPSConfig
+from prcl_fast.config.methods import CPSConfig, PPSConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.mix import mix
 from prcl_fast.data.source import IGNORE
@@ -14,7 +14,7 @@ from prcl_fast.losses import start_counting, supervised_loss
 from prcl_fast.methods.base import Method, Step
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
 from prcl_fast.ops import pseudo_label
-from prcl_fast.parts import part
+from prcl_fast.step_parts import part
 
 
 class CPS(Method):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import ConsistencyConfig
+from prcl_fast.config.methods import ConsistencyConfig
 from prcl_fast.data.augment import strong_augment
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.mix import mix
@@ -20,7 +20,7 @@ from prcl_fast.methods.base import Method, Step
 from prcl_fast.models.network import NetworkOutput, joined
 from prcl_fast.models.teacher import EMATeacher
 from prcl_fast.ops import pseudo_label
-from prcl_fast.parts import part
+from prcl_fast.step_parts import part
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import PCRConfig
+from prcl_fast.config.methods import PCRConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
-from prcl_fast.distributed import rank, summed
 from prcl_fast.losses import FeatureBank, PrototypePredictor
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.mean_teacher import MeanTeacher
-from prcl_fast.methods.resolution import at_resolution
-from prcl_fast.models.network import NetworkOutput
-from prcl_fast.parts import part
+from prcl_fast.models.network import NetworkOutput, at_resolution
+from prcl_fast.processes.collectives import rank, summed
+from prcl_fast.step_parts import part
 
 # Features of each class that K-means sees, and how many of them a step of the warm-up adds.
 SAMPLES, _ADDED = 1024, 64

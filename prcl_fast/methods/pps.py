@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import PPSConfig
+from prcl_fast.config.methods import PPSConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
 from prcl_fast.errors import InputError
@@ -25,11 +25,10 @@ from prcl_fast.losses import (
 from prcl_fast.losses.prototypical import Contrast
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.cps import CPS
-from prcl_fast.methods.resolution import at_resolution
-from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, build_network
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution, build_network
 from prcl_fast.models.query_head import QueryHead
 from prcl_fast.ops import pseudo_label, upsample_bilinear
-from prcl_fast.parts import part
+from prcl_fast.step_parts import part
 
 
 class PPS(CPS):

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from prcl_fast.config import Config
-from prcl_fast.config_methods import PRCLConfig
+from prcl_fast.config.methods import PRCLConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
-from prcl_fast.distributed import world_size
 from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast, explain_inert, explain_variance, lambda_c
 from prcl_fast.methods.base import Step
 from prcl_fast.methods.mean_teacher import MeanTeacher, Unlabeled
-from prcl_fast.methods.resolution import at_resolution
-from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, build_network
-from prcl_fast.parts import part
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution, build_network
+from prcl_fast.processes.collectives import world_size
+from prcl_fast.step_parts import part
 
 
 class PRCL(MeanTeacher):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.models.batch_norm import BatchNorm2d
-from prcl_fast.models.convolution import Conv3x3
+from prcl_fast.models.resnet import Conv3x3
 from prcl_fast.models.sync_batch_norm import is_synchronized
 from prcl_fast.ops import upsample_bilinear
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prcl_fast.distributed import summed
 from prcl_fast.models.batch_norm import BatchNorm2d
 from prcl_fast.models.sync_batch_norm import is_synchronized, merged_moments
 from prcl_fast.ops import Collectives, variance_head
+from prcl_fast.processes.collectives import summed
 
 _OVER_PROCESSES = Collectives(merged_moments, summed)
 

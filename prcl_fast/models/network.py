@@ -22,7 +22,7 @@ from prcl_fast.models.weights import load_weights
 
 if TYPE_CHECKING:
     from prcl_fast.config import ModelConfig
-    from prcl_fast.config_methods import PPSConfig
+    from prcl_fast.config.methods import PPSConfig
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 BACKBONES = (*DEPTHS, "mobilenet_v2")
@@ -233,3 +233,10 @@ def build_network(
     if model.weights is not None:
         load_weights(network, model.weights)
     return network
+
+
+def at_resolution(full: Tensor, size: torch.Size) -> Tensor:
+    """[B, H, W] -> [B, h, w]: the value at the pixel nearest to each aligned-corner position."""
+    rows = torch.linspace(0, full.shape[-2] - 1, size[0], device=full.device).round().long()
+    columns = torch.linspace(0, full.shape[-1] - 1, size[1], device=full.device).round().long()
+    return full[:, rows[:, None], columns]

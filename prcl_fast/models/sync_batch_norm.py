@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from prcl_fast.distributed import gathered, summed, world_size
 from prcl_fast.memory_format import memory_format_of
 from prcl_fast.models import batch_norm_ops
 from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.processes.collectives import gathered, summed, world_size
 
 
 def synchronize_batch_norm(network: nn.Module) -> nn.Module:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prcl_fast.config_errors import shortened
+from prcl_fast.config.messages import shortened
 from prcl_fast.errors import InputError
-from prcl_fast.torch_file import check_torch_file
+from prcl_fast.files.torch_file import check_torch_file
 
 if TYPE_CHECKING:
     from prcl_fast.models.network import SegmentationNetwork

@@ -6,8 +6,8 @@ A backend that cannot run an op there (not built, not installed, no kernel for t
 
 A reason begins with "measured", "estimated" or "by design". Estimates compare warp-instructions of the hot
 loops in SASS for sm_90, with bfloat16 features, 21 classes and 256 dimensions;
-`python tests/test_triton_compile.py --instructions` prints those of Triton. A measurement on a GPU replaces
-the estimate, and the order if it differs.
+`python tests/ops/test_triton_compile.py --instructions` prints those of Triton. A measurement on a
+GPU replaces the estimate, and the order if it differs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,158 @@
+"""The whole contrast: statistics, classes of the negatives, all draws, loss and gradients.
+
+The eager candidate is the package on its torch backend; the compiled one is PyTorch throughout, with the
+package's draws. The loop draws otherwise, so that its loss agrees only up to the noise of its sampling.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.ops import (
+    baselines,
+    eager,
+    probabilistic_info_nce,
+    prototype_statistics,
+    sample_anchors,
+    sample_negatives,
+)
+from bench.ops.case import (
+    COMPILED_BACKENDS,
+    CONTRAST_SIZES,
+    GRADIENT_BOUND,
+    Candidate,
+    Case,
+    Options,
+    Outcome,
+    Sizes,
+    Work,
+    backends,
+    compiled,
+    relative_error,
+)
+from bench.ops.inputs import DELTA_S, Batch, batches
+from bench.ops.probabilistic_info_nce import SHARE, SHARED
+from prcl_fast.losses import ProbabilisticContrast
+from prcl_fast.ops import use_backend
+
+VIRTUAL_NEGATIVES = (0, 4)  # per class
+# Prototypes round otherwise than in float64, so that a draw of a negative's class may fall beside the edge.
+_LOSS_BOUND = 1e-4
+_LEAST_GRADIENT_BOUND = 1e-2
+
+
+def cases(options: Options) -> list[Case]:
+    sizes = CONTRAST_SIZES[options.device][options.size]
+    sets = batches(sizes, options)
+    inputs: list[tuple[Tensor, ...]] = [
+        (x.mu.requires_grad_(), x.var.requires_grad_(), x.label, x.valid, x.confidence, x.seed) for x in sets
+    ]
+    return [_case(virtual, sizes, options, sets[0], inputs) for virtual in VIRTUAL_NEGATIVES]
+
+
+def _case(
+    virtual: int, sizes: Sizes, options: Options, batch: Batch, inputs: list[tuple[Tensor, ...]]
+) -> Case:
+    amounts = sizes.classes, sizes.anchors, sizes.negatives, virtual
+    settings: dict[str, Any] = {"prototype": "local", "virtual_negatives": virtual}
+    own = _first_step(contrast_module(sizes, options.device, **settings))
+    shared = _first_step(contrast_module(sizes, options.device, share=SHARE, **settings))
+
+    def loop(mu: Tensor, var: Tensor, *others: Tensor) -> Tensor:
+        label, valid, confidence, _ = others
+        return baselines.loop_contrast(mu, var, label, valid, confidence, *amounts)
+
+    def plain(mu: Tensor, var: Tensor, *others: Tensor) -> Tensor:
+        label, valid, confidence, seed = others
+        return eager.eager_contrast(mu, var, label, valid, confidence, seed, *amounts)
+
+    candidates = {
+        "loop": Candidate(loop, needs=probabilistic_info_nce.loop_bytes(sizes), note="draws of its own"),
+        "eager": Candidate(own, "torch", note="the torch backend"),
+        "compile": compiled(plain),
+    }
+    for name in COMPILED_BACKENDS:
+        # The statistics may run where the loss cannot, and the other way round.
+        ops = ("prototype_statistics", "sample_anchors", "sample_negatives", "probabilistic_info_nce")
+        found = [backends(op, own, options, dtype=options.dtype, names=(name,))[name] for op in ops]
+        candidate = next((x for x in found if x.reason is not None), found[0])
+        candidates[name] = candidate
+        candidates[name + SHARED] = replace(
+            candidate, function=shared, work=_work(sizes, options.dtype, batch, SHARE)
+        )
+
+    @functools.cache
+    def exact(is_shared: bool) -> Outcome:
+        mu, var = (x.detach().double().requires_grad_() for x in inputs[0][:2])
+        with use_backend("torch"), torch.enable_grad():
+            loss = (shared if is_shared else own)(mu, var, *inputs[0][2:])
+            return Outcome((loss.detach(),), torch.autograd.grad(loss, (mu, var)))
+
+    def errors(name: str, outcome: Outcome) -> dict[str, float]:
+        expected = exact(name.endswith(SHARED))
+        loss_error = relative_error(outcome.outputs, expected.outputs)
+        if name == "loop":
+            return {"forward": loss_error}
+        return {"forward": loss_error, "backward": relative_error(outcome.gradients, expected.gradients)}
+
+    return Case(
+        variant=f"virtual={virtual}",
+        shape=str(sizes),
+        inputs=inputs,
+        candidates=candidates,
+        work=_work(sizes, options.dtype, batch, 1),
+        errors=errors,
+        bounds={
+            "forward": _LOSS_BOUND,
+            "backward": max(_LEAST_GRADIENT_BOUND, GRADIENT_BOUND[options.dtype]),
+        },
+        check="loss and gradients with the same seed; loop: its loss, of other draws",
+        leaves=(0, 1),
+    )
+
+
+def _first_step(module: ProbabilisticContrast) -> Callable[..., Tensor]:
+    """The module, its state zeroed before: what virtual negatives come from is the same in every call."""
+
+    def call(*arguments: Tensor) -> Tensor:
+        for buffer in module.buffers():
+            buffer.zero_()
+        loss: Tensor = module(*arguments)
+        return loss
+
+    return call
+
+
+def contrast_module(sizes: Sizes, device: str, **arguments: Any) -> ProbabilisticContrast:
+    """With the benchmarks' settings; `arguments` add to them."""
+    settings = baselines.SETTINGS
+    return ProbabilisticContrast(
+        sizes.classes,
+        sizes.dim,
+        tau=settings.tau,
+        anchors=sizes.anchors,
+        negatives=sizes.negatives,
+        delta_s=DELTA_S,
+        reduction=settings.reduction,
+        normalize=settings.normalize,
+        beta=settings.beta,
+        **arguments,
+    ).to(device)
+
+
+def _work(sizes: Sizes, dtype: torch.dtype, batch: Batch, share: int) -> dict[str, Work]:
+    """The sum of the parts; virtual negatives are too few to matter."""
+    loss = probabilistic_info_nce.work(sizes, dtype, share)
+    forward = (
+        prototype_statistics.work(sizes, batch)
+        + sample_anchors.work(sizes)
+        + sample_negatives.work(sizes, sizes.anchors // share)
+        + loss["forward"]
+    )
+    return {"forward": forward, "backward": loss["backward"]}

@@ -1,0 +1,217 @@
+"""Configuration files as plain trees: YAML, `base:` inheritance, overrides; the schema is not known here."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prcl_fast.config.messages import shortened
+from prcl_fast.errors import InputError
+from prcl_fast.files.reading import read_text
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 20
+MAX_NODES = 10_000  # a palette and a label map of 256 entries together are some 2,000
+
+# C0, C1, line and paragraph separators, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+# The keys whose values are paths, relative to the file in which they stand.
+PATH_KEYS = (
+    ("data", "root"),
+    ("data", "labeled"),
+    ("data", "unlabeled"),
+    ("data", "val"),
+    ("data", "classes"),
+    ("data", "cache_dir"),
+    ("model", "weights"),
+)
+# Those whose values are folders that runs write, as `output`: relative to the working directory.
+RUN_KEYS = (("method", "prototypes_from"),)
+
+
+def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a YAML file merged over its chain of `base:` files; `above` are those that inherit from it.
+
+    Raises:
+        InputError: naming the file.
+    """
+    resolved = Path(os.path.realpath(path))
+    if resolved in above:
+        raise InputError(f"{path}: base: the files inherit from each other in a circle")
+    if len(above) > MAX_DEPTH:
+        raise InputError(f"{path}: base: more than {MAX_DEPTH} files inherit from each other")
+    text = read_text(path, "configuration file", MAX_BYTES)
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected keys and values at the top level")
+    base = tree.pop("base", None)
+    _anchor_paths(tree, path.parent)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise InputError(f"{path}: base: expected the name of a file")
+    return _merge(read_tree(path.parent / base, (*above, resolved)), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as every other language has it, and a repeated key is an error.
+
+    Whatever it reads is small: bounded in depth and, with every alias written out, in nodes; numbers of 64
+    bits, text of one line. Every refusal is a yaml.YAMLError.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._nodes = 0
+        self._nodes_of: dict[int, int] = {}  # by the identity of a node, once it is complete
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
+        mark = self.peek_event().start_mark
+        before = self._nodes
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if is_alias and id(node) not in self._nodes_of:
+            raise yaml.composer.ComposerError(None, None, "an alias to what it is part of", mark)
+        self._nodes += self._nodes_of[id(node)] if is_alias else 1
+        if self._nodes > MAX_NODES:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MAX_NODES} keys and values, aliases written out", mark
+            )
+        if not is_alias:
+            self._nodes_of[id(node)] = self._nodes - before
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be one word or number", key_node.start_mark
+                )
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {shortened(key_node.value)} stands twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep=deep)
+        except yaml.YAMLError:
+            raise
+        # Text that is not what its tag says fails in as many ways as there are tags.
+        except Exception:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(node.value)} cannot be read as {kind}", node.start_mark
+            ) from None
+        if isinstance(value, str) and _UNPRINTABLE.search(value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(value)} holds a line break or control character", node.start_mark
+            )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(node.value)} is beyond 64 bits", node.start_mark
+            )
+        return value
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [*resolvers] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
+    for section, key in PATH_KEYS:
+        holder = tree.get(section)
+        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+            holder[key] = str(folder / holder[key])
+
+
+def plain_path(path: Path) -> Path:
+    """The same place, absolute and without `..`: one spelling for the files that lie in different folders.
+
+    Symbolic links stay as they are written, except where a `..` follows one: that leads to the parent of its
+    target.
+    """
+    root, *parts = path.absolute().parts
+    plain = Path(root)
+    for part in parts:
+        if part == os.pardir:
+            plain = (plain.resolve() if plain.is_symlink() else plain).parent
+        else:
+            plain /= part
+    return plain
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        # Another kind of method or data set starts anew: keys of the former kind would be unknown to it.
+        switches = isinstance(value, dict) and isinstance(below, dict) and _switches(key, below, value)
+        if isinstance(value, dict) and isinstance(below, dict) and not switches and key != "label_map":
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _switches(key: str, below: dict[str, Any], value: dict[str, Any]) -> bool:
+    return key == "method" and "name" in value and value["name"] != below.get("name", value["name"])
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Puts one `key.path=value` into `tree`; the value is YAML. Raises InputError."""
+    path, separator, text = override.partition("=")
+    where = f"override {shortened(override)}"
+    if not separator or not all(path.strip().split(".")):
+        raise InputError(f"{where}: expected key.path=value")
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{where}: too long")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise InputError(f"{where}: the value is not valid YAML") from None
+    set_value(tree, path, value, where)
+
+
+def set_value(tree: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Puts a value at `key.path` into `tree`. Raises InputError that begins with `where`."""
+    keys = path.strip().split(".")
+    if not all(keys):
+        raise InputError(f"{where}: an empty part in the key {shortened(path)}")
+    if len(keys) > MAX_DEPTH:
+        raise InputError(f"{where}: too long")
+    holder = tree
+    for key in keys[:-1]:
+        below = holder.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise InputError(f"{where}: {key} is a value, not a section")
+        holder = below
+    if keys == ["method", "name"] and holder.get("name", value) != value:
+        holder.clear()  # another method starts anew: the former one's keys would be unknown to it
+    holder[keys[-1]] = value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")

@@ -1,0 +1,229 @@
+"""Decoded training images kept in memory that processes share, or on disk: `data.cache`.
+
+One file holds all images. Whoever comes first builds it, under a lock that ends with its process; the
+others wait. It is written under a temporary name and renamed, and every process that opens it compares its
+checksums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from prcl_fast.config import DataConfig
+from prcl_fast.data.cache.file import VERSION, DamagedFileError, ImageFile, write_images
+from prcl_fast.data.cache.locks import locked, remove_unused, use_until_exit
+from prcl_fast.data.decode import decode
+from prcl_fast.data.source import Source
+from prcl_fast.errors import InputError
+from prcl_fast.files.writing import replacing, user_cache
+from prcl_fast.machine import available_memory
+
+_SHARED_MEMORY = Path("/dev/shm")
+_SAMPLE = 8  # images of each subset that are decoded to estimate the room needed
+_SECONDS_BETWEEN_LINES = 10.0
+
+_log = logging.getLogger(__name__)
+
+_Item = tuple[str, bool]  # name of an image, and whether its label belongs to it
+Say = Callable[[str], None]
+
+
+class ImageCache:
+    """The decoded images of some subsets, by their positions in the splits. Travels to worker processes."""
+
+    def __init__(self, file: ImageFile, first: dict[str, int]) -> None:
+        self._file, self._first = file, first
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
+
+    def image(self, subset: str, index: int) -> np.ndarray:
+        """uint8 [H, W, 4], read-only: image number `index` of a subset, as `decode` gives it.
+
+        Raises:
+            InputError: this process opens the file for the first time, and it is gone.
+        """
+        try:
+            return self._file[self._first[subset] + index]
+        except (OSError, DamagedFileError) as error:
+            raise InputError(f"data.cache: {self.path} cannot be opened any more: {error}") from None
+
+
+def open_cache(
+    source: Source, data: DataConfig, subsets: Sequence[str], say: Say | None = None
+) -> ImageCache:
+    """The cache of `data.cache` (ram or disk), built if there is none or if it is damaged.
+
+    Its file has the name of a hash of all that shapes the pixels (`Source.pixel_state`). In memory, it goes
+    with the last process that uses it; what a killed process left is used, or removed when another is built.
+
+    Args:
+        subsets: which splits, such as ("labeled", "unlabeled"); labels are kept for "labeled".
+        say: takes lines about a building that goes on.
+
+    Raises:
+        InputError: an image that cannot be read, or, naming data.cache, not enough room or no access.
+    """
+    say = say or _log.info
+    first: dict[str, int] = {}
+    items: list[_Item] = []
+    for subset in subsets:
+        first[subset] = len(items)
+        items += [(name, subset == "labeled") for name in source.splits[subset].names]
+    path = _folder(data) / f"{_key(source, items)}.images"
+    try:
+        return ImageCache(_opened_or_built(source, items, path, data.cache, say), first)
+    except OSError as error:
+        raise InputError(f"data.cache: {error.filename or path}: {error.strerror}") from None
+
+
+def _opened_or_built(source: Source, items: Sequence[_Item], path: Path, kind: str, say: Say) -> ImageFile:
+    def opened(damage: Say | None) -> ImageFile | None:
+        file = _intact(path, len(items), damage)
+        if file is not None and kind == "ram":
+            use_until_exit(path)
+        return file
+
+    lock = path.with_suffix(".lock")
+    # Shared at first, so that the processes of a job compare the checksums at the same time.
+    with locked(lock, say, shared=True):
+        file = opened(None)
+    if file is None:
+        with locked(lock, say):
+            file = opened(_log.warning)
+            if file is None:
+                _build(source, items, path, kind, say)
+                file = ImageFile(path)
+                if kind == "ram":
+                    use_until_exit(path)
+    return file
+
+
+def _intact(path: Path, count: int, damage: Say | None) -> ImageFile | None:
+    file = ImageFile(path)
+    try:
+        file.verify(_threads())
+        if len(file) != count:
+            raise DamagedFileError(f"{path}: {len(file)} images instead of {count}")
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        if damage is not None:
+            damage(f"{error}; it is built again")
+        return None
+    return file
+
+
+def _folder(data: DataConfig) -> Path:
+    if data.cache == "ram":
+        if not _SHARED_MEMORY.is_dir():
+            raise InputError(f"data.cache: ram needs {_SHARED_MEMORY}, which this machine does not have")
+        folder = _SHARED_MEMORY / f"prcl_fast-{os.getuid()}"
+    elif data.cache_dir is not None:
+        folder = data.cache_dir
+    else:
+        folder = user_cache() / "images"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"data.cache: {folder} cannot be made: {error.strerror}") from None
+    if data.cache == "ram" and folder.stat().st_uid != os.getuid():
+        raise InputError(f"data.cache: {folder} belongs to another user")
+    return folder
+
+
+def _key(source: Source, items: Sequence[_Item]) -> str:
+    digest = hashlib.sha256(f"{VERSION}\n".encode())
+    for name, labeled in items:
+        digest.update(f"{labeled} {source.pixel_state(name, labeled)}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: Say) -> None:
+    folder = path.parent
+    for leftover in (path, *folder.glob(f".{path.name}.*.tmp")):
+        leftover.unlink(missing_ok=True)
+    if kind == "ram":
+        for other in folder.glob("*.lock"):
+            if other.stem != path.stem:
+                remove_unused(other.with_suffix(".images"), wait=False)
+    needed, free = _room_needed(source, items), _room(folder, kind)
+    if needed > free:
+        raise InputError(
+            f"data.cache: {kind} needs about {_size(needed)} for {len(items)} decoded images, but "
+            f"{folder} has {_size(free)} free"
+        )
+    started = time.monotonic()
+    say(f"data.cache: decoding {len(items)} images into {path}, about {_size(needed)}")
+    try:
+        with replacing(path) as temporary, contextlib.closing(_decoded(source, items, say)) as images:
+            length = write_images(temporary, images)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"data.cache: {folder} ran full before all {len(items)} images were decoded "
+            f"(about {_size(needed)})"
+        ) from None
+    say(f"data.cache: {_size(length)} in {time.monotonic() - started:.1f} s")
+
+
+def _decoded(source: Source, items: Sequence[_Item], say: Say) -> Generator[np.ndarray, None, None]:
+    """The images in order, decoded a little ahead by several threads."""
+    threads = _threads()
+    waiting: deque[Future[np.ndarray]] = deque()
+    last_line = time.monotonic()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for submitted, (name, labeled) in enumerate(items, start=1):
+                waiting.append(pool.submit(decode, source, name, labeled))
+                if len(waiting) == 2 * threads:
+                    yield waiting.popleft().result()
+                if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+                    last_line = time.monotonic()
+                    say(f"data.cache: {submitted - len(waiting)} of {len(items)} images decoded")
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _room_needed(source: Source, items: Sequence[_Item]) -> int:
+    """Bytes of all images, from the mean of a few of each subset."""
+    needed = 0.0
+    for labeled in (True, False):
+        names = [name for name, has_label in items if has_label == labeled]
+        sample = names[:: max(1, len(names) // _SAMPLE)][:_SAMPLE]
+        if sample:
+            needed += len(names) * float(np.mean([decode(source, name, labeled).nbytes for name in sample]))
+    return int(needed)
+
+
+def _room(folder: Path, kind: str) -> int:
+    free = shutil.disk_usage(folder).free
+    # The file system in memory may be larger than what is left of the memory.
+    available = available_memory() if kind == "ram" else None
+    return free if available is None else min(free, available)
+
+
+def _threads() -> int:
+    return min(16, len(os.sched_getaffinity(0)))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

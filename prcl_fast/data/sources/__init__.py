@@ -1,0 +1,1 @@
+"""Data sets: VOC, Cityscapes, folders, generated images; labels, lists."""

@@ -1,0 +1,164 @@
+"""Cityscapes, in its own layout or in the flat one that CPS's lists name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from prcl_fast.config import DataConfig
+from prcl_fast.data.sources.file_source import (
+    FileSource,
+    LabelFile,
+    class_names,
+    class_palette,
+    data_root,
+    files_below,
+    locate_files,
+)
+from prcl_fast.data.sources.labels import IGNORE, LabelDecoder, id_table
+from prcl_fast.data.sources.splits import CITYSCAPES_SUFFIX, Entry
+from prcl_fast.errors import InputError
+
+CLASSES = (
+    "road",
+    "sidewalk",
+    "building",
+    "wall",
+    "fence",
+    "pole",
+    "traffic light",
+    "traffic sign",
+    "vegetation",
+    "terrain",
+    "sky",
+    "person",
+    "rider",
+    "car",
+    "truck",
+    "bus",
+    "train",
+    "motorcycle",
+    "bicycle",
+)
+PALETTE = np.array(
+    [
+        (128, 64, 128),
+        (244, 35, 232),
+        (70, 70, 70),
+        (102, 102, 156),
+        (190, 153, 153),
+        (153, 153, 153),
+        (250, 170, 30),
+        (220, 220, 0),
+        (107, 142, 35),
+        (152, 251, 152),
+        (70, 130, 180),
+        (220, 20, 60),
+        (255, 0, 0),
+        (0, 0, 142),
+        (0, 0, 70),
+        (0, 60, 100),
+        (0, 80, 100),
+        (0, 0, 230),
+        (119, 11, 32),
+    ],
+    dtype=np.uint8,
+)
+# Training id k is the label id at place k; every other label id is not evaluated.
+LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+VAL_CITIES = ("frankfurt", "lindau", "munster")
+TEST_CITIES = ("berlin", "bielefeld", "bonn", "leverkusen", "mainz", "munich")
+
+_SUBFOLDERS = ("train", "val")
+
+
+def build_cityscapes(data: DataConfig) -> FileSource:
+    """Cityscapes below `data.root`: 19 classes by their training ids.
+
+    Either `leftImg8bit/{train,val}/CITY/` and `gtFine/{train,val}/CITY/` with labelTrainIds or else labelIds,
+    or the flat `images/{train,val}/NAME.png` and `segmentation/{train,val}/NAME_gtFine.png` (training ids).
+
+    Raises:
+        InputError: naming the file, folder or key at fault.
+    """
+    classes = class_names(data.classes, CLASSES)
+    palette = class_palette(data.palette, len(classes), PALETTE)
+    table = id_table(len(classes), data.label_map, data.ignore)
+    trained = LabelDecoder(len(classes), table)
+    original_table = np.full(256, IGNORE, dtype=np.uint8)
+    original_table[list(LABEL_IDS)] = table[: len(LABEL_IDS)]
+    original = LabelDecoder(len(classes), original_table)
+    root = data_root(data)
+    layout: _OwnLayout | _FlatLayout
+    if (root / "leftImg8bit").is_dir():
+        layout = _OwnLayout(root, trained, original)
+    elif (root / "images").is_dir():
+        layout = _FlatLayout(root, trained)
+    else:
+        raise InputError(f"{root}: no folder leftImg8bit (or images, in the flat layout) here (data.root)")
+    return locate_files(data, classes, palette, layout)
+
+
+class _OwnLayout:
+    def __init__(self, root: Path, trained: LabelDecoder, original: LabelDecoder) -> None:
+        self.root = root
+        self.decoders = {"_gtFine_labelTrainIds.png": trained, "_gtFine_labelIds.png": original}
+        self.images = self._index("leftImg8bit")
+        self.labels = self._index("gtFine")
+
+    def _index(self, folder: str) -> dict[str, Path]:
+        cities = [city for below in _SUBFOLDERS for city in _folders(self.root / folder / below)]
+        return {name: city / name for city in cities for name in files_below(city)}
+
+    def image(self, entry: Entry) -> Path | None:
+        return self.images.get(f"{entry.name}{CITYSCAPES_SUFFIX}.png")
+
+    def label(self, entry: Entry, image: Path) -> LabelFile | None:
+        for suffix, decoder in self.decoders.items():
+            path = self.labels.get(entry.name + suffix)
+            if path is not None:
+                return LabelFile(path, decoder)
+        return None
+
+    def missing_image(self, entry: Entry) -> str:
+        city = entry.name.partition("_")[0]
+        if city in TEST_CITIES:
+            return f"{city} belongs to the test set, whose labels are not public"
+        name = f"{entry.name}{CITYSCAPES_SUFFIX}.png"
+        return f"{name} is neither in {self.root / 'leftImg8bit'}/train/{city} nor in val/{city}"
+
+    def missing_label(self, entry: Entry) -> str:
+        city = entry.name.partition("_")[0]
+        kinds = " nor ".join(entry.name + suffix for suffix in self.decoders)
+        return f"neither {kinds} is in {self.root / 'gtFine'}, train/{city} or val/{city}"
+
+
+class _FlatLayout:
+    def __init__(self, root: Path, trained: LabelDecoder) -> None:
+        self.root, self.decoder = root, trained
+        self.images, self.labels = (
+            {
+                name: root / kind / below / name
+                for below in _SUBFOLDERS
+                for name in files_below(root / kind / below)
+            }
+            for kind in ("images", "segmentation")
+        )
+
+    def image(self, entry: Entry) -> Path | None:
+        return self.images.get(f"{entry.name}.png")
+
+    def label(self, entry: Entry, image: Path) -> LabelFile | None:
+        path = self.labels.get(f"{entry.name}_gtFine.png")
+        return None if path is None else LabelFile(path, self.decoder)
+
+    def missing_image(self, entry: Entry) -> str:
+        return f"{entry.name}.png is neither in {self.root / 'images'}/train nor in val"
+
+    def missing_label(self, entry: Entry) -> str:
+        return f"{entry.name}_gtFine.png is neither in {self.root / 'segmentation'}/train nor in val"
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [folder / name for name in sorted(files_below(folder)) if (folder / name).is_dir()]

@@ -1,0 +1,198 @@
+"""A data set of files on disk: what VOC, Cityscapes and one's own folders have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from prcl_fast.config import DataConfig
+from prcl_fast.config.files import plain_path
+from prcl_fast.data.sources.images import check_pair, image_size, read_image
+from prcl_fast.data.sources.labels import LabelDecoder
+from prcl_fast.data.sources.splits import (
+    SUBSETS,
+    Entry,
+    Split,
+    SplitFile,
+    check_disjoint,
+    make_split,
+    read_split,
+)
+from prcl_fast.errors import InputError
+from prcl_fast.files.reading import read_text
+
+_MAX_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """A label on disk and how to read it."""
+
+    path: Path
+    decoder: LabelDecoder
+
+
+class Layout(Protocol):
+    """Where a data set keeps its files."""
+
+    def image(self, entry: Entry) -> Path | None:
+        """The existing image of an entry, or None."""
+
+    def label(self, entry: Entry, image: Path) -> LabelFile | None:
+        """The existing label of an entry whose image was found, or None."""
+
+    def missing_image(self, entry: Entry) -> str:
+        """What is missing, for a message."""
+
+    def missing_label(self, entry: Entry) -> str:
+        """What is missing, for a message."""
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource:
+    """A data set whose files were all found. Satisfies the protocol of `prcl_fast.data.source.Source`.
+
+    Attributes:
+        classes: C names in the order of their ids.
+        palette: uint8 [C, 3].
+        splits: the subsets "labeled", "unlabeled" and "val".
+        images: path of every image.
+        labels: label of every labeled and validation image, and of those unlabeled ones that have one.
+    """
+
+    classes: tuple[str, ...]
+    palette: np.ndarray
+    splits: Mapping[str, Split]
+    images: Mapping[str, Path]
+    labels: Mapping[str, LabelFile]
+
+    def image(self, name: str) -> np.ndarray:
+        """uint8 [H, W, 3], RGB. Raises InputError that names the file."""
+        return read_image(self.images[name])
+
+    def label(self, name: str) -> np.ndarray:
+        """Class ids uint8 [H, W], 255 where not labeled. Raises InputError that names the file.
+
+        The size is that of the image, else InputError.
+        """
+        file = self.labels.get(name)
+        if file is None:
+            raise InputError(f"{self.images[name]}: this unlabeled image has no label file")
+        label = file.decoder.read(file.path)
+        check_pair(self.images[name], image_size(self.images[name]), file.path, label.shape)
+        return label
+
+    def pixel_state(self, name: str, labeled: bool) -> str:
+        """Path, size and time of change of the image, and of its label together with how that is read."""
+        state = _file_state(self.images[name])
+        if labeled:
+            file = self.labels[name]
+            state += f" {_file_state(file.path)} {file.decoder.fingerprint}"
+        return state
+
+
+def _file_state(path: Path) -> str:
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
+
+
+def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, layout: Layout) -> FileSource:
+    """Reads the split files of the configuration and finds every image and label that they name.
+
+    Raises:
+        InputError: a wrong split file, two subsets with an image in common, or a missing image or label,
+            naming the split file and its line.
+    """
+    paths = {"labeled": data.labeled, "unlabeled": data.unlabeled, "val": data.val}
+    files = {subset: read_split(path) for subset, path in paths.items() if path is not None}
+    check_disjoint(list(files.values()))
+    images: dict[str, Path] = {}
+    labels: dict[str, LabelFile] = {}
+    for subset, file in files.items():
+        missing: list[str] = []
+        for entry in file.entries:
+            where = f"{file.path}:{entry.line}"
+            image = layout.image(entry)
+            if image is None:
+                missing.append(f"{where}: no image for {entry.name}: {layout.missing_image(entry)}")
+                continue
+            images[entry.name] = image
+            label = layout.label(entry, image)
+            if label is not None:
+                labels[entry.name] = label
+            elif subset != "unlabeled":
+                missing.append(f"{where}: no label for {entry.name}: {layout.missing_label(entry)}")
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise InputError(missing[0] + more)
+    _check_no_image_twice(files, images)
+    splits = {subset: files[subset].split if subset in files else make_split((), "ids") for subset in SUBSETS}
+    return FileSource(tuple(classes), palette, splits, images, labels)
+
+
+def _check_no_image_twice(files: Mapping[str, SplitFile], images: Mapping[str, Path]) -> None:
+    # Different ids can lead to one file, such as "0001" and "train/0001".
+    seen: dict[Path, str] = {}
+    for file in files.values():
+        for entry in file.entries:
+            where = f"{file.path}:{entry.line}"
+            image = images[entry.name]
+            if image in seen:
+                raise InputError(f"{where}: {image} is already named by {seen[image]}")
+            seen[image] = where
+
+
+def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tuple[str, ...]:
+    """The class names of the key `data.classes`: a list, or a text file with one name a line.
+
+    Raises:
+        InputError: naming file or key: unreadable, fewer than 2 or more than 255 names, or one twice.
+    """
+    if classes is None:
+        return tuple(default)
+    where = "data.classes" if isinstance(classes, list) else str(classes)
+    if isinstance(classes, list):
+        names = [name.strip() for name in classes]
+    else:
+        text = read_text(classes, "file of class names", _MAX_BYTES)
+        names = [line.strip() for line in text.split("\n") if line.strip()]
+    if not 2 <= len(names) <= 255:
+        raise InputError(f"{where}: {len(names)} classes; 2 to 255 are possible")
+    twice = [name for position, name in enumerate(names) if name in names[:position]]
+    if twice or "" in names:
+        raise InputError(f"{where}: {f'class {twice[0]!r} stands twice' if twice else 'a class has no name'}")
+    return tuple(names)
+
+
+def class_palette(
+    palette: Sequence[Sequence[int]] | None, num_classes: int, default: np.ndarray
+) -> np.ndarray:
+    """uint8 [C, 3] from the key `data.palette`. Raises InputError if it has too few colours."""
+    colours = default if palette is None else np.array(palette, dtype=np.uint8)
+    if len(colours) < num_classes:
+        raise InputError(f"data.palette: {len(colours)} colours for {num_classes} classes")
+    return colours[:num_classes].copy()
+
+
+def data_root(data: DataConfig) -> Path:
+    """The folder `data.root`, in the one spelling that caches know it by. Raises InputError without one."""
+    assert data.root is not None  # the configuration requires it of every kind that has files
+    if not os.path.isdir(data.root):
+        raise InputError(f"{data.root}: no such folder (data.root)")
+    return plain_path(data.root)
+
+
+def files_below(folder: Path) -> set[str]:
+    """Names of the entries of one folder; empty if there is no such folder."""
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()

@@ -1,0 +1,146 @@
+"""A data set of one's own: two folders, or two patterns with {name}."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from prcl_fast.config import DataConfig
+from prcl_fast.data.sources.file_source import (
+    FileSource,
+    LabelFile,
+    class_names,
+    class_palette,
+    data_root,
+    locate_files,
+)
+from prcl_fast.data.sources.images import IMAGE_SUFFIXES, MASK_SUFFIXES
+from prcl_fast.data.sources.labels import LabelDecoder, check_colours, id_table
+from prcl_fast.data.sources.splits import Entry, check_inside
+from prcl_fast.data.sources.voc import voc_palette
+from prcl_fast.errors import InputError
+
+_RGB_HINT = "data.palette says what the colours mean, and `prcl data convert` makes masks of ids"
+
+
+def build_folder(data: DataConfig) -> FileSource:
+    """Images and labels found by the names of the split files.
+
+    `data.images` and `data.labels` are folders below root, searched with their subfolders for `NAME.suffix`,
+    or patterns such as `{name}_mask.png`. A name may hold subfolders ("train/0001") or leave them out where
+    that is unambiguous. Lines of two paths are taken as they are, relative to root.
+
+    Raises:
+        InputError: naming the file, folder or key at fault.
+    """
+    classes = class_names(data.classes, ())
+    palette = class_palette(data.palette, len(classes), voc_palette(len(classes)))
+    colours = None
+    if data.palette is not None:
+        check_colours(data.palette, "data.palette")
+        colours = np.array(data.palette, dtype=np.uint8)
+    table = id_table(len(classes), data.label_map, data.ignore)
+    decoder = LabelDecoder(len(classes), table, colours, _RGB_HINT)
+    return locate_files(data, classes, palette, _FolderLayout(data, decoder))
+
+
+class _FolderLayout:
+    def __init__(self, data: DataConfig, decoder: LabelDecoder) -> None:
+        self.root = data_root(data)
+        self.decoder = decoder
+        self.images = _Finder(self.root, data.images, IMAGE_SUFFIXES, "data.images")
+        self.labels = _Finder(self.root, data.labels, MASK_SUFFIXES, "data.labels")
+
+    def image(self, entry: Entry) -> Path | None:
+        if entry.image is not None and os.path.isfile(self.root / entry.image):
+            return self.root / entry.image
+        return None if entry.label is not None else self.images.find(entry.name)
+
+    def label(self, entry: Entry, image: Path) -> LabelFile | None:
+        path: Path | None
+        if entry.label is not None:
+            path = self.root / entry.label
+            path = path if os.path.isfile(path) else None
+        else:
+            # The image's place decides where a name occurs in several subfolders.
+            place = self.images.place(image)
+            path = (self.labels.exact(place) if place else None) or self.labels.find(entry.name)
+        return None if path is None else LabelFile(path, self.decoder)
+
+    def missing_image(self, entry: Entry) -> str:
+        if entry.label is not None:
+            return f"{self.root / str(entry.image)} does not exist"
+        return self.images.missing(entry.name)
+
+    def missing_label(self, entry: Entry) -> str:
+        if entry.label is not None:
+            return f"{self.root / entry.label} does not exist"
+        return self.labels.missing(entry.name)
+
+
+class _Finder:
+    """Finds files by name in a folder that is listed once, or by a pattern."""
+
+    def __init__(self, root: Path, where: str, suffixes: tuple[str, ...], key: str) -> None:
+        check_inside(where, key)
+        self.root, self.suffixes, self.key = root, suffixes, key
+        self.pattern = where if "{name}" in where else None
+        self.folder = root / where
+        # Every file under its path without suffix, and under its bare name.
+        self.by_place: defaultdict[str, list[Path]] = defaultdict(list)
+        self.by_base: defaultdict[str, list[Path]] = defaultdict(list)
+        if self.pattern is None:
+            if not os.path.isdir(self.folder):
+                raise InputError(f"{self.folder}: no such folder ({key})")
+            self._list()
+
+    def _list(self) -> None:
+        seen = set()
+        for folder, subfolders, files in os.walk(self.folder, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # links can form a circle
+                subfolders.clear()
+                continue
+            seen.add(real)
+            for file in files:
+                stem, suffix = os.path.splitext(file)
+                if suffix.lower() in self.suffixes and not file.startswith("."):
+                    path = Path(folder, file)
+                    self.by_place[(path.parent / stem).relative_to(self.folder).as_posix()].append(path)
+                    self.by_base[stem].append(path)
+
+    def exact(self, name: str) -> Path | None:
+        """The file at that place below the folder."""
+        if self.pattern is not None:
+            path = self.root / self.pattern.replace("{name}", name)
+            return path if os.path.isfile(path) else None
+        return self._only(name, self.by_place.get(name, []))
+
+    def find(self, name: str) -> Path | None:
+        """The file at that place, else the only one of that name."""
+        found = self.exact(name)
+        if found is not None or self.pattern is not None:
+            return found
+        below = self.folder.relative_to(self.root).as_posix() + "/"
+        if name.startswith(below):
+            return self.exact(name.removeprefix(below))
+        return self._only(name, self.by_base.get(name, []))
+
+    def place(self, path: Path) -> str | None:
+        """The place below the folder that `exact` finds a file by, or None for files elsewhere."""
+        if self.pattern is not None or not path.is_relative_to(self.folder):
+            return None
+        return PurePosixPath(path.relative_to(self.folder).as_posix()).with_suffix("").as_posix()
+
+    def missing(self, name: str) -> str:
+        if self.pattern is not None:
+            return f"{self.root / self.pattern.replace('{name}', name)} does not exist ({self.key})"
+        return f"no {name} with suffix {', '.join(self.suffixes)} below {self.folder} ({self.key})"
+
+    def _only(self, name: str, found: list[Path]) -> Path | None:
+        if len(found) > 1:
+            raise InputError(f"{self.key}: {name} could be {found[0]} or {found[1]}")
+        return found[0] if found else None

@@ -1,0 +1,141 @@
+"""Reading and writing pixels with Pillow: every way in which a file can be wrong becomes one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from prcl_fast.errors import InputError
+from prcl_fast.files.reading import check_regular
+from prcl_fast.files.writing import replacing
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # only lossless ones: a lossy one alters ids
+
+_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
+_MASK_FORMATS = ("PNG", "BMP", "TIFF")
+_COLOUR_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
+# Pillow stretches grey PNG of 2 and 4 bits to 0..255; an id must be the number that stands in the file.
+_STRETCHED = {"L;2": 85, "L;4": 17}
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decodes an image as it is stored (the EXIF orientation is not applied).
+
+    Returns:
+        uint8 [H, W, 3], RGB. Grey and palette images become RGB, transparency is dropped.
+
+    Raises:
+        InputError: missing, damaged, more than 8 bits a channel, or more than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    with _opened(path, _IMAGE_FORMATS) as image:
+        if image.mode not in _COLOUR_MODES or _wide(image):
+            raise InputError(
+                f"{path}: 8 bits a channel are expected, this image has mode {_true_mode(image)}"
+            )
+        image.info.pop("transparency", None)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Decodes a label file.
+
+    Returns:
+        uint8 [H, W] of the ids in the file (palette, grey, 1-bit or, if the values fit, 16-bit images), or
+        uint8 [H, W, 3] of an RGB mask.
+
+    Raises:
+        InputError: missing, damaged, not lossless, ids above 255, or an unsuitable mode.
+    """
+    with _opened(path, _MASK_FORMATS) as image:
+        if image.mode in ("P", "L", "1"):
+            stretch = _STRETCHED.get(_raw_mode(image), 1)
+            pixels = np.array(image, dtype=np.uint8)
+            return pixels // stretch if stretch > 1 else pixels
+        if image.mode.startswith("I"):
+            wide = np.array(image)
+            if wide.min() < 0 or wide.max() > 255:
+                outside = int(wide.max() if wide.max() > 255 else wide.min())
+                raise InputError(f"{path}: label id {outside}; ids are 0 to 255")
+            return wide.astype(np.uint8)
+        if image.mode in ("RGB", "RGBA", "RGBX") and not _wide(image):
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        raise InputError(f"{path}: a mask of ids is expected, this image has mode {_true_mode(image)}")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width from the header alone. Raises InputError."""
+    with _opened(path, _IMAGE_FORMATS) as image:
+        return image.height, image.width
+
+
+def check_pair(image: Path, image_size: Sequence[int], label: Path, label_size: Sequence[int]) -> None:
+    """Raises InputError that names both files if (height, width) of image and label differ."""
+    if tuple(image_size[:2]) != tuple(label_size[:2]):
+        raise InputError(
+            f"{image} is {image_size[1]} x {image_size[0]} pixels, its label {label} is "
+            f"{label_size[1]} x {label_size[0]}"
+        )
+
+
+def save_index_png(path: Path, label: np.ndarray, palette: np.ndarray) -> None:
+    """Writes ids as a palette PNG, whole or not at all.
+
+    Args:
+        path: file to write; parent folders are made.
+        label: uint8 [H, W].
+        palette: uint8 [C, 3]; 255 is shown in the pale yellow of VOC's borders.
+    """
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    colours[: len(palette)] = palette
+    if len(palette) < 256:
+        colours[255] = (224, 224, 192)
+    image = Image.fromarray(label)
+    image.putpalette(colours.tobytes())
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+@contextmanager
+def _opened(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    check_regular(path, "file")
+    try:
+        with Image.open(path, formats=formats) as image:
+            pixels = image.width * image.height
+            # Up to twice the bound Pillow itself only warns.
+            if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+                raise InputError(
+                    f"{path}: {pixels} pixels, more than the bound of {Image.MAX_IMAGE_PIXELS} on one image"
+                )
+            yield image
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a readable {', '.join(formats)} file") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: far more pixels than the bound of {Image.MAX_IMAGE_PIXELS}") from None
+    # The decoders meet damaged bytes at every level, each with exceptions of its own.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"{path}: cannot be decoded: {reason}") from None
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels stand in the file, such as "RGB;16B" or "L;4"; Pillow says it in the tile."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0].args if tiles else ""
+    if isinstance(arguments, tuple):
+        arguments = arguments[0] if arguments else ""
+    return str(arguments)
+
+
+def _wide(image: Image.Image) -> bool:
+    return image.format in ("PNG", "TIFF") and ";16" in _raw_mode(image)
+
+
+def _true_mode(image: Image.Image) -> str:
+    return _raw_mode(image) if _wide(image) else image.mode

@@ -1,0 +1,1 @@
+"""Tools for data sets: scan, splits, mask conversion."""

@@ -1,0 +1,175 @@
+"""From a folder of RGB masks, or of masks with other ids, to masks of class ids."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prcl_fast.data.sources.cityscapes import PALETTE as CITYSCAPES_PALETTE
+from prcl_fast.data.sources.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_mask, save_index_png
+from prcl_fast.data.sources.labels import check_colours, colour_positions, first_colour
+from prcl_fast.data.sources.voc import CLASSES as VOC_CLASSES
+from prcl_fast.data.sources.voc import voc_palette
+from prcl_fast.errors import InputError
+from prcl_fast.files.reading import read_text
+
+_MAX_BYTES = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class ColourCode:
+    """Colours uint8 [K, 3] and the id uint8 [K] that each stands for."""
+
+    colours: np.ndarray
+    ids: np.ndarray
+
+
+def read_colour_code(palette: str) -> ColourCode:
+    """`voc`, `cityscapes`, or a text file of lines "R G B [ID] [name]"; without ID the line's number from 0.
+
+    Raises:
+        InputError: naming file and line.
+    """
+    if palette == "voc":
+        border = np.array([[224, 224, 192]], dtype=np.uint8)
+        return ColourCode(
+            np.concatenate([voc_palette(len(VOC_CLASSES)), border]),
+            np.array([*range(len(VOC_CLASSES)), 255], dtype=np.uint8),
+        )
+    if palette == "cityscapes":
+        black = np.zeros((1, 3), dtype=np.uint8)
+        return ColourCode(
+            np.concatenate([CITYSCAPES_PALETTE, black]),
+            np.array([*range(len(CITYSCAPES_PALETTE)), 255], dtype=np.uint8),
+        )
+    if not os.path.exists(palette):
+        raise InputError(f"{palette}: neither voc, nor cityscapes, nor a file of colours")
+    text = read_text(Path(palette), "file of colours", _MAX_BYTES)
+    rows: list[list[int]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        match = re.match(r"\s*(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,]+(\d+))?(?:[\s,]|$)", line)
+        values = [int(value) for value in match.groups(default=str(len(rows)))] if match else [256]
+        if max(values) > 255:
+            raise InputError(f"{palette}:{number}: expected R G B [ID] [name], each number 0 to 255")
+        rows.append(values)
+    if not rows:
+        raise InputError(f"{palette}: no colours")
+    check_colours([row[:3] for row in rows], palette)
+    table = np.array(rows, dtype=np.uint8)
+    return ColourCode(table[:, :3], table[:, 3])
+
+
+def convert_masks(
+    masks: Path,
+    out: Path,
+    *,
+    code: ColourCode | None,
+    label_map: Mapping[int, int],
+    other: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Writes every mask of a folder and its subfolders as a palette PNG of the same name.
+
+    Args:
+        masks: folder of masks.
+        out: folder to write, new or empty; it appears whole or not at all.
+        code: what the colours of RGB masks mean; None allows none.
+        label_map: from ids, in the file or by the colour, to ids; others stay as they are.
+        other: id for a colour that `code` does not know; None refuses it.
+        progress: called with (masks done, masks in all).
+
+    Returns:
+        The number of masks.
+
+    Raises:
+        InputError: naming the file and, for an unknown colour, the colour.
+    """
+    if not masks.is_dir():
+        raise InputError(f"{masks}: no such folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: exists already and is not an empty folder")
+    targets = _targets(masks)
+    table = np.arange(256, dtype=np.uint8)
+    for source, target in label_map.items():
+        table[source] = target
+    palette = _palette(code, table)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        for done, (target_name, path) in enumerate(targets.items(), start=1):
+            save_index_png(temporary / target_name, table[_ids(path, code, other)], palette)
+            if progress is not None:
+                progress(done, len(targets))
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return len(targets)
+
+
+def _ids(path: Path, code: ColourCode | None, other: int | None) -> np.ndarray:
+    mask = read_mask(path)
+    if mask.ndim == 2:
+        return mask
+    if code is None:
+        raise InputError(f"{path}: an RGB mask; --palette says what its colours mean")
+    positions = colour_positions(mask, code.colours)
+    unknown = positions < 0
+    if not unknown.any():
+        return code.ids[positions]
+    if other is None:
+        raise InputError(
+            f"{path}: colour {first_colour(mask, unknown)} is not in the palette "
+            "(--other gives such pixels an id)"
+        )
+    return np.where(unknown, np.uint8(other), code.ids[positions])
+
+
+def _targets(masks: Path) -> dict[Path, Path]:
+    """Every mask under the place of what it becomes, both in the order of names."""
+    targets: dict[Path, Path] = {}
+    for path in sorted(masks.rglob("*")):
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or suffix not in IMAGE_SUFFIXES:
+            continue
+        if suffix not in MASK_SUFFIXES:
+            raise InputError(
+                f"{path}: a lossy format alters ids and colours; masks are {', '.join(MASK_SUFFIXES)}"
+            )
+        target = path.relative_to(masks).with_suffix(".png")
+        if target in targets:
+            raise InputError(f"{path}: becomes the same file as {targets[target]}")
+        targets[target] = path
+    if not targets:
+        raise InputError(f"{masks}: no masks ({', '.join(MASK_SUFFIXES)}) in this folder")
+    return targets
+
+
+def _palette(code: ColourCode | None, table: np.ndarray) -> np.ndarray:
+    """Colours for the files written: an id keeps the first colour that leads to it."""
+    palette = voc_palette(256)
+    palette[255] = (224, 224, 192)
+    if code is not None:
+        for colour, target in reversed(list(zip(code.colours, table[code.ids], strict=True))):
+            palette[target] = colour
+    return palette
+
+
+def parse_label_map(pairs: Sequence[str]) -> dict[int, int]:
+    """{3: 1} from "3=1". Raises InputError naming the pair."""
+    label_map = {}
+    for pair in pairs:
+        match = re.fullmatch(r"(\d{1,3})=(\d{1,3})", pair)
+        source, target = (int(value) for value in match.groups()) if match else (256, 256)
+        if max(source, target) > 255:
+            raise InputError(f"--map {pair}: expected FROM=TO with ids of 0 to 255")
+        if source in label_map:
+            raise InputError(f"--map {pair}: {source} is mapped twice")
+        label_map[source] = target
+    return label_map

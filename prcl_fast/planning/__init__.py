@@ -1,0 +1,1 @@
+"""Plans, memory estimates and profiles of a training step."""

@@ -1,0 +1,116 @@
+"""Listens to the parts of a training step: how long each takes, or how much memory is held in it."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from prcl_fast.machine import reset_resident_peak, resident_peak
+from prcl_fast.step_parts import PARTS
+
+
+class PartTimer:
+    """Milliseconds of each part of each step.
+
+    On a CPU the time of the host; on CUDA the time between two points of the device's stream, so that a part
+    in which the device waits for the host counts as long as the device waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._steps: list[list[tuple[str, Any, Any]]] = []
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Surrounds a whole step."""
+        own: list[tuple[str, Any, Any]] = []
+        self._steps.append(own)
+        start = self._now()
+        yield
+        own.append(("", start, self._now()))
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Surrounds a part of the step."""
+        start = self._now()
+        yield
+        self._steps[-1].append((name, start, self._now()))
+
+    def steps(self) -> list[dict[str, float]]:
+        """For each step the milliseconds of its parts, in the order of PARTS, and of the rest, "other"."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        found = []
+        for marks in self._steps:
+            sums: dict[str, float] = {}
+            for name, start, end in marks:
+                sums[name] = sums.get(name, 0.0) + self._between(start, end)
+            whole = sums.pop("")
+            parts = {name: sums[name] for name in PARTS if name in sums}
+            # Parts on a stream of their own run beside the others.
+            found.append(parts | {"other": max(0.0, whole - sum(parts.values()))})
+        return found
+
+    def medians(self) -> dict[str, float]:
+        """The median of each part over the steps."""
+        steps = self.steps()
+        return {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self._device.type != "cuda":
+            return 1e3 * float(end - start)
+        return float(start.elapsed_time(end))
+
+
+class PartMemory:
+    """The most memory held in each part: PyTorch's allocator on CUDA, resident pages on a CPU.
+
+    Attributes:
+        peaks: bytes by part; empty where the system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known = True
+        self.peaks: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Surrounds a part of the step."""
+        self._reset()
+        yield
+        peak = self._peak()
+        if peak is not None:
+            self.peaks[name] = max(self.peaks.get(name, 0), peak)
+
+    def _reset(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        self._known = reset_resident_peak()
+
+    def _peak(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resident_peak() if self._known else None
+
+
+class PartRanges:
+    """Names the parts in a trace of PyTorch's profiler."""
+
+    @staticmethod
+    def part(name: str) -> contextlib.AbstractContextManager[None]:
+        """Surrounds a part of the step."""
+        return torch.profiler.record_function(name)  # type: ignore[no-any-return]

@@ -1,0 +1,238 @@
+"""Running a sweep: each run is `prcl train` in a process of its own, on one of a few places at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+import yaml
+
+from prcl_fast.config import dump_config
+from prcl_fast.config.files import PATH_KEYS
+from prcl_fast.device import choose_device
+from prcl_fast.errors import InputError
+from prcl_fast.files.writing import write_whole
+from prcl_fast.sweep.config import Sweep, SweepRun
+
+LOG, CONFIGURATION = "train.log", "train.yaml"
+_LAST_WORDS = 1 << 14  # bytes from the end of train.log
+_PAUSE = 0.2  # seconds between two looks at the processes
+# What torchrun or srun said to this process would make a run wait for others.
+_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_ID")
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run's process was started."""
+
+    run: SweepRun
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run's process ended, or could not start.
+
+    Attributes:
+        failure: why it failed; None where it did not, or was asked to stop.
+    """
+
+    run: SweepRun
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Working:
+    """A short time has passed while these runs were in progress."""
+
+    runs: tuple[SweepRun, ...]
+
+
+def check_output(sweep: Sweep) -> None:
+    """Raises InputError where a run of the sweep would lie inside the folder of another run."""
+    for above in sorted({above for run in sweep.runs for above in run.config.output.absolute().parents}):
+        if (above / "metrics.jsonl").exists():
+            raise InputError(f"output: {sweep.output} would hold runs inside the run folder {above}")
+
+
+def check_files(runs: Sequence[SweepRun]) -> None:
+    """Raises InputError where a file of some run's data or weights is not there, before hours have passed."""
+    for run in runs:
+        for section, key in PATH_KEYS:
+            path = getattr(getattr(run.config, section), key)
+            if isinstance(path, Path) and key != "cache_dir" and not path.exists():
+                raise InputError(f"run {run.name}: {section}.{key}: no such file or folder: {path}")
+
+
+def places(runs: Sequence[SweepRun], jobs: int | None, environ: Mapping[str, str]) -> list[dict[str, str]]:
+    """Where runs may be at the same time: for each place, what its processes find in their environment.
+
+    With CUDA there is one place a GPU, else `jobs` of them (1) that share the cores.
+
+    Raises:
+        InputError: no such device, or more `jobs` than GPUs.
+    """
+    names = {run.config.train.device for run in runs}
+    indexed = sorted(name for name in names if name.startswith("cuda:"))
+    if indexed:
+        raise InputError(f"train.device: {indexed[0]}: a sweep gives each run a GPU of its own; say cuda")
+    if any(choose_device(name).type == "cuda" for name in names):
+        gpus = gpu_names(environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+        if jobs is not None and jobs > len(gpus):
+            raise InputError(f"--jobs: {jobs}, but this machine shows {len(gpus)} GPUs, one for each run")
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
+    if jobs is None or jobs == 1:
+        return [{}]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [{"OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, cores // jobs)))}] * jobs
+
+
+def gpu_names(visible: str | None, count: int) -> list[str]:
+    """How CUDA_VISIBLE_DEVICES, here `visible`, calls each of the `count` GPUs that this process sees."""
+    if visible is None:
+        return [str(index) for index in range(count)]
+    return [name.strip() for name in visible.split(",")][:count]
+
+
+def train_runs(
+    runs: Sequence[SweepRun], where: Sequence[Mapping[str, str]]
+) -> Generator[Started | Ended | Working, None, None]:
+    """Trains `runs`, one on each place of `where` at a time, and tells what happens.
+
+    Beside what a run writes, its folder gets its whole configuration, train.yaml, and its output, train.log.
+    SIGINT and SIGTERM are passed on to the processes: they save and end, no further one is started, and the
+    generator ends. It runs in the main thread, and must be closed, which stops what is in progress.
+    """
+    waiting, free = deque(runs), list(where)
+    working: list[_Process] = []
+    with _signals() as asked:
+        try:
+            while waiting or working:
+                while waiting and free and not asked:
+                    run = waiting.popleft()
+                    try:
+                        process = _Process(run, free[-1])
+                    except OSError as error:
+                        yield Ended(run, _cannot_start(run, error))
+                        continue
+                    free.pop()
+                    working.append(process)
+                    yield Started(run)
+                if asked:
+                    waiting.clear()
+                for process in working:
+                    process.pass_on(asked)
+                for process in [process for process in working if process.ended()]:
+                    working.remove(process)
+                    free.append(process.place)
+                    yield Ended(process.run, process.failure(stopped=bool(asked)))
+                if working:
+                    yield Working(tuple(process.run for process in working))
+                    time.sleep(_PAUSE)
+        finally:
+            for process in working:
+                process.ask_to_stop()
+            for process in working:
+                process.wait()
+
+
+class _Process:
+    """A run's process. Raises OSError, BlockingIOError where another process has the run."""
+
+    def __init__(self, run: SweepRun, place: Mapping[str, str]) -> None:
+        self.run, self.place = run, dict(place)
+        folder = run.config.output
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / LOG
+        with self._log.open("ab") as log:
+            _lock(log)
+            self._start = log.seek(0, os.SEEK_END)
+            write_whole(
+                folder / CONFIGURATION, yaml.safe_dump(dump_config(run.config), sort_keys=False).encode()
+            )
+            self._process = self._train(folder / CONFIGURATION, log)
+        self._passed = 0
+
+    def _train(self, configuration: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS}
+        # In a session of its own: a terminal sends Ctrl-C to its whole group, and a second one ends a run
+        # at once.
+        return subprocess.Popen(
+            [sys.executable, "-m", "prcl_fast.cli.main", "train", str(configuration)],
+            env=environment | self.place,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+    def pass_on(self, signals: Sequence[int]) -> None:
+        """Sends those of `signals` that were not sent yet."""
+        for number in signals[self._passed :]:
+            self._process.send_signal(number)
+        self._passed = len(signals)
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def ask_to_stop(self) -> None:
+        """The process shall save and end."""
+        self._process.terminate()
+
+    def wait(self) -> None:
+        """Returns when the process has ended."""
+        self._process.wait()
+
+    def failure(self, *, stopped: bool) -> str | None:
+        """Why the ended process failed, by the last line of its log; None if it did not, or was `stopped`."""
+        status = self._process.returncode
+        if status == 0 or stopped:
+            return None
+        with self._log.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._start, end - _LAST_WORDS))
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        last = lines[-1].strip().removeprefix("prcl: ") if lines else "nothing in its log"
+        return last if status > 0 else f"ended by {signal.Signals(-status).name}; {last}"
+
+
+def _lock(log: IO[bytes]) -> None:
+    """Takes the run. Its process inherits the lock with its output, and holds it even if this one is killed.
+
+    Raises BlockingIOError where another process has it; where the file system knows no locks, all may pass.
+    """
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return
+
+
+def _cannot_start(run: SweepRun, error: OSError) -> str:
+    if isinstance(error, BlockingIOError):
+        return "another process is training this run"
+    return f"{error.filename or run.config.output}: {error.strerror or error}"
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the numbers of SIGINT and SIGTERM as they come."""
+    heard: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    former = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in numbers}
+    try:
+        yield heard
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,456 @@
+"""The benchmark of the whole step: every candidate trains the same thing, and the turns are fair."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench.ops.eager import random_anchors, random_negatives
+from bench.ops.run import read_result
+from bench.step import __main__ as step
+from bench.step import data as step_data
+from bench.step import run as step_run
+from bench.step import worker as step_worker
+from bench.step.data import DataSet, candidate_config, file_config, size_config, write_images
+from bench.step.plain import PlainTraining
+from bench.step.published import PublishedTraining
+from bench.step.published_pil import classmix, geometric, photometric, to_picture, to_tensor
+from bench.step.run import KIND, Plan, measure
+from bench.step.setup import LOSSES
+from bench.step.worker import CANDIDATES, OurTraining, Worker
+from prcl_fast.config import Config, override_config, parse_config
+from prcl_fast.data.source import IGNORE, build_source
+from prcl_fast.ops import use_backend
+from support.paths import CONFIGS
+from support.tiny import tiny_tree
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Images come as they are, and each of the few images is in each batch.
+IDENTITY = (
+    "data.augment.scale=[1.0, 1.0]",
+    "data.augment.flip=0",
+    "data.synthetic.labeled=2",
+    "data.synthetic.unlabeled=2",
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """The tiny run with what is common to all candidates of the benchmark."""
+    tree = tiny_tree(tmp_path / "run")
+    tree["method"]["prototype"] = "local"
+    tree["data"]["scan"] = False
+    return parse_config(tree, "test")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs `python -m bench.step ARGUMENTS`; exit status, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["step", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            step.main()
+        said = capsys.readouterr()
+        return int(caught.value.code or 0), said.out, said.err
+
+    return call
+
+
+# The candidates do the same work.
+
+
+@pytest.mark.parametrize("name", ["published", "eager", "ours"])
+def test_every_candidate_trains(config: Config, name: str) -> None:
+    kind, overrides = CANDIDATES[name]
+    with contextlib.closing(kind(candidate_config(config, name, overrides))) as training:
+        before = [parameter.detach().clone() for parameter in training.student.parameters()]
+        for _ in range(2):
+            losses = {key: float(value) for key, value in training.step().items()}
+            assert set(LOSSES) <= losses.keys()
+            assert all(math.isfinite(value) for value in losses.values())
+            assert losses["loss_supervised"] > 0
+            assert losses["loss_contrast"] > 0
+        for old, new in zip(before, training.student.parameters(), strict=True):
+            assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("kind", [PublishedTraining, PlainTraining])
+def test_weights_and_parameter_groups_are_ours_and_the_teacher_follows(config: Config, kind: Any) -> None:
+    ours, other = OurTraining(candidate_config(config, "ours", ())), kind(config)
+    with contextlib.closing(ours), contextlib.closing(other):
+        expected = ours.trainer.method.student.state_dict()
+        found = other.student.state_dict()
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        ours_groups = [len(list(group["params"])) for group in ours.trainer.method.parameter_groups()]
+        groups = other.optimizer.param_groups
+        assert [len(group["params"]) for group in groups] == ours_groups
+        optim = config.optim
+        assert [group["base_lr"] for group in groups] == [optim.lr, optim.lr, config.probability_lr]
+
+        other.step()
+        before = {name: value.clone() for name, value in other.teacher.state_dict().items()}
+        student = other.student.state_dict()
+        assert all(torch.equal(before[name], student[name]) for name in before)
+        other.step()
+        student, teacher = other.student.state_dict(), other.teacher.state_dict()
+        for name, value in teacher.items():
+            half = (before[name] + student[name]) / 2 if value.is_floating_point() else student[name]
+            torch.testing.assert_close(value, half)
+
+
+def test_published_has_our_supervised_loss_on_the_same_images(config: Config) -> None:
+    config = override_config(config, [*IDENTITY, "method.forward=separate"])
+    ours, published = OurTraining(candidate_config(config, "ours", ())), PublishedTraining(config)
+    with contextlib.closing(ours), contextlib.closing(published):
+        expected, found = ours.step(), published.step()
+    assert found["loss_supervised"] == pytest.approx(float(expected["loss_supervised"]), rel=1e-4)
+
+
+def test_published_passes_the_unlabeled_images_through_unchanged_without_augmentation(config: Config) -> None:
+    off = ("data.augment.jitter=0", "data.augment.grayscale=0", "data.augment.blur=0")
+    published = PublishedTraining(override_config(config, [*IDENTITY, *off]))
+    with contextlib.closing(published):
+        image, _ = next(published.unlabeled)
+        label = torch.randint(0, 6, (2, 64, 64))
+        confidence = torch.rand(2, 64, 64)
+        for strong in (False, True):
+            found = published._through_pil(image, label, confidence, scale=(1.0, 1.0), strong=strong)
+            for value, expected in zip(found, (image, label, confidence), strict=True):
+                torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
+
+
+def test_eager_has_our_losses_on_the_same_batch_with_the_same_draws(config: Config) -> None:
+    config = override_config(config, ["method.delta_u=0.2"])
+    ours, eager = OurTraining(candidate_config(config, "ours", ())), PlainTraining(config)
+    with contextlib.closing(ours), contextlib.closing(eager):
+        batch = next(ours.batches)
+        found = eager.losses(batch, seed=batch.seed)
+        with use_backend("torch"):
+            expected = ours.trainer.step(iter([batch]))
+    assert float(expected["loss_unsupervised"]) > 0
+    for name in LOSSES:
+        assert float(found[name].detach()) == pytest.approx(float(expected[name]), rel=1e-3), name
+
+
+def test_random_draws_are_pixels_of_their_classes() -> None:
+    torch.manual_seed(0)
+    label = torch.randint(0, 5, (2, 8, 8), dtype=torch.uint8)
+    label[label == 3] = IGNORE
+    valid = (torch.rand(label.shape) < 0.8) & (label != IGNORE)
+    hard = valid & (label != 4)
+    anchors = random_anchors(label, hard, 5, 200)
+    for number in range(5):
+        pixels = (hard & (label == number)).flatten().nonzero()[:, 0]
+        if number in (3, 4):
+            assert (anchors[number] == -1).all()
+        else:
+            assert set(anchors[number].tolist()) == set(pixels.tolist())
+
+    probability = torch.zeros(5, 5)
+    probability[0, 1], probability[0, 4] = 0.25, 0.75
+    negatives = random_negatives(probability, label, valid, 40, 50)
+    assert negatives.shape == (5, 40, 50)
+    assert (negatives[1:] == -1).all()
+    drawn = label.flatten()[negatives[0].flatten()]
+    assert valid.flatten()[negatives[0].flatten()].all()
+    assert set(drawn.tolist()) == {1, 4}
+    assert float((drawn == 4).float().mean()) == pytest.approx(0.75, abs=0.05)
+
+
+# Pillow's augmentation.
+
+
+def test_pictures_survive_the_way_to_a_tensor_and_back() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    assert np.array_equal(
+        np.array(to_picture(to_tensor(Image.fromarray(pixels), MEAN, STD), MEAN, STD)), pixels
+    )
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 0.5), (2.0, 2.0)])
+def test_picture_label_and_confidence_go_the_same_way(scale: tuple[float, float]) -> None:
+    random.seed(0)
+    # Large squares: the label is read off the colour away from their edges.
+    label = np.kron(np.arange(16, dtype=np.uint8).reshape(4, 4), np.ones((16, 16), dtype=np.uint8))
+    picture = Image.fromarray(np.repeat(label[..., None] * 10, 3, axis=2))
+    maps = [(Image.fromarray(label), IGNORE), (Image.fromarray(label.astype(np.float32)), -1.0)]
+    flips = set()
+    for _ in range(10):
+        found, (label_map, confidence_map) = geometric(
+            picture, maps, scale=scale, crop=(48, 40), flip=0.5, fill=(1.0, 1.0, 1.0)
+        )
+        assert (found.height, found.width) == (48, 40)
+        classes, certain = np.array(label_map), np.array(confidence_map)
+        inside = classes != IGNORE
+        assert np.array_equal(certain[inside], classes[inside].astype(np.float32))
+        assert (certain[~inside] == -1).all()
+        assert inside.all() == (scale[0] >= 1)
+        same = np.abs(np.array(found)[..., 0] - classes * 10.0)[inside] < 1
+        assert same.mean() > 0.6  # away from the edges
+        flips.add(bool(classes[0, inside[0]][0] > classes[0, inside[0]][-1]))
+    assert flips == {True, False}
+
+
+def test_strong_augmentation_changes_colours_and_can_be_switched_off(config: Config) -> None:
+    random.seed(0)
+    augment = config.data.augment
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    off = augment.model_copy(update={"jitter": 0.0, "grayscale": 0.0, "blur": 0.0})
+    assert np.array_equal(np.array(photometric(picture, off)), pixels)
+    grey = np.array(photometric(picture, off.model_copy(update={"grayscale": 1.0})))
+    assert (grey[..., 0] == grey[..., 1]).all()
+    blurred = np.array(photometric(picture, off.model_copy(update={"blur": 1.0, "blur_sigma": [2.0, 2.0]})))
+    assert blurred.std() < 0.5 * pixels.std()
+    assert not np.array_equal(np.array(photometric(picture, off.model_copy(update={"jitter": 1.0}))), pixels)
+
+
+def test_classmix_pastes_half_of_the_classes_of_another_image() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    label = torch.stack([torch.arange(12).repeat(12, 1) // 3 + 4 * image for image in range(3)])
+    label[0, :, :3] = IGNORE
+    image = label[:, None].expand(-1, 3, -1, -1).float()
+    mixed, mixed_label, mixed_confidence = classmix(image, label, label.float())
+    assert torch.equal(mixed[:, 0].long(), mixed_label)
+    assert torch.equal(mixed_confidence.long(), mixed_label)
+    for own in range(3):
+        pasted = mixed_label[own] != label[own]
+        others = mixed_label[own][pasted].unique()
+        assert len({int(x) // 4 for x in others}) == 1
+        assert IGNORE not in others
+        assert len(others) == 2  # of four classes, or of three
+
+
+# The configurations.
+
+
+def test_generated_images_are_a_data_set(tmp_path: Path) -> None:
+    write_images(tmp_path, DataSet("", 48, 64, 5, ".jpg", 4))
+    tree = tiny_tree(tmp_path / "run")
+    tree["data"] = {"kind": "folder", "root": str(tmp_path), "classes": str(tmp_path / "classes.txt")}
+    tree["data"] |= {subset: str(tmp_path / f"{subset}.txt") for subset in ("labeled", "unlabeled", "val")}
+    source = build_source(parse_config(tree, "test").data)
+    assert len(source.classes) == 5
+    found = set()
+    for name in source.splits["labeled"].names:
+        assert source.image(name).shape == (48, 64, 3)
+        found |= set(np.unique(source.label(name)))
+    assert found == {0, 1, 2, 3, 4, IGNORE}
+
+
+@pytest.mark.parametrize(("size", "crop", "classes"), [("voc", 512, 21), ("cityscapes", 768, 19)])
+def test_sizes_are_the_papers_settings(
+    size: str, crop: int, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = step_data.DATA_SETS[size]
+    small = DataSet(full.config, 24, 32, full.classes, full.suffix, full.labels_at_once)
+    monkeypatch.setitem(step_data.DATA_SETS, size, small)
+    config = size_config(size, tmp_path, ["train.threads=2", "train.device=cpu"])
+    assert config.data.crop == [crop, crop]
+    assert (config.model.backbone, config.model.dim, config.model.weights) == ("resnet101", 256, None)
+    assert (config.train.batch_labeled, config.train.batch_unlabeled) == (8, 8)
+    assert (config.method.delta_w, config.method.delta_s, config.method.prototype) == (0, 1, "local")
+    assert (config.train.threads, config.train.amp, config.data.workers) == (2, "off", 0)
+    assert len(build_source(config.data).classes) == classes
+
+
+def test_what_the_caller_asks_for_goes_before_what_is_common(tmp_path: Path) -> None:
+    file = CONFIGS / "demo.yaml"
+    config = file_config(file, tmp_path, ["train.device=cpu", "data.workers=3", "method.delta_s=0.5"])
+    assert (config.data.workers, config.method.delta_s, config.method.delta_w) == (3, 0.5, 0)
+    assert config.output == tmp_path / "runs"
+
+
+# Turns, results, mistakes.
+
+
+class _Recorded:
+    """A worker that writes down its turns."""
+
+    def __init__(self, name: str, log: list[tuple[str, int]], alive: set[str]) -> None:
+        self.name, self.log, self.alive = name, log, alive
+        self.times: list[float] = []
+        self.report = self.failure = None
+        alive.add(name)
+
+    def run(self, steps: int) -> None:
+        self.log.append((self.name, len(self.alive)))
+        self.times.append(1.0)
+
+    def finish(self) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self.alive.discard(self.name)
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The turns of workers that only write them down: candidate, and how many candidates were alive."""
+    log: list[tuple[str, int]] = []
+    alive: set[str] = set()
+    monkeypatch.setattr(step_run, "_start", lambda plan, name: _Recorded(name, log, alive))
+    return log
+
+
+def test_candidates_take_turns_and_each_comes_first(config: Config, turns: list[tuple[str, int]]) -> None:
+    plan = Plan("test", config, "cpu", ("published", "eager", "ours"), 4, 1, 0, one_at_a_time=False)
+    result = measure(plan, lambda text: None)
+    assert [alive for _, alive in turns] == [3] * 12
+    rounds = [[name for name, _ in turns[start : start + 3]] for start in range(0, 12, 3)]
+    assert rounds[0] == ["ours", "eager", "published"]
+    assert all(len(set(names)) == 3 for names in rounds)
+    assert {names[0] for names in rounds} == {"published", "eager", "ours"}
+    assert [row["candidate"] for row in result["rows"]] == ["published", "eager", "ours"]
+
+
+def test_one_at_a_time_ours_is_first_and_the_published_step_last_and_short(
+    config: Config, turns: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(step_run.time, "monotonic", lambda: next(clock))  # two seconds a turn
+    plan = Plan("test", config, "cpu", ("published", "eager", "ours"), 4, 5, 0, True, published_seconds=5.0)
+    result = measure(plan, lambda text: None)
+    halves = [("ours", 1)] * 2 + [("eager", 1)] * 2
+    assert turns == [*halves, *halves, *[("published", 1)] * 3]
+    assert [row["steps_a_round"] for row in result["rows"]] == [1, 5, 5]
+    assert any("published is timed after all others, for 5 s at most" in x for x in result["same_for_all"])
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_the_result_so_far_is_there_after_every_candidate(
+    config: Config, turns: list[tuple[str, int]], one_at_a_time: bool
+) -> None:
+    written: list[list[str]] = []
+
+    def finished(result: dict[str, Any]) -> None:
+        json.dumps(result, allow_nan=False)
+        written.append([row["candidate"] for row in result["rows"] if row["note"] != "not run yet"])
+
+    plan = Plan("test", config, "cpu", ("published", "eager", "ours"), 1, 1, 0, one_at_a_time)
+    measure(plan, lambda text: None, finished)
+    assert written == [["ours"], ["eager", "ours"], ["published", "eager", "ours"]]
+
+
+def test_a_file_holds_the_candidates_that_ran_before_the_benchmark_was_stopped(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "result.json"
+
+    def stopped(plan: Plan, progress: Any, finished: Callable[[dict[str, Any]], None]) -> None:
+        finished({"kind": KIND, "rows": []})
+        assert read_result(file, KIND)["rows"] == []
+        sys.exit(143)
+
+    monkeypatch.setattr(step, "measure", stopped)
+    assert run("--json", str(file))[0] == 143
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two processes, one of which cannot run here."""
+    tree = tiny_tree(tmp_path_factory.mktemp("step") / "run", prototype="local")
+    tree["train"]["device"] = "cpu"
+    plan = Plan("tiny", parse_config(tree, "test"), "cpu", ("eager", "ours-graph"), 3, 1, 1, False)
+    return measure(plan, lambda text: None)
+
+
+def test_a_result_says_times_memory_and_why_a_candidate_has_none(measured: dict[str, Any]) -> None:
+    eager, graph = measured["rows"]
+    assert eager["candidate"] == "eager"
+    assert eager["note"] == ""
+    assert eager["ms_20"] <= eager["ms"] <= eager["ms_80"]
+    assert (eager["rounds"], eager["steps_a_round"], eager["warmup_steps"]) == (3, 1, 1)
+    assert eager["images_per_second"] == pytest.approx(4000 / eager["ms"])
+    assert eager["peak_bytes"] > eager["base_bytes"] > 0
+    assert all(math.isfinite(value) for value in eager["losses"].values())
+    assert {"student", "contrast", "backward"} <= eager["parts_ms"].keys()
+    assert graph["ms"] is None
+    assert "train.graph: needs a CUDA device" in graph["note"]
+    assert any("delta_w 0 and delta_s 1" in line for line in measured["same_for_all"])
+    assert measured["options"]["changes"]["ours-graph"] == ["train.graph=true"]
+    json.dumps(measured, allow_nan=False)
+
+
+def test_the_figure_of_a_result_is_drawn(run: Any, measured: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(measured))
+    assert read_result(file, KIND) == json.loads(file.read_text())
+    code, out, _ = run("--plot", str(file), "--out", str(tmp_path / "figures"))
+    assert code == 0
+    files = [tmp_path / "figures" / name for name in ("result.png", "result_parts.png")]
+    assert out.split() == [str(file) for file in files]
+    for file in files:
+        assert (np.asarray(Image.open(file).convert("L")) < 100).mean() > 0.002
+
+
+def test_a_warm_up_ends_when_its_time_is_over(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting:
+        student = torch.nn.Linear(1, 1)
+        steps = 0
+
+        def step(self) -> dict[str, float]:
+            self.steps += 1
+            return dict.fromkeys(LOSSES, 0.0)
+
+        def close(self) -> None:
+            pass
+
+    sent: list[Any] = []
+    training, clock = Counting(), iter(range(0, 1000, 2))
+    monkeypatch.setitem(CANDIDATES, "published", (lambda config: training, ()))
+    monkeypatch.setattr(step_worker.time, "perf_counter", lambda: next(clock))  # two seconds a step
+    asked = iter((1, None))  # one turn of one step
+    connection: Any = SimpleNamespace(send=sent.append, recv=lambda: next(asked))
+    step_worker._work(connection, "published", config, warmup=100, seconds=5.0)
+    assert sent[0] == "ready"
+    assert sent[-1].warmup_steps == 2
+    assert training.steps == 4  # and one more for the times of its parts
+
+
+def test_a_worker_that_dies_is_a_failure_with_its_status(config: Config) -> None:
+    worker = Worker.start("published", config, warmup=0)
+    try:
+        assert worker.failure is None
+        worker.process.kill()
+        worker.process.join()
+        worker.run(1)
+        assert worker.failure == "its process ended with status -9"
+        assert worker.times == []
+    finally:
+        worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--size", "huge"), "--size: 'huge'"),
+        (("--candidates", "publishd"), "did you mean published?"),
+        (("method.mix=cutmix",), "method.mix: cutmix"),
+        (("method.share=16",), "ours-shared16"),
+        (("train.amp=fp16",), "train.amp: fp16"),
+        (("method.name=supervised",), "method.name: 'supervised'"),
+        (("--config", "none.yaml"), "none.yaml"),
+        (("--plot", "none.json"), "none.json: cannot be read"),
+        (("--plot", __file__), "is not JSON"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2(run: Any, arguments: tuple[str, ...], named: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out, err.strip().count("\n")) == (2, "", 0)
+    assert named in err
