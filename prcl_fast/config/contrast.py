@@ -33,7 +33,7 @@ class ContrastConfig(Section):
     )
     virtual_spread: Literal["prototype", "class"] = Field(
         "prototype",
-        description="Factor of beta: the GDP's sigma^2, as eq. (10) prints it, or the running standard "
+        description="What beta multiplies: the GDP's sigma^2, as eq. (10) prints it, or the running standard "
         "deviation of the class's mu.",
     )
     beta: NonNegative = Field(1.0, description="Virtual radius, eq. (10).")
@@ -55,12 +55,11 @@ class ContrastConfig(Section):
     negatives: Count = Field(512, description="Real negatives per anchor.")
     negative_classes: Literal["prototype", "local", "uniform"] = Field(
         "prototype",
-        description="Distribution of the classes of real negatives: by the scores of the anchors' positives, "
-        "by those of the batch's own prototypes, or uniform.",
+        description="Whose scores the classes of real negatives are drawn by: the anchors' positives', the "
+        "batch's own prototypes', or nobody's, all alike.",
     )
     share: Count = Field(
-        1,
-        description="Anchors of a class that share one set of negatives; 16 or 32 is faster, and unbiased.",
+        1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
     )
 
     def changed(self, options: Mapping[str, Any]) -> ContrastConfig:

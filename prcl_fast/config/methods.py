@@ -13,14 +13,14 @@ from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Pos
 class SupervisedConfig(Section):
     """Only the labeled images: L_s, eq. (13)."""
 
-    name: Literal["supervised"] = Field(description="The method.")
+    name: Literal["supervised"]
 
 
 class UnlabeledConfig(Section):
-    """Settings shared by all methods that learn from unlabeled images."""
+    """What every method has that learns from unlabeled images, too."""
 
     mix: Literal["none", "cutout", "cutmix", "classmix"] = Field(
-        "classmix", description="Mixing of unlabeled images; none: no mixing."
+        "classmix", description="What is pasted into, or cut out of, the unlabeled images."
     )
     warmup: int = Field(
         0, ge=0, description="Supervised iterations at the start, before unlabeled images take part."
@@ -28,7 +28,7 @@ class UnlabeledConfig(Section):
 
 
 class ConsistencyConfig(UnlabeledConfig):
-    """Settings shared by all methods with a teacher and pseudo-labels."""
+    """What every method with a teacher and pseudo-labels has."""
 
     delta_u: Fraction = Field(0.97, description="Confidence above which a pixel counts for omega.")
     omega: Literal["batch", "image", "pixel"] = Field(
@@ -46,21 +46,21 @@ class ConsistencyConfig(UnlabeledConfig):
 class MeanTeacherConfig(ConsistencyConfig):
     """Consistency with an EMA teacher: Mean Teacher with mix none; else ClassMix, CutMix or CutOut."""
 
-    name: Literal["mean_teacher"] = Field(description="The method.")
+    name: Literal["mean_teacher"]
 
 
 class PRCLConfig(ConsistencyConfig, ContrastConfig):
-    """Probabilistic representation contrastive learning, with the options of both papers."""
+    """Probabilistic representation contrastive learning, both papers' switches."""
 
-    name: Literal["prcl"] = Field(description="The method.")
+    name: Literal["prcl"]
     initial_variance: Annotated[float, Field(gt=1e-6, lt=1)] = Field(
         0.5,
-        description="sigma^2 around which the probability head starts. 0.5, a bias of 0, is large beside "
-        "normalised means, whose squared components are 1 / model.dim on average.",
+        description="sigma^2 that the probability head starts around. 0.5, a bias of 0, is large beside "
+        "normalised means, whose components have squares of 1 / model.dim.",
     )
     delta_w: Fraction = Field(0.7, description="Confidence from which a pixel is valid.")
     confidence: Literal["student", "teacher"] = Field(
-        "student", description="Network whose probability of the pixel's class selects hard pixels."
+        "student", description="Whose probability of the pixel's class picks hard pixels."
     )
     lambda_c: NonNegative = Field(1.0, description="Initial weight of the contrast, eq. (12).")
     alpha: float = Field(-5.0, le=0, description="Decay of that weight, eq. (12); 0 holds it constant.")
@@ -69,23 +69,21 @@ class PRCLConfig(ConsistencyConfig, ContrastConfig):
 class PCRConfig(ConsistencyConfig):
     """Consistency of a linear and a prototype-based predictor [Xu et al., NeurIPS 2022]."""
 
-    name: Literal["pcr"] = Field(description="The method.")
-    mix: Literal["none", "cutout", "cutmix", "classmix"] = Field(
-        "cutmix", description="Mixing of unlabeled images; none: no mixing."
-    )
+    name: Literal["pcr"]
+    mix: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
     delta_u: Fraction = Field(0.8, description="Confidence above which a pseudo-label counts.")
     omega: Literal["batch", "image", "pixel"] = Field(
         "pixel", description="Weight of the losses on unlabeled pixels, as in mean_teacher."
     )
     predictor: Literal["both", "prototype"] = Field(
         "both",
-        description="Linear and prototype predictor; or the prototype predictor alone, which then also "
-        "labels the unlabeled images, table 4. (The linear one alone is mean_teacher.)",
+        description="Linear and prototype predictor; or the latter alone, which then also labels the "
+        "unlabeled images, table 4. (The linear one alone is mean_teacher.)",
     )
     features: Literal["decoder", "aspp"] = Field(
         "decoder",
-        description="Features of the prototypes: the classifier's input, eq. (3) and Algorithm 2, or ASPP's "
-        "output, section 4.1.",
+        description="What prototypes are made of: what the classifier reads, eq. (3) and Algorithm 2, or "
+        "ASPP's output, section 4.1.",
     )
     prototypes: int = Field(4, ge=1, le=64, description="K, prototypes per class.")
     prototypes_from: PathString | None = Field(
@@ -101,8 +99,8 @@ class PCRConfig(ConsistencyConfig):
     warmup: int = Field(
         1000,
         ge=0,
-        description="Supervised iterations of the linear predictor at the start. Without prototypes_from at "
-        "least 1, because K-means over their features makes the prototypes.",
+        description="Supervised iterations of the linear predictor at the start; without prototypes_from "
+        "at least 1, for K-means over their features makes the prototypes.",
     )
 
     @model_validator(mode="after")
@@ -115,26 +113,22 @@ class PCRConfig(ConsistencyConfig):
 class CPSConfig(UnlabeledConfig):
     """Cross pseudo supervision of two networks [Chen et al., CVPR 2021]."""
 
-    name: Literal["cps"] = Field(description="The method.")
-    mix: Literal["none", "cutmix"] = Field(
-        "cutmix", description="Mixing of unlabeled images; none: no mixing."
-    )
+    name: Literal["cps"]
+    mix: Literal["none", "cutmix"] = "cutmix"
     lambda_cps: NonNegative = Field(1.5, description="Weight of the cross supervision.")
 
 
 class PPSConfig(UnlabeledConfig):
     """Prototypical contrast and cross supervision of two networks [Chen and Lian, ACM MM 2022]."""
 
-    name: Literal["pps"] = Field(description="The method.")
-    mix: Literal["none", "cutmix"] = Field(
-        "cutmix", description="Mixing of unlabeled images; none: no mixing."
-    )
+    name: Literal["pps"]
+    mix: Literal["none", "cutmix"] = "cutmix"
     prototypes: int = Field(5, ge=1, le=64, description="n, prototypes, or queries, per class.")
     layers: int = Field(6, ge=1, le=12, description="Layers of the transformer decoder: MaskFormer's 6.")
     heads: Count = Field(8, description="Attention heads of the transformer decoder: MaskFormer's 8.")
     shared: Literal["decoder", "queries"] = Field(
         "decoder",
-        description="Modules that both networks share: transformer decoder and queries, or the queries "
+        description="What both networks have in common: transformer decoder and queries, or the queries "
         "alone. The caption of figure 2 can be read either way.",
     )
     assignment: Literal["softmax", "odds"] = Field(
@@ -142,16 +136,10 @@ class PPSConfig(UnlabeledConfig):
         description="f of eq. (9), of the sum S of a class's scores: odds is the text's softmax(e^S), with "
         "e^S's tangent beyond S = 3; softmax(S) reads the softmax as what normalises the odds e^S.",
     )
-    projection_dim: Count = Field(
-        64, description="Dimension of F_p, which eq. (7) contrasts; this project's choice."
-    )
-    anchors: int = Field(
-        256, ge=2, description="n of eq. (7), pixels drawn of each prototype; this project's choice."
-    )
-    negatives: Count = Field(
-        512, description="r of eq. (7), negatives of each prototype; this project's choice."
-    )
-    tau: Positive = Field(0.1, description="Temperature of eq. (7); this project's choice.")
+    projection_dim: Count = Field(64, description="Dimension of F_p, which eq. (7) contrasts; ours.")
+    anchors: int = Field(256, ge=2, description="n of eq. (7), pixels drawn of each prototype; ours.")
+    negatives: Count = Field(512, description="r of eq. (7), negatives of each prototype; ours.")
+    tau: Positive = Field(0.1, description="Temperature of eq. (7); ours.")
     normalize: bool = Field(
         True, description="L2-normalise the pixels of eq. (7); the text has their plain dot products."
     )

@@ -62,9 +62,11 @@ def _table(title: str, about: str, prefix: str, properties: Mapping[str, Any]) -
     yield _ROW.format("key", "type", "default", "meaning")
     yield "|---|---|---|---|"
     for key, value in properties.items():
-        default = f"`{_value(value['default'])}`" if "default" in value else _WITHOUT_DEFAULT.get(key, "required")
-        meaning = _one_line(value.get("description", "")).replace("|", "\\|")
-        yield _ROW.format(f"`{prefix}{key}`", _type(value), default, meaning)
+        default = (
+            f"`{_value(value['default'])}`" if "default" in value else _WITHOUT_DEFAULT.get(key, "required")
+        )
+        meaning = value.get("description", "The method." if "const" in value else "")
+        yield _ROW.format(f"`{prefix}{key}`", _type(value), default, _one_line(meaning).replace("|", "\\|"))
     yield ""
 
 
