@@ -108,7 +108,9 @@ class DataConfig(Section):
         "none", description="Keep the decoded training images: in memory that processes share, or on disk."
     )
     cache_dir: PathString | None = Field(
-        None, description="Folder of cache: disk; null: prcl_fast/images in the user's cache folder."
+        None,
+        description="Folder of cache: disk; null: $XDG_CACHE_HOME/prcl_fast/images, by default "
+        "~/.cache/prcl_fast/images.",
     )
     scan: bool = Field(True, description="Check every label file for ids out of range before training.")
 
