@@ -43,10 +43,10 @@ class AugmentConfig(Section):
     )
     flip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
     jitter: Fraction = Field(0.8, description="Probability of colour jitter on an unlabeled image.")
-    brightness: Fraction = Field(0.5, description="Colour jitter: largest relative change of brightness.")
-    contrast: Fraction = Field(0.5, description="Colour jitter: largest relative change of contrast.")
-    saturation: Fraction = Field(0.5, description="Colour jitter: largest relative change of saturation.")
-    hue: float = Field(0.25, ge=0, le=0.5, description="Colour jitter: largest shift of hue, in turns.")
+    brightness: Fraction = 0.5
+    contrast: Fraction = 0.5
+    saturation: Fraction = 0.5
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.25
     grayscale: Fraction = Field(0.2, description="Probability of grey on an unlabeled image.")
     blur: Fraction = Field(0.5, description="Probability of a Gaussian blur on an unlabeled image.")
     blur_sigma: list[Positive] = Field(
@@ -63,12 +63,10 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    """Data set, splits, class ids, augmentation and loading."""
+    """Which images, which labels, and how they become batches."""
 
-    kind: Literal["voc", "cityscapes", "folder", "synthetic"] = Field(
-        description="Layout of the data set; folder: your own."
-    )
-    root: PathString | None = Field(None, description="Folder of the data set; not for synthetic data.")
+    kind: Literal["voc", "cityscapes", "folder", "synthetic"]
+    root: PathString | None = Field(None, description="Folder of the data set; not for kind synthetic.")
     labeled: PathString | None = Field(None, description="Split file of the labeled images.")
     unlabeled: PathString | None = Field(None, description="Split file of the unlabeled images.")
     val: PathString | None = Field(None, description="Split file of the validation images.")
@@ -82,25 +80,15 @@ class DataConfig(Section):
     )
     palette: list[Rgb] | None = Field(
         None,
-        description="A colour for each class: for pictures, and to read RGB masks (kind folder). Colours "
-        "after those of the classes mean: not labeled.",
+        description="A colour per class: for pictures, and to read RGB masks (kind folder), where further "
+        "colours mean: not labeled.",
     )
     ignore: int = Field(255, ge=0, le=255, description="The id on disk that means: not labeled.")
     synthetic: SyntheticConfig = SyntheticConfig()
     crop: Size = Field([512, 512], description="Height and width of a training crop, pixels.")
     augment: AugmentConfig = AugmentConfig()
-    mean: list[float] = Field(
-        [0.485, 0.456, 0.406],
-        min_length=3,
-        max_length=3,
-        description="Means of the channels, subtracted from images in 0 to 1; ImageNet's.",
-    )
-    std: list[Positive] = Field(
-        [0.229, 0.224, 0.225],
-        min_length=3,
-        max_length=3,
-        description="Standard deviations of the channels, by which images are divided; ImageNet's.",
-    )
+    mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
+    std: list[Positive] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
     workers: int = Field(
         2, ge=0, le=256, description="Processes that decode images; 0 decodes in the main process."
     )
@@ -108,9 +96,7 @@ class DataConfig(Section):
         "none", description="Keep the decoded training images: in memory that processes share, or on disk."
     )
     cache_dir: PathString | None = Field(
-        None,
-        description="Folder of cache: disk; null: $XDG_CACHE_HOME/prcl_fast/images, by default "
-        "~/.cache/prcl_fast/images.",
+        None, description="Folder of cache: disk; null: prcl_fast/images in the user's cache folder."
     )
     scan: bool = Field(True, description="Check every label file for ids out of range before training.")
 
@@ -133,13 +119,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network: encoder, DeepLabv3+ decoder, heads."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"] = Field(
-        "resnet101", description="The encoder."
-    )
-    stem: Literal["plain", "deep"] = Field(
-        "plain", description="First layers of a ResNet: one 7 x 7 convolution, or three 3 x 3 ones."
-    )
-    output_stride: Literal[8, 16] = Field(16, description="Image size over size of the encoder's output.")
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"] = "resnet101"
+    stem: Literal["plain", "deep"] = Field("plain", description="The first layers of a ResNet.")
+    output_stride: Literal[8, 16] = 16
     base_width: int = Field(
         64,
         ge=8,
@@ -173,21 +155,19 @@ class OptimConfig(Section):
         description="Learning rate of the probability head (soft freezing); null: the IJCV paper's 5e-5 for "
         "40000 iterations and more, 5e-5 * 40000 / iterations for fewer, at most lr.",
     )
-    momentum: Fraction = Field(0.9, description="Momentum of SGD.")
-    weight_decay: NonNegative = Field(5.0e-4, description="Weight decay, of all parameters.")
-    power: NonNegative = Field(0.9, description="Exponent of the polynomial schedule.")
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 5.0e-4
+    power: NonNegative = 0.9
 
 
 class TrainConfig(Section):
-    """Training loop, precision, device and checkpoints."""
+    """The loop."""
 
-    iterations: Count = Field(40000, description="Optimiser steps of the run.")
+    iterations: Count = 40000
     batch_labeled: Count = Field(8, description="Labeled images of a step, over all processes.")
     batch_unlabeled: Count = Field(8, description="Unlabeled images of a step, over all processes.")
     accumulate: Count = Field(1, description="Forward and backward passes that share one optimiser step.")
-    amp: Annotated[Literal["off", "bf16", "fp16"], BeforeValidator(_off_is_a_word)] = Field(
-        "off", description="Autocast to bfloat16 or float16; off: float32."
-    )
+    amp: Annotated[Literal["off", "bf16", "fp16"], BeforeValidator(_off_is_a_word)] = "off"
     tf32: bool = Field(
         True, description="CUDA: float32 products and convolutions with TF32's 10-bit mantissa."
     )
@@ -199,32 +179,29 @@ class TrainConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null: PyTorch's choice.")
     sync_bn: bool = Field(
-        True,
-        description="Batch norm over the images of all processes; false: over each process's own images.",
+        True, description="Batch norm over the images of all processes; false: over those of each."
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="After a loss or gradient that is not finite: stop the run, or skip the step."
+        "stop", description="A loss or gradient that is not finite ends the run, or its step is left out."
     )
     stall_timeout: Positive | None = Field(
         600.0, description="Seconds without progress after which a run is ended; null: never."
     )
-    log_every: Count = Field(20, description="Iterations between records of the log.")
-    eval_every: Count = Field(1000, description="Iterations between evaluations.")
-    save_every: Count = Field(1000, description="Iterations between checkpoints.")
+    log_every: Count = 20
+    eval_every: Count = 1000
+    save_every: Count = 1000
     keep: Count = Field(2, description="Checkpoints kept for resuming: last.pt, last-1.pt, ...")
 
 
 class EvalConfig(Section):
-    """Evaluation during training and by `prcl eval`."""
+    """How a network is evaluated, during training and by `prcl eval`."""
 
-    mode: Literal["whole", "center", "sliding"] = Field(
-        "whole", description="Whole images, their centre crop, or a sliding window."
-    )
+    mode: Literal["whole", "center", "sliding"] = "whole"
     crop: Size | None = Field(None, description="Size of the centre crop (mode center); null: data.crop.")
     window: Size | None = Field(None, description="Size of the sliding window; null: data.crop.")
     stride: Fraction = Field(2 / 3, gt=0, description="Stride of the window as a share of its size.")
     average: Literal["logits", "softmax"] = Field(
-        "softmax", description="Quantity that is averaged over windows, scales and flips."
+        "softmax", description="What overlapping windows and scales average."
     )
     scales: list[Positive] = Field([1.0], min_length=1, description="Image scales that are averaged.")
     flip: bool = Field(False, description="Average with the mirrored image.")
@@ -240,7 +217,7 @@ PAPER_ITERATIONS = 40000
 class Config(Section):
     """A whole run."""
 
-    seed: int = Field(0, ge=0, description="Seed of everything random in the run.")
+    seed: int = Field(0, ge=0)
     output: PathString = Field(description="Folder for everything that the run writes.")
     data: DataConfig
     model: ModelConfig = ModelConfig()
