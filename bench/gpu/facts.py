@@ -51,6 +51,7 @@ def main() -> int:
         capability="{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None,
     )
     from bench import machine
+    from prcl_fast.machine.description import command_output
     from prcl_fast.ops import _native
     from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
 
@@ -58,7 +59,7 @@ def main() -> int:
     add(
         native=_native.unavailable(device),
         machine=machine.describe(device),
-        nvidia_smi=machine.output("nvidia-smi").splitlines(),
+        nvidia_smi=command_output("nvidia-smi").splitlines(),
     )
     if gpu:
         properties = torch.cuda.get_device_properties(0)

@@ -62,7 +62,7 @@ def _case(
     amounts = sizes.classes, sizes.anchors, sizes.negatives, virtual
     settings: dict[str, Any] = {"prototype": "local", "virtual_negatives": virtual}
     own = _first_step(contrast_module(sizes, options.device, **settings))
-    shared = _first_step(contrast_module(sizes, options.device, share=SHARE, **settings))
+    shared = _first_step(contrast_module(sizes, options.device, anchors_per_set=SHARE, **settings))
 
     def loop(mu: Tensor, var: Tensor, *others: Tensor) -> Tensor:
         label, valid, confidence, _ = others

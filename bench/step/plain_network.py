@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from prcl_fast.device import full_precision
 from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.models.conv3x3 import Conv3x3
 from prcl_fast.models.deeplab import DeepLabDecoder
 from prcl_fast.models.heads import ProbabilityHead
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
-from prcl_fast.models.resnet import Conv3x3
 
 LOG_FLOOR = math.log(1e-6)
 

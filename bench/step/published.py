@@ -30,7 +30,8 @@ from bench.step.setup import (
     teacher_decay,
 )
 from prcl_fast.config import Config
-from prcl_fast.data.source import IGNORE, Source, build_source
+from prcl_fast.data.source import IGNORE, Source
+from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.models.network import NetworkOutput
 from prcl_fast.step_parts import part

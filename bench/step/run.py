@@ -83,8 +83,10 @@ def measure(
         InputError: a configuration that not all candidates know.
     """
     method = method_of(plan.config)
-    if method.share != 1:
-        raise InputError(f"method.share: {method.share}; that is the candidate ours-shared16")
+    if method.anchors_per_set != 1:
+        raise InputError(
+            f"method.anchors_per_set: {method.anchors_per_set}; that is the candidate ours-shared16"
+        )
     outcomes = {name: _Outcome() for name in plan.candidates}
     result = {
         "kind": KIND,

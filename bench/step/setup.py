@@ -18,7 +18,8 @@ from bench.step.plain_network import made_plain
 from prcl_fast.config import Config
 from prcl_fast.config.methods import PRCLConfig
 from prcl_fast.errors import InputError
-from prcl_fast.models.network import SegmentationNetwork, build_network
+from prcl_fast.models.build import build_network
+from prcl_fast.models.network import SegmentationNetwork
 
 LOSSES = ("loss", "loss_supervised", "loss_unsupervised", "loss_contrast")
 

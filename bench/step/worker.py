@@ -23,10 +23,10 @@ from bench.step.plain import PlainTraining
 from bench.step.published import PublishedTraining
 from bench.step.setup import LOSSES, Training
 from prcl_fast.config import Config, dump_config, parse_config
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.machine import resident_peak
+from prcl_fast.machine.memory import resident_peak
 from prcl_fast.planning.part_meter import PartTimer
 from prcl_fast.planning.step_profile import traced
 from prcl_fast.step_parts import listening
@@ -57,7 +57,7 @@ CANDIDATES: dict[str, tuple[Callable[[Config], Training], tuple[str, ...]]] = {
     "ours": (OurTraining, ()),
     "eager": (PlainTraining, ()),
     "ours-graph": (OurTraining, ("train.graph=true",)),
-    "ours-shared16": (OurTraining, ("method.share=16",)),
+    "ours-shared16": (OurTraining, ("method.anchors_per_set=16",)),
     "ours-compile": (OurTraining, ("train.compile=true",)),
     "ours-graph-compile": (OurTraining, ("train.graph=true", "train.compile=true")),
     "compile": (PlainTraining, ("train.compile=true",)),

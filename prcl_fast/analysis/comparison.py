@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prcl_fast.analysis.seed_statistics import MISSING, Summary, cell_texts, summarize
-from prcl_fast.config import Config, load_config
+from prcl_fast.config import Config, load_stored_config
 from prcl_fast.config.files import PATH_KEYS, RUN_KEYS
 from prcl_fast.errors import InputError
 from prcl_fast.runs.folder import settings
@@ -109,7 +109,7 @@ def find_runs(paths: Sequence[Path]) -> list[ComparedRun]:
         for folder in found:
             folders.setdefault(folder.resolve(), folder)
     return [
-        ComparedRun(folder, load_config(folder / "config.yaml"), read_result(folder))
+        ComparedRun(folder, load_stored_config(folder / "config.yaml"), read_result(folder))
         for folder in folders.values()
     ]
 

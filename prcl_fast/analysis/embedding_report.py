@@ -41,7 +41,8 @@ from prcl_fast.analysis.prototypes import Prototypes, pixel_prototypes, stored_v
 from prcl_fast.analysis.style import save_figure
 from prcl_fast.config import Config, override_config
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
-from prcl_fast.data.source import Source, build_source
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import write_text
 from prcl_fast.runs.checkpoint import LoadedRun, find_checkpoint, load_checkpoint, load_run
@@ -148,12 +149,9 @@ def write_analysis(
         "tsne.png": draw_tsne(space, question.seed),
         "prototypes.png": draw_prototypes(space, iterations, means, shift),
     }
-    try:
-        for file, figure in figures.items():
-            save_figure(figure, out / file)
-        write_text(out / "analysis.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise InputError(f"out: {out} cannot be written: {error.strerror or error}") from None
+    for file, figure in figures.items():
+        save_figure(figure, out / file)
+    write_text(out / "analysis.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result | {"output": str(out)}
 
 

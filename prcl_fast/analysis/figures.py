@@ -11,7 +11,8 @@ from prcl_fast.analysis.curves import draw_curves, draw_representation
 from prcl_fast.analysis.panel import PanelRow, draw_panel
 from prcl_fast.analysis.style import save_figure
 from prcl_fast.config.methods import ConsistencyConfig
-from prcl_fast.data.source import Source, build_source
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.predict import predict_image
 from prcl_fast.errors import InputError

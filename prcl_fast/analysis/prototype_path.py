@@ -12,7 +12,7 @@ import numpy as np
 
 from prcl_fast.analysis.cluster_quality import normalized
 from prcl_fast.analysis.prototypes import Prototypes, stored_prototypes
-from prcl_fast.config import config_fingerprint, parse_config
+from prcl_fast.config import config_fingerprint, parse_stored_config
 from prcl_fast.errors import InputError
 from prcl_fast.runs.checkpoint import find_checkpoint, last_checkpoints, load_checkpoint
 from prcl_fast.runs.metrics import read_metrics
@@ -44,7 +44,7 @@ def prototype_path(
     run: tuple[str, list[str]] | None = None
     for file in [main, *map(find_checkpoint, others)]:
         state = load_checkpoint(file)
-        config = parse_config(state["config"], str(file))
+        config = parse_stored_config(state["config"], str(file))
         its_run = config_fingerprint(config), state["classes"]
         run = run or its_run
         if its_run != run:

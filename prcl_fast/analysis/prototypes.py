@@ -12,7 +12,7 @@ from torch import Tensor
 from prcl_fast.analysis.embedding import Embedding
 from prcl_fast.config.methods import MethodConfig, PCRConfig, PRCLConfig
 from prcl_fast.data.pixel_draws import DrawnPixels
-from prcl_fast.losses.virtual_negatives import virtual_negatives
+from prcl_fast.losses.virtual_negatives import draw_virtual_negatives
 from prcl_fast.ops import PrototypeStatistics, prototype_statistics
 
 
@@ -82,7 +82,7 @@ def stored_virtual_negatives(
     spread = prototypes.variance
     if method.virtual_spread == "class":
         spread = state["contrast.spread"].double().sqrt()
-    drawn = virtual_negatives(
+    drawn = draw_virtual_negatives(
         prototypes,
         method.virtual_negatives,
         method.beta,

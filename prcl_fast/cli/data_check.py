@@ -36,14 +36,14 @@ def check(
     """
     from prcl_fast.config import load_config
     from prcl_fast.console import counting, print_table
-    from prcl_fast.data.source import build_source
-    from prcl_fast.data.tools.scan import inspect_labels
+    from prcl_fast.data.sources import build_source
+    from prcl_fast.data.tools.scan import scan_labels
 
     data = load_config(config, overrides or ()).data
     source = build_source(data)
     sizes, problems = _read_images(source, fast)
     with counting("read labels") as progress:
-        scan = inspect_labels(source, workers=_workers(), progress=progress)
+        scan = scan_labels(source, workers=_workers(), progress=progress)
     problems += scan.problems
     columns = ["subset", "images", "height x width", "hash", "family", "file"]
     print_table("Images", columns, _subset_rows(data, source, sizes), right=(1,))

@@ -156,13 +156,13 @@ def _lines_of(config: Config, path: Path) -> dict[str, str]:
 def _class_presence(config: Config) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Which classes every labeled and unlabeled image holds, by its label."""
     from prcl_fast.console import counting
-    from prcl_fast.data.source import build_source
+    from prcl_fast.data.sources import build_source
     from prcl_fast.data.tools.scan import scan_labels
 
     source = build_source(config.data)
     subsets = ("labeled", "unlabeled")
     with counting("read labels") as progress:
-        scan = scan_labels(source, subsets, workers=config.data.workers, progress=progress)
+        scan = scan_labels(source, subsets, workers=config.data.workers, progress=progress).check()
     presence = {
         name: row[:-1] > 0
         for subset in subsets

@@ -36,7 +36,8 @@ def evaluate_command(
     """
     from prcl_fast.config import override_config
     from prcl_fast.console import check_known
-    from prcl_fast.data.source import SUBSETS, build_source
+    from prcl_fast.data.source import SUBSETS
+    from prcl_fast.data.sources import build_source
     from prcl_fast.device import prepare_device
     from prcl_fast.engine.evaluate import evaluate, format_table
     from prcl_fast.processes.session import session

@@ -31,7 +31,8 @@ from bench.step.run import KIND, Plan, measure
 from bench.step.setup import LOSSES
 from bench.step.worker import CANDIDATES, OurTraining, Worker
 from prcl_fast.config import Config, override_config, parse_config
-from prcl_fast.data.source import IGNORE, build_source
+from prcl_fast.data.source import IGNORE
+from prcl_fast.data.sources import build_source
 from prcl_fast.ops import use_backend
 from support.paths import CONFIGS
 from support.tiny import tiny_tree
@@ -442,7 +443,7 @@ def test_a_worker_that_dies_is_a_failure_with_its_status(config: Config) -> None
         (("--size", "huge"), "--size: 'huge'"),
         (("--candidates", "publishd"), "did you mean published?"),
         (("method.mix=cutmix",), "method.mix: cutmix"),
-        (("method.share=16",), "ours-shared16"),
+        (("method.anchors_per_set=16",), "ours-shared16"),
         (("train.amp=fp16",), "train.amp: fp16"),
         (("method.name=supervised",), "method.name: 'supervised'"),
         (("--config", "none.yaml"), "none.yaml"),

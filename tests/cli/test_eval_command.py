@@ -9,7 +9,7 @@ import torch
 
 from prcl_fast.cli.eval import evaluate_command
 from prcl_fast.config import override_config
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.errors import InputError
 from prcl_fast.runs.checkpoint import load_run

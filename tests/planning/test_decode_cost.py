@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prcl_fast.config import DataConfig
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.planning.decode_cost import DecodeCost, SubsetCost, decode_cost, workers_needed
 
 
