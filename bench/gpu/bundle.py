@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.requirements import Requirement
 
@@ -105,8 +106,8 @@ def shrink(wheel: Path) -> None:
         if len(kept) == len(archive.infolist()):
             return
         with (
-            replacing(wheel) as temporary,
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as less,
+            replacing(wheel) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as less,
         ):
             for info in kept:
                 less.writestr(info.filename, archive.read(info))
@@ -139,9 +140,9 @@ def write_bundle(
     files = {name: root / name for name in (*sources(root), *_LIBRARIES)}
     files |= {f"wheels/{path.name}": path for path in wheels}
     extra = sorted(optional, key=lambda path: path.stat().st_size)
-    with replacing(out) as temporary:
-        _write(temporary, files, root, commit, asked)
-        left = largest - temporary.stat().st_size
+    with replacing(out) as file:
+        _write(file, files, root, commit, asked)
+        left = largest - file.tell()
         if left < 0:
             size = largest - left
             raise InputError(f"{out.name} would have {size} bytes, more than {largest}; see --without")
@@ -150,17 +151,19 @@ def write_bundle(
             wheel = extra.pop(0)
             left -= added
             files[f"wheels/{wheel.name}"] = wheel
-        _write(temporary, files, root, commit, asked)
+        file.seek(0)
+        file.truncate()
+        _write(file, files, root, commit, asked)
     return [path.name for path in extra]
 
 
-def _write(archive: Path, files: Mapping[str, Path], root: Path, commit: str, asked: str) -> None:
+def _write(archive: BinaryIO, files: Mapping[str, Path], root: Path, commit: str, asked: str) -> None:
     def without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.uid = info.gid = 0
         info.uname = info.gname = ""
         return info
 
-    with tarfile.open(archive, "w:gz") as tar:
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in (("COMMIT", commit + "\n"), (f"wheels/{REQUIREMENTS}", asked)):
             info = tarfile.TarInfo(name)
             info.size = len(content)

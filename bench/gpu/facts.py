@@ -55,14 +55,15 @@ def main(arguments: Sequence[str]) -> int:
         capability="{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None,
     )
     from bench import machine
-    from prcl_fast.ops import _native
-    from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
+    from prcl_fast.machine.description import command_output
+    from prcl_fast.ops import native
+    from prcl_fast.ops.registry import BACKENDS, op_names, unavailable
 
     device = "cuda" if gpu else "cpu"
     add(
-        native=_native.unavailable(device),
+        native=native.unavailable(device),
         machine=machine.describe(device),
-        nvidia_smi=machine.output("nvidia-smi").splitlines(),
+        nvidia_smi=command_output("nvidia-smi").splitlines(),
     )
     if gpu:
         properties = torch.cuda.get_device_properties(0)

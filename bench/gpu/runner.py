@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.table import notes, table
-from prcl_fast.files.writing import replacing, write_text
+from prcl_fast.files.writing import open_append, replacing, write_text
 
 KIND = "prcl gpu check 1"
 PASSED, FAILED, CUT_OFF, SKIPPED, NO_TIME = "passed", "failed", "cut off", "skipped", "no time was left"
@@ -144,7 +144,9 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
     temporary.mkdir(exist_ok=True)
     begun = time.monotonic()
     code = None
-    with (folder / f"{phase.name}.log").open("w") as log:
+    path = folder / f"{phase.name}.log"
+    path.unlink(missing_ok=True)
+    with open_append(path) as log:
         try:
             process = subprocess.Popen(
                 phase.command,
@@ -174,14 +176,14 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
         return outcome(CUT_OFF, seconds, f"{why} ran out after {limit:.0f} s")
     if code != 0:
         return outcome(FAILED, seconds, f"exit status {code}")
-    if phase.expects not in (folder / f"{phase.name}.log").read_text(errors="replace"):
+    if phase.expects not in path.read_text(errors="replace"):
         return outcome(FAILED, seconds, f"its log does not contain {phase.expects.strip()!r}")
     return outcome(PASSED, seconds)
 
 
 def pack(folder: Path, archive: Path) -> None:
     """Packs the files of a folder, replacing the archive atomically."""
-    with replacing(archive) as temporary, tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
+    with replacing(archive) as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as tar:
         for path in sorted(folder.iterdir()):
             tar.add(path, path.name)
 

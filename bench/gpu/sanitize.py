@@ -34,7 +34,7 @@ from prcl_fast.ops import (
     use_backend,
     variance_head,
 )
-from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
+from prcl_fast.ops.registry import BACKENDS, op_names, unavailable
 
 _CLASSES, _ANCHORS, _NEGATIVES, _VIRTUAL = 5, 6, 9, 3
 _BATCH, _HEIGHT, _WIDTH = 2, 7, 5

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prcl_fast.ops._backend import BACKENDS, unavailable
+from prcl_fast.ops.registry import BACKENDS, unavailable
 
 COMPILED_BACKENDS = ("native", "triton")
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bench.ops.baselines import SETTINGS, Settings, negative_classes, pixel_rows, score
 from prcl_fast.ops import PrototypeStatistics, Purpose
 from prcl_fast.reference.class_lists import class_lists
-from prcl_fast.reference.philox import philox_normal
+from prcl_fast.reference.philox_normal import philox_normal
 from prcl_fast.reference.sample_anchors import sample_anchors
 from prcl_fast.reference.sample_negatives import sample_negatives
 

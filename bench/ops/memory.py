@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prcl_fast.machine import reset_resident_peak, resident_bytes, resident_peak
+from prcl_fast.machine.memory import reset_resident_peak, resident_bytes, resident_peak
 
 
 class Meter:

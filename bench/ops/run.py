@@ -89,11 +89,8 @@ def label(row: Mapping[str, Any]) -> str:
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
-    """Writes JSON, whole or not at all. Raises InputError."""
-    try:
-        write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    """Writes JSON, whole or not at all. Raises WriteError."""
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def read_result(path: Path, kind: str = KIND) -> dict[str, Any]:

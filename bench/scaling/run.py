@@ -20,6 +20,7 @@ from bench.scaling.traffic import NETWORKS, STATISTICS, Shape, gathering, shape_
 from bench.step.data import size_config
 from prcl_fast.config import dump_config, parse_config
 from prcl_fast.engine.trainer import Trainer
+from prcl_fast.files.writing import write_text
 from prcl_fast.losses import ProbabilisticContrast
 
 WARMUP, STEPS, ROUNDS = 2, 5, 5  # steps, steps, and turns of each network
@@ -89,7 +90,7 @@ def _on_processes(work: Any, count: int, folder: Path, argument: Any) -> Any:
 
 def _report(rank: int, folder: Path, report: Mapping[str, Any]) -> None:
     if rank == 0:
-        (folder / "report.json").write_text(json.dumps(report))
+        write_text(folder / "report.json", json.dumps(report))
 
 
 def _train(rank: int, count: int, folder: Path, tree: Mapping[str, Any]) -> None:

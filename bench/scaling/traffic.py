@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from bench.step.data import DATA_SETS
 from bench.step.setup import LOSSES
 from prcl_fast.config import Config
-from prcl_fast.config.methods import UnlabeledConfig
 from prcl_fast.methods import build_method
 
 GRADIENTS, NORM_FORWARD, NORM_BACKWARD = "gradients", "batch norm, forward", "batch norm, backward"
@@ -110,7 +109,6 @@ def shape_of(config: Config, classes: int) -> Shape:
         maps = method.student(torch.zeros(2, 3, height, width), representations=False).logits
     learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
     norms = [m for m in method.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    mix = config.method.mix if isinstance(config.method, UnlabeledConfig) else "none"
     return Shape(
         parameters=sum(parameter.numel() for parameter in learned),
         buckets=_buckets(learned[::-1]),
@@ -121,7 +119,7 @@ def shape_of(config: Config, classes: int) -> Shape:
         width=maps.shape[3],
         crop=(height, width),
         images=(config.train.batch_labeled, config.train.batch_unlabeled),
-        pairs=mix in ("classmix", "cutmix"),
+        pairs=config.method.mixes_pairs,
     )
 
 

@@ -17,7 +17,7 @@ from prcl_fast.config import Config, load_config, override_config
 from prcl_fast.data.sources.images import save_index_png
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.device import choose_device
-from prcl_fast.files.writing import write_text
+from prcl_fast.files.writing import replacing, write_text
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -54,6 +54,7 @@ DATA_SETS = {
     "cityscapes": DataSet("cityscapes/base.yaml", 1024, 2048, 19, ".png", 1),
 }
 SIZES = ("small", *DATA_SETS)
+_FORMATS = {".jpg": "JPEG", ".png": "PNG"}
 _SUBSETS = {"labeled": 8, "unlabeled": 16, "val": 1}
 
 
@@ -103,9 +104,8 @@ def write_images(folder: Path, data_set: DataSet) -> None:
                 group = labels(sizes, "coherent", host)
             label = group[number % at_once]
             image = Image.fromarray(_picture(label, colours, host))
-            path = folder / "images" / f"{name}{data_set.suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, quality=95)  # of JPEG
+            with replacing(folder / "images" / f"{name}{data_set.suffix}") as file:
+                image.save(file, format=_FORMATS[data_set.suffix], quality=95)  # of JPEG
             if subset != "unlabeled":
                 save_index_png(folder / "labels" / f"{name}.png", label.numpy(), voc_palette(classes))
         write_text(folder / f"{subset}.txt", "\n".join(names) + "\n")

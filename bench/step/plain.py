@@ -29,7 +29,7 @@ class PlainTraining(Alternative):
         super().__init__(config)
         for network in (self.student, self.teacher):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.batches = training_batches(self.source, config, start=0, device=self.device, unlabeled=True)
+        self.batches = training_batches(self.source, config, start=0, device=self.device)
         self.averages = [*self.teacher.parameters(), *self.teacher.buffers()]
         self.values = [*self.student.parameters(), *self.student.buffers()]
         self.segmentation_losses, self.contrast = segmentation_losses, eager_contrast
@@ -56,19 +56,19 @@ class PlainTraining(Alternative):
     def losses(self, batch: Batch, seed: Tensor | None = None) -> dict[str, Tensor]:
         """The losses of one batch; `seed` takes the package's draws for the contrast instead of PyTorch's."""
         method = self.method
-        assert batch.unlabeled_image is not None
-        assert batch.inside is not None
-        assert batch.strong is not None
+        unlabeled = batch.needed_unlabeled()
         amp = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.train.amp == "bf16")
         with torch.no_grad(), amp, part("teacher"):
-            weak = batch.unlabeled_image
+            weak = unlabeled.image
             logits = self.teacher(self._normalized(weak), representations=False).logits
             confidence, pseudo_label = _upsampled(logits, weak.shape[2:]).softmax(1).max(1)
-            pseudo_label = pseudo_label.masked_fill(~batch.inside, IGNORE)
-            confidence = confidence.masked_fill(~batch.inside, 0.0)
+            pseudo_label = pseudo_label.masked_fill(~unlabeled.inside, IGNORE)
+            confidence = confidence.masked_fill(~unlabeled.inside, 0.0)
         with torch.no_grad(), amp, part("strong augmentation"):
-            strong = strong_augment(weak, batch.strong)
-            strong, pseudo_label, confidence = mix(strong, pseudo_label, confidence, batch.strong, method.mix)
+            strong = strong_augment(weak, unlabeled.strong)
+            strong, pseudo_label, confidence = mix(
+                strong, pseudo_label, confidence, unlabeled.strong, method.mix
+            )
         with amp, part("student"):
             images = torch.cat([self._normalized(batch.labeled_image), self._normalized(strong)])
             output = self.student(images)

@@ -26,7 +26,7 @@ from prcl_fast.config import Config, dump_config, parse_config
 from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.machine import resident_peak
+from prcl_fast.machine.memory import resident_peak
 from prcl_fast.planning.part_meter import PartTimer
 from prcl_fast.planning.step_profile import traced
 from prcl_fast.step_parts import listening

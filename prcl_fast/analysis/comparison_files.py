@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from prcl_fast.analysis.comparison import Comparison, Group
 from prcl_fast.analysis.seed_statistics import csv_table, markdown_table
 from prcl_fast.analysis.style import COLOURS, iteration_axis, new_figure, save_figure, styled
-from prcl_fast.errors import InputError
 from prcl_fast.files.writing import write_text
-from prcl_fast.machine import provenance
+from prcl_fast.machine.description import provenance
 from prcl_fast.runs.metrics import series
 
 _RESULTS = ("miou", "miou_student", "best_miou", "iteration", "seconds")
@@ -23,17 +22,14 @@ _DASHES = ("-", "--", "-.", ":")
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes the files into `folder`; the figure only if a run was evaluated. Raises InputError."""
+    """Writes the files into `folder`; the figure only if a run was evaluated. Raises WriteError."""
     texts = {
         "compare.md": _markdown(comparison),
         "compare.csv": _csv(comparison),
         "compare.json": _json(comparison),
     }
-    try:
-        for name, text in texts.items():
-            write_text(folder / name, text)
-    except OSError as error:
-        raise InputError(f"--out: {folder} cannot be written: {error.strerror or error}") from None
+    for name, text in texts.items():
+        write_text(folder / name, text)
     paths = [folder / name for name in texts]
     if any(group.summary("miou") is not None for group in comparison.groups):
         save_figure(draw_comparison(comparison), folder / "compare.png")

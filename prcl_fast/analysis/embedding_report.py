@@ -149,12 +149,9 @@ def write_analysis(
         "tsne.png": draw_tsne(space, question.seed),
         "prototypes.png": draw_prototypes(space, iterations, means, shift),
     }
-    try:
-        for file, figure in figures.items():
-            save_figure(figure, out / file)
-        write_text(out / "analysis.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise InputError(f"out: {out} cannot be written: {error.strerror or error}") from None
+    for file, figure in figures.items():
+        save_figure(figure, out / file)
+    write_text(out / "analysis.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result | {"output": str(out)}
 
 

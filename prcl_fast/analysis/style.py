@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from prcl_fast.errors import InputError
 from prcl_fast.files.writing import replacing
 
 # Okabe and Ito's colours, distinct for colour-blind readers.
@@ -72,9 +71,6 @@ def legend_above(axes: Axes, columns: int) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG of 150 dpi atomically. Raises InputError."""
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", pad_inches=0.08)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    """Writes a PNG of 150 dpi atomically. Raises WriteError."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.08)

@@ -12,7 +12,6 @@ import typer
 from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.config import load_config
 from prcl_fast.console import print_table
-from prcl_fast.errors import InputError
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
@@ -35,31 +34,21 @@ def profile_command(
     """
     from prcl_fast.analysis.step_time import draw_step_time
     from prcl_fast.analysis.style import save_figure
-    from prcl_fast.files.writing import write_text
+    from prcl_fast.files.writing import make_folder, write_text
     from prcl_fast.planning.step_profile import profile
 
     loaded = load_config(config, overrides or [])
     trace = None
     if out is not None:
-        _check_folder(out)
+        make_folder(out, "--out")
         trace = out / "trace.json.gz"
     found = profile(loaded, steps, trace=trace, say=lambda text: print(text, file=sys.stderr, flush=True))
     _print(found)
     _print_decoding(found.decoding, loaded, found.step_ms)
     if out is not None:
-        try:
-            write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
-        except OSError as error:
-            raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from None
+        write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
         save_figure(draw_step_time({config.stem: found.parts_ms}), out / "step_time.png")
         print(f"written: {out}/profile.json, step_time.png, trace.json.gz", file=sys.stderr)
-
-
-def _check_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {out} cannot be made: {error.strerror or error}") from None
 
 
 def _print(found: Profile) -> None:

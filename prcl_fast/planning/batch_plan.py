@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prcl_fast.config import Config
-from prcl_fast.config.methods import UnlabeledConfig
 from prcl_fast.planning.memory_estimate import MemoryEstimator, PassBytes, StateBytes
 from prcl_fast.planning.step_timer import StepMeasurement, StepTimer
 
@@ -76,11 +75,10 @@ class BatchPlanner:
         self.limit = None if free is None else int(MARGIN * free)
         self.measured: list[StepMeasurement] = []
         self._states = estimator.states()
-        self._needs_unlabeled = estimator.method.needs_unlabeled
+        self._needs_unlabeled = config.method.needs_unlabeled
         train = config.train
         self.batch = (train.batch_labeled, train.batch_unlabeled)
-        mixes = isinstance(config.method, UnlabeledConfig) and config.method.mix in ("cutmix", "classmix")
-        self._least_unlabeled = 2 if mixes else 1
+        self._least_unlabeled = 2 if config.method.mixes_pairs else 1
         shares = math.gcd(*self.batch)
         self._share = (self.batch[0] // shares, self.batch[1] // shares)
         self._configured = shares // train.accumulate

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from prcl_fast.config import Config
 from prcl_fast.device import autocast
-from prcl_fast.methods import Method, Step, build_method
+from prcl_fast.methods import Method, StepIndex, build_method
 from prcl_fast.planning.step_timer import random_batch
 
 
@@ -97,7 +97,8 @@ class MemoryEstimator:
     def _run(self, labeled: int, unlabeled: int, accumulates: bool) -> PassBytes:
         config, method = self.config, self.method
         with self._fake, LiveBytes(_state(method)) as live:
-            step = Step(torch.zeros((), dtype=torch.int64, device=self.device), config.train.iterations)
+            iteration = torch.zeros((), dtype=torch.int64, device=self.device)
+            step = StepIndex(iteration, config.train.iterations)
             # Twice, because a pass begins with the state that the one before leaves: accumulated gradients,
             # and representations that a method keeps for its log.
             for _ in range(2):

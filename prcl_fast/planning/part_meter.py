@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prcl_fast.machine import reset_resident_peak, resident_peak
+from prcl_fast.machine.memory import reset_resident_peak, resident_peak
 from prcl_fast.step_parts import PARTS
 
 

@@ -17,7 +17,7 @@ from prcl_fast.config.paper import Difference, Paper, paper_batch, paper_differe
 from prcl_fast.data.sources import cityscapes, scene, voc
 from prcl_fast.data.sources.file_source import class_names
 from prcl_fast.device import choose_device
-from prcl_fast.machine import available_memory
+from prcl_fast.machine.description import device_name, free_memory
 from prcl_fast.planning.batch_plan import BatchPlanner, MemoryPlan, Micro, Remedy, TimePlan
 from prcl_fast.planning.memory_estimate import MemoryEstimator
 from prcl_fast.planning.step_timer import StepTimer
@@ -70,7 +70,7 @@ def make_plan(config: Config) -> Plan:
         backbone=config.model.backbone,
         num_classes=classes,
         crop=config.data.crop,
-        device=_device_name(device),
+        device=f"{device} ({device_name(device)})" if device.type == "cuda" else str(device),
         iterations=train.iterations,
         batch_labeled=train.batch_labeled,
         batch_unlabeled=train.batch_unlabeled,
@@ -92,17 +92,6 @@ def num_classes(data: DataConfig) -> int:
         return len(scene.CLASSES)
     default: Sequence[str] = {"voc": voc.CLASSES, "cityscapes": cityscapes.CLASSES}.get(data.kind, ())
     return len(class_names(data.classes, default))
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Free bytes on the device; None if the system does not report them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory()
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _notes(config: Config, device: torch.device) -> list[str]:

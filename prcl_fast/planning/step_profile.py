@@ -21,6 +21,7 @@ from prcl_fast.data.batches import Batch
 from prcl_fast.engine.graph import warm_up_steps
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.files.writing import replacing
+from prcl_fast.machine.description import device_name
 from prcl_fast.planning.decode_cost import DecodeCost, decode_cost
 from prcl_fast.planning.part_meter import PartMemory, PartRanges, PartTimer
 from prcl_fast.step_parts import listening
@@ -108,10 +109,10 @@ def profile(
     train = config.train
     percentiles = statistics.quantiles(whole, n=5, method="inclusive")
     return Profile(
-        device=_device_name(trainer.device),
+        device=device_name(trainer.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        images=train.batch_labeled + (train.batch_unlabeled if trainer.method.needs_unlabeled else 0),
+        images=train.batch_labeled + (train.batch_unlabeled if config.method.needs_unlabeled else 0),
         steps=steps,
         graph=train.graph,
         step_ms=statistics.median(whole),
@@ -177,11 +178,7 @@ def busy_share(intervals: list[tuple[float, float]]) -> float:
 
 
 def _write_trace(profiler: torch.profiler.profile, path: Path) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".json") as plain, replacing(path) as temporary:
+    with tempfile.NamedTemporaryFile(suffix=".json") as plain, replacing(path) as file:
         profiler.export_chrome_trace(plain.name)
-        with open(plain.name, "rb") as source, gzip.open(temporary, "wb") as target:
+        with open(plain.name, "rb") as source, gzip.open(file, "wb") as target:
             shutil.copyfileobj(source, target)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

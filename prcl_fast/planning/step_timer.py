@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from prcl_fast.config import Config
-from prcl_fast.data.batches import Batch
+from prcl_fast.data.batches import Batch, UnlabeledBatch
 from prcl_fast.data.draws import STRONG_NUMBERS, strong_draws
 from prcl_fast.device import prepare_device
 from prcl_fast.engine.step import TrainStep
-from prcl_fast.machine import reset_resident_peak, resident_bytes, resident_peak
+from prcl_fast.machine.memory import reset_resident_peak, resident_bytes, resident_peak
 from prcl_fast.methods import build_method
 from prcl_fast.planning.part_meter import PartTimer
 from prcl_fast.step_parts import listening
@@ -93,16 +93,15 @@ def random_batch(
     label = torch.randint(num_classes, (labeled, height, width), dtype=torch.uint8, device=device)
     seed = torch.zeros(2, dtype=torch.int64, device=device)
     if not unlabeled:
-        return Batch(images(labeled), label, None, None, None, seed)
+        return Batch(images(labeled), label, None, seed)
     uniform = np.random.default_rng(0).random((unlabeled, STRONG_NUMBERS))
-    return Batch(
-        images(labeled),
-        label,
+    labeled_images = images(labeled)
+    unlabeled_part = UnlabeledBatch(
         images(unlabeled),
         torch.ones(unlabeled, height, width, dtype=torch.bool, device=device),
         strong_draws(uniform, config.data.crop, config.data.augment).to(device),
-        seed,
     )
+    return Batch(labeled_images, label, unlabeled_part, seed)
 
 
 class _CudaPeak:

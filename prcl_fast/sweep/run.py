@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 import yaml
@@ -22,7 +22,8 @@ from prcl_fast.config import dump_config
 from prcl_fast.config.files import PATH_KEYS
 from prcl_fast.device import choose_device
 from prcl_fast.errors import InputError
-from prcl_fast.files.writing import write_whole
+from prcl_fast.files.writing import make_folder, open_append, write_text
+from prcl_fast.machine.description import usable_cores
 from prcl_fast.sweep.config import Sweep, SweepRun
 
 LOG, CONFIGURATION = "train.log", "train.yaml"
@@ -93,8 +94,8 @@ def places(runs: Sequence[SweepRun], jobs: int | None, environ: Mapping[str, str
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
     if jobs is None or jobs == 1:
         return [{}]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [{"OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, cores // jobs)))}] * jobs
+    threads = str(max(1, usable_cores() // jobs))
+    return [{"OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", threads)}] * jobs
 
 
 def gpu_names(visible: str | None, count: int) -> list[str]:
@@ -122,7 +123,7 @@ def train_runs(
                     run = waiting.popleft()
                     try:
                         process = _Process(run, free[-1])
-                    except OSError as error:
+                    except (OSError, InputError) as error:
                         yield Ended(run, _cannot_start(run, error))
                         continue
                     free.pop()
@@ -147,23 +148,27 @@ def train_runs(
 
 
 class _Process:
-    """A run's process. Raises OSError; BlockingIOError if another process trains the run."""
+    """A run's process.
+
+    Raises:
+        BlockingIOError: another process trains the run.
+        WriteError: its folder cannot be written.
+        OSError: the process cannot be started.
+    """
 
     def __init__(self, run: SweepRun, place: Mapping[str, str]) -> None:
         self.run, self.place = run, dict(place)
         folder = run.config.output
-        folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / LOG
-        with self._log.open("ab") as log:
+        make_folder(folder, "output")
+        with open_append(self._log) as log:
             _lock(log)
             self._start = log.seek(0, os.SEEK_END)
-            write_whole(
-                folder / CONFIGURATION, yaml.safe_dump(dump_config(run.config), sort_keys=False).encode()
-            )
+            write_text(folder / CONFIGURATION, yaml.safe_dump(dump_config(run.config), sort_keys=False))
             self._process = self._train(folder / CONFIGURATION, log)
         self._passed = 0
 
-    def _train(self, configuration: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _train(self, configuration: Path, log: io.FileIO) -> subprocess.Popen[bytes]:
         environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS}
         # A new session: a terminal sends Ctrl-C to its whole process group, and a second one would end the
         # run immediately.
@@ -206,7 +211,7 @@ class _Process:
         return last if status > 0 else f"ended by {signal.Signals(-status).name}; {last}"
 
 
-def _lock(log: IO[bytes]) -> None:
+def _lock(log: io.FileIO) -> None:
     """Locks the run. Its process inherits the lock with its output and keeps it even if this one is killed.
 
     Raises BlockingIOError if another process holds the lock. A file system without locks locks nothing.
@@ -219,9 +224,11 @@ def _lock(log: IO[bytes]) -> None:
         return
 
 
-def _cannot_start(run: SweepRun, error: OSError) -> str:
+def _cannot_start(run: SweepRun, error: OSError | InputError) -> str:
     if isinstance(error, BlockingIOError):
         return "another process is training this run"
+    if isinstance(error, InputError):
+        return str(error)
     return f"{error.filename or run.config.output}: {error.strerror or error}"
 
 

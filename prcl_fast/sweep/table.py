@@ -11,9 +11,8 @@ from typing import Literal
 
 from prcl_fast.analysis.seed_statistics import Summary, cell_texts, csv_table, markdown_table, summarize
 from prcl_fast.analysis.style import save_figure
-from prcl_fast.errors import InputError
 from prcl_fast.files.writing import write_text
-from prcl_fast.machine import provenance
+from prcl_fast.machine.description import provenance
 from prcl_fast.runs.folder import RunState, run_state
 from prcl_fast.runs.metrics import RunResult, read_result
 from prcl_fast.sweep.config import Sweep
@@ -86,15 +85,12 @@ def write_table(table: SweepTable) -> Path:
     """Writes table.md, .csv, .json and, once a run is done, .png into the sweep's folder; returns table.md.
 
     Raises:
-        InputError: the folder cannot be written.
+        WriteError: a file cannot be written.
     """
     folder = table.sweep.output
     texts = {"table.csv": _csv(table), "table.json": _json(table), "table.md": _markdown(table)}
-    try:
-        for name, text in texts.items():
-            write_text(folder / name, text)
-    except OSError as error:
-        raise InputError(f"output: {folder} cannot be written: {error.strerror or error}") from None
+    for name, text in texts.items():
+        write_text(folder / name, text)
     if table.results:
         axes = list(table.sweep.axes)
         means = {

@@ -24,7 +24,7 @@ from bench.ops import CANDIDATES, OPS
 from bench.step.data import SIZES
 from bench.step.worker import CANDIDATES as STEP_CANDIDATES
 from prcl_fast.config import load_config
-from prcl_fast.ops import _native
+from prcl_fast.ops import native
 from support.archives import contents
 from support.bench_command import run_bench
 from support.paths import ROOT
@@ -118,7 +118,7 @@ def test_a_set_ends_without_a_gpu_and_says_so(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From an unpacked bundle, whose wheels are not needed here."""
-    if reason := _native.unavailable("cpu"):
+    if reason := native.unavailable("cpu"):
         pytest.skip(reason)
     libraries = [library for library in bundle._LIBRARIES if (ROOT / library).is_file()]
     monkeypatch.setattr(bundle, "_LIBRARIES", libraries)

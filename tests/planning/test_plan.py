@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 from prcl_fast.cli.plan import plan_command
 from prcl_fast.config import Config, load_config, override_config, parse_config
 from prcl_fast.errors import InputError
-from prcl_fast.methods import PCR, Step, build_method
+from prcl_fast.methods import PCR, StepIndex, build_method
 from prcl_fast.planning import batch_plan, plan
 from prcl_fast.planning.memory_estimate import (
     LiveBytes,
@@ -38,7 +37,6 @@ class QuickEstimator:
 
     def __init__(self, config: Config, num_classes: int, device: torch.device) -> None:
         self.device = device
-        self.method = SimpleNamespace(needs_unlabeled=config.method.name != "supervised")
 
     def states(self) -> StateBytes:
         return StateBytes(student=400, teacher=400, prototypes=0, momentum=200)
@@ -87,7 +85,7 @@ def real_pass(config: Config, amp: str) -> tuple[int, int]:
     method = build_method(config, CLASSES).to(memory_format=torch.channels_last)
     method.train()
     state = [*method.parameters(), *method.buffers()]
-    step = Step(torch.zeros((), dtype=torch.int64), 10)
+    step = StepIndex(torch.zeros((), dtype=torch.int64), 10)
     with LiveBytes(state) as live:
         for _ in range(2):
             batch = random_batch(config, CLASSES, 4, 4, CPU)

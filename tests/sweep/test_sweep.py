@@ -205,6 +205,24 @@ def test_a_run_that_another_process_trains_is_not_started_twice(stand_in, tmp_pa
     first.close()
 
 
+def test_a_log_that_is_a_link_or_a_pipe_fails_its_run_and_no_other(stand_in, tmp_path):
+    runs = read_sweep(stand_in("linked", "piped", "c")).runs
+    logs = [run.config.output / "train.log" for run in runs[:2]]
+    for log in logs:
+        log.parent.mkdir(parents=True)
+    (tmp_path / "victim").write_text("precious")
+    logs[0].symlink_to(tmp_path / "victim")
+    os.mkfifo(logs[1])
+    events = [event for event in train_runs(runs, [{}]) if not isinstance(event, Working)]
+    assert events == [
+        Ended(runs[0], f"{logs[0]}: cannot be written: it is a link"),
+        Ended(runs[1], f"{logs[1]}: cannot be written: it is a pipe"),
+        Started(runs[2]),
+        Ended(runs[2], None),
+    ]
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
 def test_runs_of_one_configuration_are_noted(stand_in, capsys):
     sweep_command(stand_in("a", "b"))
     assert "note: run b/seed_0 has the same configuration as a/seed_0\n" in capsys.readouterr().err
