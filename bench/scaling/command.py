@@ -91,7 +91,9 @@ def scaling_command(
     if paper or everything:
         result["paper"] = table(shape, PROCESSES)
     if named:
-        result["measured"] = [measure(count) for count in _announced("measuring on {} processes", map(int, named))]
+        result["measured"] = [
+            measure(count) for count in _announced("measuring {} processes", map(int, named))
+        ]
         result["contrast"] = measure_contrast(shape)
     if simulated or everything:
         counts = _announced("simulating {} processes", SIMULATED)
