@@ -41,7 +41,7 @@ _BATCH, _HEIGHT, _WIDTH = 2, 7, 5
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of means and variances.
 _FEATURES = (*((dtype, dtype) for dtype in _DTYPES), *((dtype, torch.float32) for dtype in _DTYPES[1:]))
-_DIMS = (64, 37)  # whole vectors, and not
+_DIMS = (64, 37)  # a multiple of the vector width, and not
 
 Call = Callable[[], tuple[Tensor, ...]]
 
