@@ -129,6 +129,8 @@ def define_op(
     name = reference.__name__
     module = f"prcl_fast.kernels.{reference.__module__.rpartition('.')[2]}"
     schema = torch.library.infer_schema(reference, op_name=name, mutates_args=())
+    if "=" in schema:  # PyTorch would drop arguments that equal their default
+        raise ValueError(f"the reference of {name} must have no default values; its schema is {schema}")
 
     def calling(kernel: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         def function(*arguments: Any) -> Any:
