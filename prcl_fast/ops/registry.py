@@ -155,9 +155,14 @@ def define_op(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*arguments: Any) -> Any:
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-        return select(name, tensors[0].device.type, dtype)(*arguments)
+        device_type, dtype = "cpu", torch.float32
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                device_type = argument.device.type
+                if argument.is_floating_point():
+                    dtype = argument.dtype
+                    break
+        return select(name, device_type, dtype)(*arguments)
 
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")

@@ -7,7 +7,7 @@ each channel and the gradient of x. Nothing of x's size is kept but x itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +168,7 @@ def _fake_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
-def _prepared(*arguments: Any) -> Iterator[Any]:
+def _prepared(*arguments: Any) -> list[Any]:
     """Maps as rows [B*h*w, D], everything else contiguous."""
     return contiguous(
         *(rows_of(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in arguments)
