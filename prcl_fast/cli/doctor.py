@@ -1,13 +1,11 @@
-"""`prcl doctor`: what is installed, what runs where, and why something does not."""
+"""`prcl doctor`: versions, native libraries and the backends of each op."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from prcl_fast import __version__
+from prcl_fast.machine.description import command_output, driver_version, gpu_names, package_version
 from prcl_fast.ops import native, registry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,7 +23,7 @@ _OPTIONAL = ("native", "triton")  # torch runs everywhere
 
 
 def doctor() -> None:
-    """Show versions, the state of the native libraries, and which backend runs each op on each device."""
+    """Show versions, the state of the native libraries, and the backend of each op on each device."""
     console = Console()
     console.print(_versions())
     console.print(_libraries())
@@ -43,7 +42,7 @@ def _versions() -> Table:
         "PyTorch": torch.__version__,
         "CUDA of PyTorch": torch.version.cuda or "none: this is a CPU build of PyTorch",
         "device": _device(),
-        "triton": _package("triton"),
+        "triton": package_version("triton") or "not installed",
         "nvcc": _nvcc(),
     }
     for name, version in rows.items():
@@ -92,16 +91,7 @@ def _ops(devices: list[str]) -> tuple[Table, list[str]]:
 def _device() -> str:
     if not torch.cuda.is_available():
         return "CPU only: PyTorch sees no CUDA device"
-    names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return f"{names}, driver {driver.split()[0] if driver.split() else 'unknown'}"
-
-
-def _package(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return f"{', '.join(gpu_names())}, driver {driver_version()}"
 
 
 def _nvcc() -> str:
@@ -112,13 +102,5 @@ def _nvcc() -> str:
     path = in_home or on_path if home else on_path or in_home
     if path is None:
         return f"not found in CUDA_HOME, on PATH or in {_DEFAULT_CUDA_HOME}"
-    found = re.search(r"release (\S+),", _output(path, "--version"))
+    found = re.search(r"release (\S+),", command_output(path, "--version"))
     return f"{found[1] if found else 'of unknown version'} ({path})"
-
-
-def _output(*command: str) -> str:
-    """What the command prints, or nothing where it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

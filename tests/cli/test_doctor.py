@@ -1,4 +1,4 @@
-"""`prcl doctor` names what runs where, and why something does not."""
+"""`prcl doctor`: the backends of each op, and reasons of unavailable ones."""
 
 from __future__ import annotations
 

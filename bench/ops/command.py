@@ -1,4 +1,9 @@
-"""`prcl bench [OP ...]`, `prcl bench --compare A B`, `prcl bench --plot FILE ... --out DIR`."""
+"""Benchmarks of the ops: run, compare and draw.
+
+python -m bench ops [OP ...] [--size voc] [--json FILE]
+python -m bench ops --compare A B [--bound 1.1]
+python -m bench ops --plot FILE ... --out DIR
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
+from bench.ops import CANDIDATES, DTYPES, LABELS, OPS, SIZES
+from bench.ops.case import Options
+from bench.ops.compare import differences, pairs
+from bench.ops.run import broken_rows, label, read_result, run, write_result
 from prcl_fast.console import check_known, print_table
+from prcl_fast.device import choose_device
 from prcl_fast.errors import InputError
 
 _COLUMNS = (
@@ -20,7 +31,16 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def bench_command(
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`python -m bench ops`."""
+    app(arguments, prog_name="python -m bench ops")
+
+
+@app.command()
+def ops_command(
     what: Annotated[
         list[str] | None,
         typer.Argument(metavar="[OP]...", help="Ops, all by default; with --plot: result files."),
@@ -32,45 +52,35 @@ def bench_command(
     size: Annotated[str, typer.Option(help="small, voc or cityscapes.")] = "small",
     labels: Annotated[str, typer.Option(help="coherent, as in VOC, or uniform.")] = "coherent",
     rounds: Annotated[
-        int, typer.Option(min=1, help="Timed calls of each candidate; fewer of slow ones.")
+        int, typer.Option(min=1, help="Timed calls of each candidate; fewer for slow ones.")
     ] = 15,
     candidates: Annotated[
         str | None,
         typer.Option(
-            help="Such as eager,native. By default all, but not compile at size small: it takes minutes."
+            help="Such as eager,native. All by default, except compile at size small, which takes minutes."
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch on the CPU.")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="File for the result.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare result B with result A.")
     ] = None,
-    bound: Annotated[float, typer.Option(help="With --compare: how many times longer B may take.")] = 1.1,
+    bound: Annotated[float, typer.Option(help="With --compare: largest ratio of times, B to A.")] = 1.1,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the figures of result files.")] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: where to.")] = Path("."),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="With --plot: folder of the figures.")] = Path("."),
 ) -> None:
-    """Time the ops against plain PyTorch and the published algorithm; with memory and error against float64.
+    """Measure the ops against plain PyTorch and the published algorithm: time, memory, error to float64.
 
     Times are wall times on the CPU, and device times with a flushed L2 on CUDA.
 
-    Exit status 1: an op fails or is wrong, or --compare found something slower than the bound.
+    Exit status 1: an op fails or its error exceeds its bound, or --compare finds a ratio above --bound.
     """
-    _find_sources()
     if compare is not None:
         _compare(*compare, bound)
     elif plot:
         _plot([Path(name) for name in what or ()], out)
     else:
         _run(what or (), device, dtype, size, labels, rounds, candidates, threads, json)
-
-
-def _find_sources() -> None:
-    """Makes `bench` importable: it lies beside the package in the sources, and is not installed."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "bench" / "harness.py").is_file():
-        raise InputError("bench: benchmarks come with the source tree: clone it and run pip install -e .")
-    if sys.path[0] != str(root):
-        sys.path.insert(0, str(root))
 
 
 def _run(
@@ -84,13 +94,6 @@ def _run(
     threads: int | None,
     json: Path | None,
 ) -> None:
-    import torch
-
-    from bench import CANDIDATES, DTYPES, LABELS, OPS, SIZES
-    from bench.ops.case import Options
-    from bench.ops.run import broken_rows, run, write_result
-    from prcl_fast.device import choose_device
-
     chosen_device = choose_device(device)
     kind = chosen_device.type
     dtype = dtype or ("bfloat16" if kind == "cuda" else "float32")
@@ -124,21 +127,18 @@ def _run(
         if not row["broken"]:
             what = f"error {row['error']:.2g} where {row['error_bound']:.2g} is allowed"
         name = f"{row['op']} {row['variant']} {row['direction']} {row['candidate']}"
-        print(f"prcl: bench: {' '.join(name.split())}: {what}", file=sys.stderr)
+        print(f"bench ops: {' '.join(name.split())}: {what}", file=sys.stderr)
     if broken:
         raise typer.Exit(1)
 
 
 def _compare(before: Path, after: Path, bound: float) -> None:
-    from bench.ops.compare import differences, pairs
-    from bench.ops.run import read_result
-
     if not bound > 0:
         raise InputError(f"--bound: must be positive; got {bound}")
     results = read_result(before), read_result(after)
     found = pairs(*results)
     for line in differences(*results):
-        print(f"prcl: bench: not the same {line}", file=sys.stderr)
+        print(f"bench ops: the machines differ in {line}", file=sys.stderr)
     rows = []
     for pair in found:
         time = "does not run" if pair.after is None else _number(pair.after)
@@ -147,14 +147,13 @@ def _compare(before: Path, after: Path, bound: float) -> None:
     print_table(f"{after} against {before}", ("row", "A ms", "B ms", "B / A", ""), rows, right=(1, 2, 3))
     slower = [pair.name for pair in found if pair.ratio > bound]
     for name in slower:
-        print(f"prcl: bench: slower than {bound:g} times: {name}", file=sys.stderr)
+        print(f"bench ops: slower than {bound:g} times: {name}", file=sys.stderr)
     if slower:
         raise typer.Exit(1)
 
 
 def _plot(files: Sequence[Path], out: Path) -> None:
-    from bench.ops.plot import write_figures
-    from bench.ops.run import read_result
+    from bench.ops.plot import write_figures  # a machine that only measures may lack matplotlib
 
     if not files:
         raise InputError("--plot: name at least one result file")
@@ -165,8 +164,6 @@ def _plot(files: Sequence[Path], out: Path) -> None:
 
 def _print(result: Mapping[str, Any]) -> None:
     """One table an op and variant."""
-    from bench.ops.run import label
-
     machine, ceilings = result["machine"], result["ceilings"]
     gathers = ", ".join(f"{rate:.0f} ({pool})" for pool, rate in ceilings["gather_gb_s"].items())
     print(
@@ -217,7 +214,7 @@ def _number(value: float) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is being done; a line for each where that is no terminal."""
+    """Progress on standard error: one changing line on a terminal, else a line for each step."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda text: print(text, file=sys.stderr, flush=True)

@@ -1,11 +1,10 @@
-"""The benchmarks: right statistics, results that survive, and exit statuses."""
+"""`bench ops`: checked candidates, results that survive, comparison, figures and exit statuses."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
-from bench import CANDIDATES, OPS
-from bench.gpu import sanitize
-from bench.ops import ceilings, harness
-from bench.ops.case import (
-    CONTRAST_SIZES,
-    Candidate,
-    Case,
-    Ceilings,
-    Options,
-    Outcome,
-    Work,
-)
+from bench.commands import main
+from bench.ops import CANDIDATES, OPS, ceilings, harness
+from bench.ops.case import CONTRAST_SIZES, Options, Outcome
 from bench.ops.compare import pairs
-from bench.ops.memory import Meter
 from bench.ops.run import KIND, broken_rows, read_result, write_result
-from prcl_fast.cli import bench as command
-from prcl_fast.cli.main import main
 from prcl_fast.errors import InputError
 from prcl_fast.ops import PrototypeStatistics
 from prcl_fast.reference.prototype_statistics import prototype_statistics
+from support.bench_command import run_bench
 
 OPTIONS = Options("small", "cpu", torch.float32, "coherent")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_ceilings() -> Iterator[None]:
-    """What a test's machine can do at best is nobody's business."""
+    """The ceilings of the test's machine are measured on small amounts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ceilings._AMOUNTS, "cpu", (1 << 20, 1 << 10, (1 << 20,), 64))
         yield
@@ -50,17 +37,9 @@ def _quick_ceilings() -> Iterator[None]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs `prcl bench ARGUMENTS`; exit status, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prcl", "bench", *arguments])
-        monkeypatch.setenv("COLUMNS", "220")
-        with pytest.raises(SystemExit) as caught:
-            main()
-        said = capsys.readouterr()
-        return int(caught.value.code or 0), said.out, said.err
-
-    return call
+    """Runs `python -m bench ops ARGUMENTS`; exit status, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "220")
+    return functools.partial(run_bench, capsys, "ops")
 
 
 @pytest.fixture(scope="module")
@@ -68,112 +47,9 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A real result of two ops, forward and backward, and forward alone."""
     file = tmp_path_factory.mktemp("result") / "result.json"
     options = ("--rounds", "3", "--candidates", "loop,eager,torch,triton", "--json", str(file))
-    argv, sys.argv = sys.argv, ["prcl", "bench", "sample_anchors", "mutual_likelihood_score", *options]
-    try:
-        with pytest.raises(SystemExit):
-            main()
-    finally:
-        sys.argv = argv
+    with pytest.raises(SystemExit):
+        main(["ops", "sample_anchors", "mutual_likelihood_score", *options])
     return read_result(file)
-
-
-def case(candidates: dict[str, Candidate], *, leaves: tuple[int, ...] = (0,)) -> Case:
-    """A case whose input is one row of ones."""
-    return Case(
-        shape="1",
-        inputs=[(torch.ones(4, requires_grad=bool(leaves)),)],
-        candidates=candidates,
-        work={"forward": Work(4, instructions=4), "backward": Work(4)},
-        errors=lambda name, outcome: {"forward": 0.0, "backward": 0.0},
-        bounds={"forward": 0.0, "backward": 0.0},
-        check="",
-        leaves=leaves,
-    )
-
-
-# The harness.
-
-
-def test_percentiles_are_linear_between_neighbours() -> None:
-    assert harness.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
-    assert harness.percentile([0.0, 10.0], 20) == pytest.approx(2.0)
-
-
-def test_candidates_take_turns_and_every_direction_is_timed() -> None:
-    order: list[str] = []
-
-    def candidate(name: str, seconds: float) -> Candidate:
-        def function(x: Tensor) -> Tensor:
-            order.append(name)
-            time.sleep(seconds)
-            return x.sum()
-
-        return Candidate(function)
-
-    both = case({"eager": candidate("eager", 0.0), "native": candidate("native", 0.02)})
-    measured = {name: harness.first_calls(both, both.candidates[name], "cpu") for name in both.candidates}
-    order.clear()
-    harness.time_in_turns(both, measured, "cpu", 3)
-    assert order == ["eager", "native"] * 3
-    times = measured["native"].times
-    assert {name: len(values) for name, values in times.items()} == {
-        "forward": 3,
-        "backward": 3,
-        "both": 3,
-    }
-    assert min(times["forward"]) >= 20
-    for forward, backward, sum_ in zip(*(times[x] for x in ("forward", "backward", "both")), strict=True):
-        assert forward + backward == pytest.approx(sum_)
-
-
-def test_a_slow_candidate_gets_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_BUDGET_SECONDS", 0.06)
-    slow = case({"loop": Candidate(lambda x: time.sleep(0.02))}, leaves=())
-    measured = {"loop": harness.first_calls(slow, slow.candidates["loop"], "cpu")}
-    harness.time_in_turns(slow, measured, "cpu", 50)
-    assert 2 <= len(measured["loop"].times["forward"]) <= 3
-
-
-def test_a_candidate_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(x: Tensor) -> Tensor:
-        raise ValueError("no such kernel\nsecond line")
-
-    def measured(candidate: Candidate) -> harness.Measured:
-        return harness.first_calls(case({}), candidate, "cpu")
-
-    assert measured(Candidate(fails, reason="not built")) == harness.Measured(failure="not built")
-    assert measured(Candidate(fails)) == harness.Measured(failure="ValueError: no such kernel", broken=True)
-    compiled = measured(Candidate(fails, compiled=True))
-    assert compiled.failure == "cannot be compiled: ValueError: no such kernel"
-    assert not compiled.broken
-    assert "GB of memory" in (measured(Candidate(fails, needs=1 << 60)).failure or "")
-    monkeypatch.setattr(harness, "COMPILE_SECONDS", 1)
-    endless = measured(Candidate(lambda x: time.sleep(30), compiled=True))
-    assert endless.failure == "not compiled after 1 s"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="resident pages are read from /proc")
-def test_memory_counts_what_is_held_beyond_results() -> None:
-    meter = Meter("cpu")
-    meter.start()
-    held = torch.ones(8 << 20)  # 32 MB
-    temporary = torch.ones(16 << 20)
-    output = temporary[: 4 << 20].clone()
-    del temporary
-    meter.after_forward(output.nbytes)
-    gradient = held.clone()
-    meter.after_backward(gradient.nbytes)
-    if meter.peak is None:
-        pytest.skip("this system does not tell")
-    assert 90 < meter.peak / 2**20 < 108
-    assert 28 < (meter.retained or 0) / 2**20 < 44
-
-
-def test_the_floor_is_the_slowest_of_memory_and_arithmetic() -> None:
-    limits = Ceilings(copy=1e9, gather=5e8, arithmetic=1e10, row_bytes=512)
-    assert Work(1e6, 1e6).milliseconds(limits) == pytest.approx(3.0)
-    assert Work(1e6, instructions=1e8).milliseconds(limits) == pytest.approx(10.0)
-    assert Work(1e6, special=1e8).milliseconds(limits) == pytest.approx(80.0)
 
 
 # A run and its result.
@@ -283,15 +159,6 @@ def test_a_mistake_is_one_line_with_status_2(
     assert named in err
 
 
-def test_without_the_sources_one_line_says_where_benchmarks_are(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "__file__", str(tmp_path / "prcl_fast" / "cli" / "bench.py"))
-    code, _, err = run()
-    assert code == 2
-    assert "benchmarks come with the source tree" in err
-
-
 # Two results side by side.
 
 
@@ -340,7 +207,7 @@ def test_results_with_nothing_in_common_cannot_be_compared(result: dict[str, Any
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"kind": "something"}))
-    with pytest.raises(InputError, match=r"a\.json: is not a result of prcl bench"):
+    with pytest.raises(InputError, match=r"a\.json: is not a result of the kind 'prcl bench 1'"):
         read_result(file)
 
 
@@ -355,19 +222,6 @@ def test_figures_are_drawn(run: Callable[..., Any], result: dict[str, Any], tmp_
         image = np.asarray(Image.open(path).convert("L"))
         assert min(image.shape) > 200
         assert (image < 100).mean() > 0.002
-
-
-def test_the_sanitizer_s_calls_reach_every_op_and_see_failures(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sanitize, "_DTYPES", (torch.float32,))
-    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu", "--backend", "torch"])
-    assert sanitize.main() == 0
-    said = capsys.readouterr().out
-    assert all(op in said for op in OPS)
-    monkeypatch.setattr(sanitize, "pseudo_label", lambda *_: (torch.tensor([float("nan")]),))
-    assert sanitize.main() == 1
-    assert "pseudo_label float32: a result is not finite" in capsys.readouterr().out
 
 
 def test_rows_beyond_their_bound_count_as_broken(result: dict[str, Any]) -> None:
