@@ -1,4 +1,4 @@
-"""Registration of the ops, and the one choice of an op's implementation.
+"""Registry of the ops: schema, implementations, and the choice of a backend.
 
 An op is declared once, by the signature of its reference: the schema is read from it. The op exists in
 Python, as `prcl_fast::NAME`, even where nothing could be compiled, and has one implementation per backend:

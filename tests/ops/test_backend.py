@@ -172,5 +172,5 @@ def test_tests_in_float64_skip_by_name_at_places_without_it(
         return
     with pytest.raises(pytest.skip.Exception, match=reason):
         called(values)
-    # The samplers read no floating-point values but for probabilities, which they take as they come.
+    # The samplers read no floating-point values but probabilities, of any floating dtype.
     assert backends._missing_dtype("sample_negatives", *place, torch.float64) is None
