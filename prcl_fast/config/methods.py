@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,13 +10,40 @@ from prcl_fast.config.contrast import ContrastConfig
 from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Positive, Section
 
 
-class SupervisedConfig(Section):
+class MethodSection(Section):
+    """Base of the sections `method`: answers that other rooms need from every method.
+
+    The answers here are those of a method that learns from labeled images alone.
+    """
+
+    needs_unlabeled: ClassVar[bool] = False
+
+    @property
+    def mixing(self) -> str:
+        """Kind of mixing of the unlabeled images."""
+        return "none"
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether mixing pastes from a second unlabeled image of the same pass."""
+        return self.mixing in ("cutmix", "classmix")
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Supervised iterations at the start, before unlabeled images take part."""
+        return 0
+
+    def check_dim(self, dim: int) -> None:
+        """Raises ValueError where the method cannot have `model.dim` channels."""
+
+
+class SupervisedConfig(MethodSection):
     """Supervised training on the labeled images alone: L_s, eq. (13)."""
 
     name: Literal["supervised"]
 
 
-class UnlabeledConfig(Section):
+class UnlabeledConfig(MethodSection):
     """Settings common to all methods that learn from unlabeled images."""
 
     mix: Literal["none", "cutout", "cutmix", "classmix"] = Field(
@@ -28,6 +55,17 @@ class UnlabeledConfig(Section):
     warmup: int = Field(
         0, ge=0, description="Supervised iterations at the start, before the unlabeled images are used."
     )
+    needs_unlabeled: ClassVar[bool] = True
+
+    @property
+    def mixing(self) -> str:
+        """`mix`."""
+        return self.mix
+
+    @property
+    def warmup_iterations(self) -> int:
+        """`warmup`."""
+        return self.warmup
 
 
 class ConsistencyConfig(UnlabeledConfig):
@@ -133,23 +171,25 @@ class PCRConfig(ConsistencyConfig):
         return self
 
 
-class CPSConfig(UnlabeledConfig):
+class CrossSupervisionConfig(UnlabeledConfig):
+    """Base of the methods in which two networks learn from each other's pseudo-labels."""
+
+    mix: Literal["none", "cutmix"] = Field(
+        "cutmix", description="Mixing of the unlabeled images: a box of another image is pasted in, or none."
+    )
+
+
+class CPSConfig(CrossSupervisionConfig):
     """Cross pseudo supervision of two networks (Chen et al., CVPR 2021)."""
 
     name: Literal["cps"]
-    mix: Literal["none", "cutmix"] = Field(
-        "cutmix", description="Mixing of the unlabeled images: a box of another image is pasted in, or none."
-    )
     lambda_cps: NonNegative = Field(1.5, description="Weight lambda of the cross supervision.")
 
 
-class PPSConfig(UnlabeledConfig):
+class PPSConfig(CrossSupervisionConfig):
     """Prototypical contrast and cross supervision of two networks (Chen and Lian, ACM MM 2022)."""
 
     name: Literal["pps"]
-    mix: Literal["none", "cutmix"] = Field(
-        "cutmix", description="Mixing of the unlabeled images: a box of another image is pasted in, or none."
-    )
     prototypes: int = Field(5, ge=1, le=64, description="Prototypes (queries) per class, n.")
     layers: int = Field(6, ge=1, le=12, description="Layers of the transformer decoder; 6 as in MaskFormer.")
     heads: Count = Field(
@@ -190,6 +230,13 @@ class PPSConfig(UnlabeledConfig):
     lambda_activation: NonNegative = Field(
         0.01, description="Weight lambda_3 of the prototype activation loss L_r, eq. (11)."
     )
+
+    def check_dim(self, dim: int) -> None:
+        """Heads share the channels evenly; a position's sines and cosines need four each."""
+        if dim % self.heads:
+            raise ValueError(f"method.heads: must divide model.dim {dim}, got {self.heads}")
+        if dim % 4:
+            raise ValueError(f"model.dim: must be a multiple of 4 for method pps, got {dim}")
 
 
 MethodConfig = Annotated[

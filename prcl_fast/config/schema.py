@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from prcl_fast.config.data import DataConfig
 from prcl_fast.config.files import PATH_KEYS, RUN_KEYS, apply_override, plain_path, read_tree
 from prcl_fast.config.messages import first_message
-from prcl_fast.config.methods import MethodConfig, PPSConfig, UnlabeledConfig
+from prcl_fast.config.methods import MethodConfig
 from prcl_fast.config.renamed import with_new_names
 from prcl_fast.config.sections import EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from prcl_fast.config.types import PathString, Section
@@ -58,23 +58,19 @@ class Config(Section):
         for key, size in (("eval.window", self.eval.window), ("eval.crop", self.eval.crop)):
             if size is not None and min(size) < stride:
                 raise ValueError(f"{key}: {size} is smaller than model.output_stride {stride}")
-        if isinstance(self.method, UnlabeledConfig):
-            if self.data.kind != "synthetic" and self.data.unlabeled is None:
-                raise ValueError(f"data.unlabeled: required for method {self.method.name}")
-            mixes = self.method.mix in ("cutmix", "classmix")
-            if mixes and self.train.batch_unlabeled // self.train.accumulate < 2:
-                raise ValueError(
-                    f"train.batch_unlabeled: mix {self.method.mix} needs at least 2 images in each pass"
-                )
-        if isinstance(self.method, UnlabeledConfig) and self.method.warmup >= self.train.iterations:
+        method, train = self.method, self.train
+        if method.needs_unlabeled and self.data.kind != "synthetic" and self.data.unlabeled is None:
+            raise ValueError(f"data.unlabeled: required for method {method.name}")
+        if method.mixes_pairs and train.batch_unlabeled // train.accumulate < 2:
             raise ValueError(
-                f"method.warmup: must be below train.iterations {self.train.iterations}, "
-                f"got {self.method.warmup}"
+                f"train.batch_unlabeled: mix {method.mixing} needs at least 2 images in each pass"
             )
-        if isinstance(self.method, PPSConfig) and self.model.dim % self.method.heads:
-            raise ValueError(f"method.heads: must divide model.dim {self.model.dim}, got {self.method.heads}")
-        if isinstance(self.method, PPSConfig) and self.model.dim % 4:
-            raise ValueError(f"model.dim: must be a multiple of 4 for method pps, got {self.model.dim}")
+        if method.warmup_iterations >= train.iterations:
+            raise ValueError(
+                f"method.warmup: must be below train.iterations {train.iterations}, "
+                f"got {method.warmup_iterations}"
+            )
+        method.check_dim(self.model.dim)
         for key in ("batch_labeled", "batch_unlabeled"):
             if getattr(self.train, key) % self.train.accumulate:
                 raise ValueError(

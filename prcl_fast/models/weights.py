@@ -6,9 +6,8 @@ package's format, {"format": "prcl_fast-network", "version": 1, "num_classes": C
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from prcl_fast.config.messages import shortened
 from prcl_fast.errors import InputError
 from prcl_fast.files.torch_file import check_torch_file
+from prcl_fast.files.writing import write_bytes
 from prcl_fast.models.network import SegmentationNetwork
 
 FORMAT = "prcl_fast-network"
@@ -64,23 +64,15 @@ def load_network(network: SegmentationNetwork, path: str | Path) -> None:
 
 
 def save_network(state: Mapping[str, Tensor], num_classes: int, path: str | Path) -> None:
-    """Write a network's state dict in this package's own format, under a temporary name first.
+    """Writes a network's state dict in this package's own format, whole or not at all.
 
     Raises:
-        InputError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = {"format": FORMAT, "version": VERSION, "num_classes": num_classes, "network": dict(state)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    archive = io.BytesIO()  # PyTorch's own writer answers a full disk with a C++ error
+    torch.save(content, archive)
+    write_bytes(Path(path), archive.getbuffer())
 
 
 def read_file(path: str | Path) -> Any:

@@ -17,6 +17,7 @@ from collections import namedtuple
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from prcl_fast.data.cache import decoded as cache_module
 from prcl_fast.data.cache import file as cache_file
 from prcl_fast.data.cache.decoded import ImageCache, open_cache
 from prcl_fast.data.decode import decode
+from prcl_fast.data.prefetch import tensors_of
 from prcl_fast.data.source import Source
 from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
@@ -116,12 +118,12 @@ def test_batches_are_bitwise_the_same_with_and_without_a_cache(data, memory, kin
 
     def made(settings: Config) -> list[torch.Tensor]:
         source = build_source(settings.data)
-        cache = training_cache(source, settings, unlabeled=True, say=lines.append)
-        options = {"start": 0, "device": torch.device("cpu"), "unlabeled": True, "cache": cache}
+        cache = training_cache(source, settings, say=lines.append)
+        options = {"start": 0, "device": torch.device("cpu"), "cache": cache}
         stream = training_batches(source, settings, **options)
         with contextlib.closing(stream):
             batches = list(islice(stream, 4))
-        return [t for b in batches for t in (b.labeled_image, b.label, b.unlabeled_image, b.inside, b.seed)]
+        return [tensor for batch in batches for tensor in tensors_of(batch)]
 
     without = made(run_config(data, cache="none"))
     for _ in range(2):  # built, then found
@@ -220,10 +222,10 @@ def test_too_little_room_is_one_line_that_names_the_key(data, memory, monkeypatc
 
 
 def test_a_disk_that_runs_full_leaves_nothing_behind(data, monkeypatch):
-    def full(path: Path, images) -> int:
-        path.write_bytes(b"half")
+    def full(file: BinaryIO, images) -> int:
+        file.write(b"half")
         next(iter(images))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(cache_module, "write_images", full)
     with pytest.raises(InputError, match=r"data\.cache: .* ran full before all 8 images were decoded"):

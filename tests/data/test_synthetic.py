@@ -8,7 +8,7 @@ import pytest
 from prcl_fast.config import DataConfig, SyntheticConfig, load_config
 from prcl_fast.data.sources import build_source, synthetic
 from prcl_fast.data.sources.synthetic import CLASSES, SyntheticSource, write_synthetic
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, WriteError
 
 SMALL = {"size": [64, 80], "labeled": 5, "unlabeled": 6, "val": 5}
 
@@ -143,7 +143,7 @@ def test_a_failed_writing_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(synthetic, "save_index_png", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(WriteError, match="no space"):
         write_synthetic(tmp_path / "shapes", SyntheticConfig(**SMALL))
     assert list(tmp_path.iterdir()) == []
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from prcl_fast.config import parse_config
 from prcl_fast.device import autocast
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.methods import Step
+from prcl_fast.methods import StepIndex
 from prcl_fast.models.conv3x3 import Conv3x3
 from support.tiny import tiny_tree
 
@@ -123,7 +123,7 @@ def test_no_gradient_of_a_step_leaves_channels_last(
     with contextlib.closing(trainer.batches()) as batches:
         for number in range(warmup + 1):
             learner.begin_step(number)
-            step = Step(torch.tensor(number), trainer.config.train.iterations)
+            step = StepIndex(torch.tensor(number), trainer.config.train.iterations)
             with autocast(trainer.device, amp):
                 losses = learner(next(batches), step)
     assert all(float(term.detach()) != 0 for term in losses.values())  # every term has a gradient

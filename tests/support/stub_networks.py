@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.config import AugmentConfig
-from prcl_fast.data.batches import Batch
+from prcl_fast.data.batches import Batch, UnlabeledBatch
 from prcl_fast.data.draws import STRONG_NUMBERS, StrongDraws, strong_draws
 from prcl_fast.models import network
 from prcl_fast.models.network import NetworkOutput
@@ -85,7 +85,8 @@ def small_batch(classes: int, dtype: torch.dtype = torch.float64, seed: int = 0)
     inside[1, :, :2] = False
     uniform = np.random.default_rng(seed).random((2, STRONG_NUMBERS))
     strong = strong_draws(uniform, (7, 9), AugmentConfig())
-    return Batch(images[:2], label.to(torch.uint8), images[2:], inside, strong, torch.tensor([3, seed]))
+    unlabeled = UnlabeledBatch(images[2:], inside, strong)
+    return Batch(images[:2], label.to(torch.uint8), unlabeled, torch.tensor([3, seed]))
 
 
 def upsampled(scores: Tensor, size: tuple[int, int] = (7, 9)) -> Tensor:

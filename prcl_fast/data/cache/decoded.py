@@ -25,9 +25,10 @@ from prcl_fast.data.cache.file import VERSION, DamagedFileError, ImageFile, writ
 from prcl_fast.data.cache.locks import locked, remove_unused, use_until_exit
 from prcl_fast.data.decode import decode
 from prcl_fast.data.source import Source
-from prcl_fast.errors import InputError
-from prcl_fast.files.writing import replacing, user_cache
-from prcl_fast.machine import available_memory
+from prcl_fast.errors import InputError, WriteError
+from prcl_fast.files.writing import remove_leftovers, replacing, user_cache
+from prcl_fast.machine.description import usable_cores
+from prcl_fast.machine.memory import available_memory
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SAMPLE = 8  # images of each subset that are decoded to estimate the room needed
@@ -86,6 +87,8 @@ def open_cache(
     path = _folder(data) / f"{_key(source, items)}.images"
     try:
         return ImageCache(_opened_or_built(source, items, path, data.cache, say), first)
+    except WriteError as error:
+        raise InputError(f"data.cache: {error}") from None
     except OSError as error:
         raise InputError(f"data.cache: {error.filename or path}: {error.strerror}") from None
 
@@ -154,8 +157,8 @@ def _key(source: Source, items: Sequence[_Item]) -> str:
 
 def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: Say) -> None:
     folder = path.parent
-    for leftover in (path, *folder.glob(f".{path.name}.*.tmp")):
-        leftover.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    remove_leftovers(folder, path.name)
     if kind == "ram":
         for other in folder.glob("*.lock"):
             if other.stem != path.stem:
@@ -169,9 +172,9 @@ def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: S
     started = time.monotonic()
     say(f"data.cache: decoding {len(items)} images into {path}, about {_size(needed)}")
     try:
-        with replacing(path) as temporary, contextlib.closing(_decoded(source, items, say)) as images:
-            length = write_images(temporary, images)
-    except OSError as error:
+        with replacing(path) as file, contextlib.closing(_decoded(source, items, say)) as images:
+            length = write_images(file, images)
+    except WriteError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
@@ -221,7 +224,7 @@ def _room(folder: Path, kind: str) -> int:
 
 
 def _threads() -> int:
-    return min(16, len(os.sched_getaffinity(0)))
+    return min(16, usable_cores())
 
 
 def _size(count: float) -> str:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -84,24 +84,23 @@ class ImageFile:
         return self._bytes
 
 
-def write_images(path: Path, images: Iterable[np.ndarray]) -> int:
-    """Writes images, uint8 [H, W, 4] and contiguous, and returns the length of the file.
+def write_images(file: BinaryIO, images: Iterable[np.ndarray]) -> int:
+    """Writes images, uint8 [H, W, 4] and contiguous, into a new file, and returns its length.
 
     The header comes last: a file that was not written to its end is a damaged one.
     """
     entries = []
-    with open(path, "wb") as file:
-        file.write(bytes(_ALIGNMENT))
-        for image in images:
-            entries.append((file.tell(), *image.shape[:2], zlib.crc32(image.data)))
-            file.write(image.data)
-            file.write(bytes(-image.nbytes % _ALIGNMENT))
-        index = np.array(entries, dtype=_INDEX).tobytes()
-        file.write(index)
-        length = file.tell()
-        header = _HEADER.pack(_MAGIC, VERSION, zlib.crc32(index), len(entries), length)
-        file.seek(0)
-        file.write(header + _CHECKSUM.pack(zlib.crc32(header)))
+    file.write(bytes(_ALIGNMENT))
+    for image in images:
+        entries.append((file.tell(), *image.shape[:2], zlib.crc32(image.data)))
+        file.write(image.data)
+        file.write(bytes(-image.nbytes % _ALIGNMENT))
+    index = np.array(entries, dtype=_INDEX).tobytes()
+    file.write(index)
+    length = file.tell()
+    header = _HEADER.pack(_MAGIC, VERSION, zlib.crc32(index), len(entries), length)
+    file.seek(0)
+    file.write(header + _CHECKSUM.pack(zlib.crc32(header)))
     return length
 
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from prcl_fast.errors import WriteError
+from prcl_fast.files.writing import remove_leftovers
+
 # For each file in use: the descriptor that holds a shared lock on it, and the process that opened it.
 _in_use: dict[Path, tuple[int, int]] = {}
 
@@ -51,7 +54,8 @@ def remove_unused(path: Path, *, wait: bool) -> None:
     try:
         if _is_used(path):
             return
-        for file in (path, *path.parent.glob(f".{path.name}.*.tmp"), lock):
+        remove_leftovers(path.parent, path.name)
+        for file in (path, lock):
             file.unlink(missing_ok=True)
     finally:
         os.close(holder)
@@ -98,5 +102,5 @@ def _end_use() -> None:
             # Closing alone would leave the lock with worker processes that inherited the descriptor.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
-            with suppress(FileNotFoundError):  # somebody has removed the whole folder
+            with suppress(FileNotFoundError, WriteError):  # somebody has removed the whole folder
                 remove_unused(path, wait=True)

@@ -96,8 +96,8 @@ def save_index_png(path: Path, label: np.ndarray, palette: np.ndarray) -> None:
         colours[255] = (224, 224, 192)
     image = Image.fromarray(label)
     image.putpalette(colours.tobytes())
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+    with replacing(path) as file:
+        image.save(file, format="PNG")
 
 
 @contextmanager

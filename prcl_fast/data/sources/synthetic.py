@@ -6,7 +6,6 @@ Every image is a function of (seed, subset, index), rendered by `prcl_fast.data.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from prcl_fast.data.sources.scene import CLASSES, render
 from prcl_fast.data.sources.splits import make_split
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
-from prcl_fast.files.writing import write_text
+from prcl_fast.files.writing import replacing_folder, write_text
 
 SIDES = (64, 128)  # smallest and largest height and width
 
@@ -75,15 +74,10 @@ def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists already and is not an empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_folder(folder) as temporary:
         for subset in SUBSETS:
             _write_subset(temporary, config, subset)
         write_text(temporary / "config.yaml", _training_config(folder.name, config))
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_size(config: SyntheticConfig, key: str) -> None:

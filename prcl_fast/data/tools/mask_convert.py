@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from prcl_fast.data.sources.voc import CLASSES as VOC_CLASSES
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_text
+from prcl_fast.files.writing import replacing_folder
 
 _MAX_BYTES = 2**20
 
@@ -101,15 +101,11 @@ def convert_masks(
     for source, target in label_map.items():
         table[source] = target
     palette = _palette(code, table)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    try:
+    with replacing_folder(out) as temporary:
         for done, (target_name, path) in enumerate(targets.items(), start=1):
             save_index_png(temporary / target_name, table[_ids(path, code, other)], palette)
             if progress is not None:
                 progress(done, len(targets))
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return len(targets)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.data.sources.file_source import FileSource
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, WriteError
 from prcl_fast.files.writing import write_text
 
 _VERSION = 1
@@ -130,5 +130,5 @@ def _read_cache(file: Path) -> dict[str, Any]:
 def _write_cache(file: Path, kept: Mapping[str, Any]) -> None:
     try:
         write_text(file, json.dumps({"version": _VERSION, "labels": kept}))
-    except OSError as error:  # a home that cannot be written to costs time, not the run
-        _log.warning("%s: the scan of the labels cannot be kept: %s", file, error.strerror)
+    except WriteError as error:  # a read-only home costs time, not the run
+        _log.warning("the scan of the labels cannot be kept: %s", error)
