@@ -28,7 +28,7 @@ VARIANCE_COLOURS = "viridis"
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a network says of one image."""
+    """The prediction of a network for one image."""
 
     label: np.ndarray  # uint8 [H, W]
     confidence: np.ndarray  # float32 [H, W], the largest class probability
@@ -37,7 +37,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Written:
-    """The files of one image, and the range of the variance that its map shows."""
+    """The files of one image, and the range of variance in its map."""
 
     image: Path
     files: tuple[Path, ...]
@@ -79,15 +79,15 @@ def predict_files(
     probability head, `NAME_variance.png`: viridis from the image's smallest to its largest mean sigma^2, both
     stored in the PNG as text "variance_min" and "variance_max". `raw` adds `NAME_variance.npy`, float32.
 
-    With several processes, each takes its share of the images.
+    Each rank predicts some of the images.
 
     Args:
         network: a key of `run.networks`; None takes the first.
-        progress: called with (images done, images in all) of this process.
+        progress: called with (images done, images in all) of this rank.
 
     Raises:
-        InputError: no such network or file, an unreadable image, two inputs or an input and an output of
-            one name, or an output that cannot be written. Names are checked before anything is written.
+        InputError: no such network or file, an unreadable image, two inputs of one name, an output that would
+            replace an input, or one that cannot be written. Names are checked before anything is written.
     """
     name = next(iter(run.networks)) if network is None else network
     if name not in run.networks:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prcl_fast.config import Config, parse_config
+from prcl_fast.config import Config, parse_stored_config
 from prcl_fast.errors import InputError, RunError, WriteError
 from prcl_fast.files.writing import replacing, sync, write_bytes, write_errors
 from prcl_fast.methods import Method, build_method
@@ -134,7 +134,7 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
         others = [other.name for other in _checkpoints(file.parent) if other.name != file.name]
         beside = f"; beside it: {', '.join(others)}" if others else "; no other checkpoint is beside it"
         raise InputError(f"{error}{beside}") from None
-    config = parse_config(state["config"], str(file))
+    config = parse_stored_config(state["config"], str(file))
     # The checkpoint holds every weight; the file of the initial weights may no longer exist.
     config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
     classes = tuple(state["classes"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from prcl_fast.config import NEUTRAL_KEYS, Config, config_fingerprint, dump_config, load_config
+from prcl_fast.config import NEUTRAL_KEYS, Config, config_fingerprint, dump_config, load_stored_config
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import make_folder, remove_leftovers, user_cache, write_text
 from prcl_fast.runs.metrics import METRICS, newest_records
@@ -46,7 +46,9 @@ def claim_output(config: Config) -> Path:
     """
     folder = config.output
     former = folder / "config.yaml"
-    if os.path.exists(former) and config_fingerprint(load_config(former)) != config_fingerprint(config):
+    if os.path.exists(former) and config_fingerprint(load_stored_config(former)) != config_fingerprint(
+        config
+    ):
         raise InputError(f"output: {folder} holds another configuration's run (config.yaml differs)")
     make_folder(folder, "output")
     remove_leftovers(folder)
@@ -63,7 +65,7 @@ def run_state(config: Config) -> RunState:
     folder, total = config.output, config.train.iterations
     former = folder / "config.yaml"
     if former.exists():
-        before = load_config(former)
+        before = load_stored_config(former)
         if config_fingerprint(before) != config_fingerprint(config):
             raise InputError(
                 f"{folder} holds another configuration's run: {first_difference(before, config)}; "

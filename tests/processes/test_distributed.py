@@ -307,9 +307,7 @@ def _first_step(rank: int, config: dict[str, Any]) -> dict[str, Tensor]:
         batch = next(batches)
     # Unevenly over the images, wherever they are.
     batch.label[batch.labeled_image[:, 0] > 0.5] = 255
-    assert batch.inside is not None
-    assert batch.unlabeled_image is not None
-    batch.inside &= batch.unlabeled_image[:, 0] < 0.5
+    batch.unlabeled.inside &= batch.unlabeled.image[:, 0] < 0.5
     found = dict(trainer.train_step([batch]))
     if isinstance(method, PCR):
         found["prototypes"] = method.predictor.prototypes

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.scaling import same_processes
 from prcl_fast.config import parse_config
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from prcl_fast.config import dump_config, parse_config
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.methods import build_method
 from prcl_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 

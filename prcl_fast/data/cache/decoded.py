@@ -1,8 +1,7 @@
-"""Decoded training images kept in memory that processes share, or on disk: `data.cache`.
+"""The cache of decoded training images, `data.cache`: in shared memory or on disk.
 
-One file holds all images. Whoever comes first builds it, under a lock that ends with its process; the
-others wait. It is written under a temporary name and renamed, and every process that opens it compares its
-checksums.
+One file holds all images. The first process builds it under a lock that ends with the process; all others
+wait. The file is written under a temporary name and renamed. Every process verifies its checksums.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 _log = logging.getLogger(__name__)
 
-_Item = tuple[str, bool]  # name of an image, and whether its label belongs to it
+_Item = tuple[str, bool]  # name of an image, and whether its label is stored with it
 Say = Callable[[str], None]
 
 
 class ImageCache:
-    """The decoded images of some subsets, by their positions in the splits. Travels to worker processes."""
+    """The decoded images of some subsets, by position in their splits. Can be sent to worker processes."""
 
     def __init__(self, file: ImageFile, first: dict[str, int]) -> None:
         self._file, self._first = file, first
@@ -53,10 +52,10 @@ class ImageCache:
         return self._file.path
 
     def image(self, subset: str, index: int) -> np.ndarray:
-        """uint8 [H, W, 4], read-only: image number `index` of a subset, as `decode` gives it.
+        """Image number `index` of a subset as `decode` returns it, uint8 [H, W, 4], read-only.
 
         Raises:
-            InputError: this process opens the file for the first time, and it is gone.
+            InputError: the file was removed before this process first opened it.
         """
         try:
             return self._file[self._first[subset] + index]
@@ -67,14 +66,14 @@ class ImageCache:
 def open_cache(
     source: Source, data: DataConfig, subsets: Sequence[str], say: Say | None = None
 ) -> ImageCache:
-    """The cache of `data.cache` (ram or disk), built if there is none or if it is damaged.
+    """The cache of `data.cache` (ram or disk), built if it is missing or damaged.
 
-    Its file has the name of a hash of all that shapes the pixels (`Source.pixel_state`). In memory, it goes
-    with the last process that uses it; what a killed process left is used, or removed when another is built.
+    The name of its file is a hash of the state of all images (`Source.pixel_state`). A cache in memory is
+    removed with its last user. One that a killed process left is reused, or removed when another is built.
 
     Args:
-        subsets: which splits, such as ("labeled", "unlabeled"); labels are kept for "labeled".
-        say: takes lines about a building that goes on.
+        subsets: names of the splits, such as ("labeled", "unlabeled"); labels are stored for "labeled".
+        say: receives lines about the progress of building.
 
     Raises:
         InputError: an image that cannot be read, or, naming data.cache, not enough room or no access.
@@ -102,7 +101,7 @@ def _opened_or_built(source: Source, items: Sequence[_Item], path: Path, kind: s
         return file
 
     lock = path.with_suffix(".lock")
-    # Shared at first, so that the processes of a job compare the checksums at the same time.
+    # Shared at first, so that the processes of a job verify the checksums in parallel.
     with locked(lock, say, shared=True):
         file = opened(None)
     if file is None:
@@ -186,7 +185,7 @@ def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: S
 
 
 def _decoded(source: Source, items: Sequence[_Item], say: Say) -> Generator[np.ndarray, None, None]:
-    """The images in order, decoded a little ahead by several threads."""
+    """The images in order; several threads decode ahead."""
     threads = _threads()
     waiting: deque[Future[np.ndarray]] = deque()
     last_line = time.monotonic()
@@ -207,7 +206,7 @@ def _decoded(source: Source, items: Sequence[_Item], say: Say) -> Generator[np.n
 
 
 def _room_needed(source: Source, items: Sequence[_Item]) -> int:
-    """Bytes of all images, from the mean of a few of each subset."""
+    """Estimated bytes of all images, from the mean size of a few of each subset."""
     needed = 0.0
     for labeled in (True, False):
         names = [name for name, has_label in items if has_label == labeled]
@@ -219,7 +218,7 @@ def _room_needed(source: Source, items: Sequence[_Item]) -> int:
 
 def _room(folder: Path, kind: str) -> int:
     free = shutil.disk_usage(folder).free
-    # The file system in memory may be larger than what is left of the memory.
+    # The shared-memory file system may be larger than the available memory.
     available = available_memory() if kind == "ram" else None
     return free if available is None else min(free, available)
 
