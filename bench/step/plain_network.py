@@ -1,4 +1,4 @@
-"""The package's network as plain PyTorch computes it: for the rivals of its training step."""
+"""The package's network in plain PyTorch, for the alternatives to its training step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG_FLOOR = math.log(1e-6)
 
 
 def made_plain(network: SegmentationNetwork) -> SegmentationNetwork:
-    """Puts PyTorch's own operations in the place of the package's, in the network; its values stay."""
+    """Replaces the package's ops in the network by PyTorch's; parameters and buffers stay."""
     plain = {
         BatchNorm2d: nn.BatchNorm2d,
         Conv3x3: nn.Conv2d,
@@ -39,7 +39,7 @@ def variance(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 class _Network(SegmentationNetwork):
-    """Autocast casts each weight by itself."""
+    """Autocast casts each weight separately."""
 
     def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
         return self._pass(x, representations)

@@ -1,4 +1,4 @@
-"""The files of a comparison: compare.md, .csv, .json, and .png with the curves of the validation mIoU."""
+"""Files of a comparison: compare.md, .csv, .json, and .png with the curves of the validation mIoU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DASHES = ("-", "--", "-.", ":")
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes the files into `folder`; the picture only where a run was evaluated. Raises WriteError."""
+    """Writes the files into `folder`; the figure only if a run was evaluated. Raises WriteError."""
     texts = {
         "compare.md": _markdown(comparison),
         "compare.csv": _csv(comparison),
@@ -38,7 +38,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def draw_comparison(comparison: Comparison) -> Figure:
-    """Validation mIoU over iterations: a line a group, its mean, in a band of one standard deviation."""
+    """Validation mIoU over iterations: the mean of each group in a band of one standard deviation."""
     with styled():
         groups = len(comparison.groups)
         figure = new_figure(6.0, 3.8 + 0.17 * groups)
@@ -69,7 +69,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 
 def _curve(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Iterations at which all its runs that were ever evaluated have a value, mean, deviation: [n] each."""
+    """Iterations at which all evaluated runs have a value, their mean and standard deviation: [n] each."""
     curves = []
     for run in group.runs:
         iterations, values = series(run.result.evaluations, "miou")

@@ -1,4 +1,4 @@
-"""`prcl doctor`: what is installed, what runs where, and why something does not."""
+"""`prcl doctor`: versions, native libraries and the backends of each op."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from rich.text import Text
 
 from prcl_fast import __version__
 from prcl_fast.machine.description import command_output, driver_version, gpu_names, package_version
-from prcl_fast.ops import _backend, _native
-from prcl_fast.ops._preference import preference
+from prcl_fast.ops import native, registry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
@@ -24,7 +23,7 @@ _OPTIONAL = ("native", "triton")  # torch runs everywhere
 
 
 def doctor() -> None:
-    """Show versions, the state of the native libraries, and which backend runs each op on each device."""
+    """Show versions, the state of the native libraries, and the backend of each op on each device."""
     console = Console()
     console.print(_versions())
     console.print(_libraries())
@@ -53,10 +52,10 @@ def _versions() -> Table:
 
 def _libraries() -> Table:
     table = Table("", "state", title="native libraries", title_justify="left")
-    cpu = _native.cpu_library_error()
-    instructions = "" if cpu else f"loaded, vector instructions: {_native.ops().cpu_isa()}"
+    cpu = native.cpu_library_error()
+    instructions = "" if cpu else f"loaded, vector instructions: {native.ops().cpu_isa()}"
     table.add_row(Text("_native.so (CPU)"), Text(cpu or instructions))
-    table.add_row(Text("_native_cuda.so (CUDA)"), Text(_native.unavailable("cuda") or "loaded"))
+    table.add_row(Text("_native_cuda.so (CUDA)"), Text(native.unavailable("cuda") or "loaded"))
     return table
 
 
@@ -77,15 +76,15 @@ def _ops(devices: list[str]) -> tuple[Table, list[str]]:
             reasons.append(reason)
         return f"({reasons.index(reason) + 1})"
 
-    for name in _backend.op_names():
+    for name in registry.op_names():
         for device in devices:
-            cells = [_backend.automatic(name, device, dtype) for dtype in _DTYPES]
+            cells = [registry.automatic(name, device, dtype) for dtype in _DTYPES]
             for backend in _OPTIONAL:
-                reason = _backend.unavailable(name, backend, device)
+                reason = registry.unavailable(name, backend, device)
                 cells.append("yes" if reason is None else f"no {numbered(reason)}")
-            why = preference(name, device)
-            order = " before ".join((*why.order, "torch"))
-            table.add_row(*map(Text, (name, device, *cells, numbered(f"{order}, {why.reason}"))))
+            order = " before ".join(registry.ORDER[device])
+            why = numbered(f"{order}, {registry.reason_of_order(name, device)}")
+            table.add_row(*map(Text, (name, device, *cells, why)))
     return table, reasons
 
 

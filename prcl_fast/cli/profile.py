@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.config import load_config
 from prcl_fast.console import print_table
 
@@ -19,18 +20,15 @@ if TYPE_CHECKING:
 
 
 def profile_command(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps that are timed.")] = 20,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="Number of timed steps.")] = 20,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write profile.json, step_time.png and trace.json.gz there."),
+        typer.Option(metavar="DIR", help="Folder for profile.json, step_time.png and trace.json.gz."),
     ] = None,
 ) -> None:
-    """Measure where a training step's time and memory go; nothing of the run itself is written.
+    """Measure the time and memory of each part of a training step. Writes nothing into the run's output.
 
     The trace opens in https://ui.perfetto.dev and in chrome://tracing.
     """
@@ -84,6 +82,6 @@ def _print_decoding(cost: DecodeCost, config: Config, step_ms: float) -> None:
         images["unlabeled"] = config.train.batch_unlabeled
     needed = workers_needed(cost, images, step_ms / 1e3)
     print(
-        f"decoding: {', '.join(shown)}; data.workers {needed} keeps up with this step, or data.cache, "
-        f"which decodes once; the configuration has workers {config.data.workers}, cache {config.data.cache}"
+        f"decoding: {', '.join(shown)}; data.workers={needed} keeps up with this step, or data.cache, "
+        f"which decodes once; configured: workers {config.data.workers}, cache {config.data.cache}"
     )

@@ -1,4 +1,4 @@
-"""Where a training step's time and memory go, and how busy the device is."""
+"""Profile of a training step: time and memory of its parts, and the utilisation of the device."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _TRACED = 3  # steps
 
 @dataclass(frozen=True)
 class Profile:
-    """Figures of one configuration's step on one device.
+    """The profile of one configuration's step on one device.
 
     Attributes:
-        step_ms: median milliseconds of a step as it trains; `step_ms_20`, `step_ms_80` its percentiles.
+        step_ms: median milliseconds of a step; `step_ms_20`, `step_ms_80` its percentiles.
         parts_ms: median milliseconds of each part, in the order of a step, and of the rest, "other". With
-            `train.graph` the parts are those of the same step run without the graph.
-        peak_bytes: the most memory held in each part: allocated on CUDA, resident on a CPU.
-        busy: share of the time in which the device worked: on CUDA some kernel ran, on a CPU the share of
-            the threads' time that this process (without its data workers) used.
-        decoding: what it costs to decode the data set's images, without a cache.
-        kind, device, threads, torch, images: of one step, labeled and unlabeled together.
+            `train.graph` they are measured without the graph.
+        peak_bytes: peak memory of each part: allocated on CUDA, resident on a CPU.
+        busy: utilisation: on CUDA the fraction of the time in which a kernel ran, on a CPU the processor time
+            of this process (without its data workers) over the time of all threads.
+        decoding: time to decode the data set's images, without a cache.
+        images: of one step, labeled and unlabeled together.
     """
 
     device: str
@@ -61,7 +61,7 @@ class Profile:
     kind: str = KIND
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The profile as JSON."""
         return asdict(self)
 
 
@@ -72,15 +72,15 @@ def profile(
     trace: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Profile:
-    """Trains some steps of `config`, from the start and into no folder, and measures them.
+    """Measures the first steps of a training, whose output is discarded.
 
     Args:
-        steps: how many are timed, as they train and once more with their parts apart.
-        trace: where to write three steps' trace, gzipped JSON that Perfetto and chrome://tracing read.
-        say: told what is being done.
+        steps: number of timed steps; as many more are timed part by part.
+        trace: file for a trace of three steps, gzipped JSON for Perfetto and chrome://tracing.
+        say: called with a line of progress.
 
     Raises:
-        InputError: whatever is wrong with the configuration's files, or `trace` cannot be written.
+        InputError: a file of the configuration is wrong, or `trace` cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="prcl_profile_") as folder:
         config = config.model_copy(update={"output": Path(folder) / "run"})
@@ -126,7 +126,7 @@ def profile(
 
 
 def _timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> tuple[list[float], float]:
-    """Milliseconds of each step, and the share of the threads' time that the process used."""
+    """Milliseconds of each step, and processor time over the time of all threads."""
     timer = PartTimer(trainer.device)
     wall, processor = time.perf_counter(), time.process_time()
     for _ in range(steps):
@@ -138,10 +138,10 @@ def _timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> tuple[list
 
 
 def traced(trainer: Trainer, batches: Iterator[Batch], trace: Path | None = None) -> float | None:
-    """Some steps with PyTorch's profiler, whose trace is written to `trace`.
+    """Runs three steps under PyTorch's profiler and writes their trace to `trace`.
 
     Returns:
-        the share of the time in which a kernel ran; None on a CPU.
+        The fraction of the time in which a kernel ran; None on a CPU.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
@@ -166,7 +166,7 @@ def traced(trainer: Trainer, batches: Iterator[Batch], trace: Path | None = None
 
 
 def busy_share(intervals: list[tuple[float, float]]) -> float:
-    """The share of the time from the first start to the last end in which some interval ran."""
+    """The fraction of the time from the first start to the last end that the intervals cover."""
     if not intervals:
         return 0.0
     busy, reached = 0.0, min(intervals)[0]

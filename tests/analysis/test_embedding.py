@@ -1,4 +1,4 @@
-"""The pixels that `prcl analyse` draws, what the network says of them, and the prototypes beside them."""
+"""Drawn pixels of `prcl analyse`, their network outputs, and the prototypes."""
 
 from __future__ import annotations
 

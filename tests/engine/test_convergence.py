@@ -19,7 +19,7 @@ from torch import Tensor
 from prcl_fast.config import Config, parse_config
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.methods import StepIndex
-from prcl_fast.ops import _backend, use_backend
+from prcl_fast.ops import registry, use_backend
 from support.stub_networks import small_backbones
 from support.tiny import tiny_tree
 
@@ -31,8 +31,8 @@ LR = 0.02
 SMOOTH_LOSSES = ("loss_supervised", "loss_contrast")
 
 pytestmark = pytest.mark.skipif(
-    _backend.unavailable("probabilistic_info_nce", FUSED, "cpu") is not None,
-    reason=str(_backend.unavailable("probabilistic_info_nce", FUSED, "cpu")),
+    registry.unavailable("probabilistic_info_nce", FUSED, "cpu") is not None,
+    reason=str(registry.unavailable("probabilistic_info_nce", FUSED, "cpu")),
 )
 
 

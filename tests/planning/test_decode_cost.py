@@ -1,4 +1,4 @@
-"""What decoding costs, and how many workers follow from it."""
+"""Time of decoding, and the number of workers that it needs."""
 
 from __future__ import annotations
 
