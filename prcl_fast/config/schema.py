@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from prcl_fast.config.files import PATH_KEYS, RUN_KEYS, apply_override, plain_path, read_tree
+from prcl_fast.config.files import (
+    PATH_KEYS,
+    RUN_KEYS,
+    apply_override,
+    plain_path,
+    read_tree,
+    say_on_stderr,
+)
 from prcl_fast.config.messages import first_message
 from prcl_fast.config.methods import MethodConfig, PPSConfig, UnlabeledConfig
 from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Positive, Rgb, Section, Size
@@ -277,8 +284,12 @@ NEUTRAL_KEYS = (
 )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = say_on_stderr
+) -> Config:
     """Reads a YAML file, its chain of `base:` files and `key.path=value` overrides.
+
+    A `path` such as configs/demo.yaml that does not exist is read from the package, and `say` takes a line.
 
     Relative paths inside `data` and `model` are relative to the file that names them; `output`, and a path to
     another run's, are relative to the working directory, as is every path in an override.
@@ -286,7 +297,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: naming the file and the key.
     """
-    tree = read_tree(path)
+    tree = read_tree(path, say)
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree, str(path))

@@ -14,7 +14,15 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, ValidationError
 
 from prcl_fast.config import Config, parse_config
-from prcl_fast.config.files import PATH_KEYS, apply_override, read_tree, set_value
+from prcl_fast.config.bundled import find_config
+from prcl_fast.config.files import (
+    PATH_KEYS,
+    anchored,
+    apply_override,
+    read_tree,
+    say_on_stderr,
+    set_value,
+)
 from prcl_fast.config.messages import first_message, shortened
 from prcl_fast.config.types import PathString, Section
 from prcl_fast.errors import InputError
@@ -114,6 +122,8 @@ class _Builder:
     def __init__(self, path: Path, file: SweepFile, overrides: Sequence[str]) -> None:
         self._path, self._file, self._overrides = path, file, overrides
         self._trees: dict[str, dict[str, Any]] = {}
+        # The line about a bundled sweep holds for the files that it names.
+        self._say = say_on_stderr if find_config(path) == path else None
 
     def build(
         self, name: str, changes: Mapping[str, AxisEntry], chosen: Mapping[str, str], seed: int
@@ -125,7 +135,7 @@ class _Builder:
                 f"{self._path}: config: required, for no axis names a configuration file for run {name}"
             )
         if config not in self._trees:
-            self._trees[config] = read_tree(self._path.parent / config)
+            self._trees[config] = read_tree(Path(anchored(config, self._path.parent)), self._say)
         tree = copy.deepcopy(self._trees[config])
         words = {**chosen, "seed": str(seed)}
         sets = {"set": self._file.set}
@@ -242,7 +252,7 @@ def _anchored(key: str, value: Any, folder: Path) -> Any:
     """Paths below `folder` where `value` is one of the configuration's paths or a section that holds some."""
     for section, name in PATH_KEYS:
         if key == f"{section}.{name}" and isinstance(value, str):
-            return str(folder / value)
+            return anchored(value, folder)
         if key == section and isinstance(value, dict) and isinstance(value.get(name), str):
-            value = value | {name: str(folder / value[name])}
+            value = value | {name: anchored(value[name], folder)}
     return value
