@@ -9,9 +9,9 @@
 #   make gpu-check  tests, memory checks and benchmarks on a machine with a GPU
 #   make gpu-bundle one file that does the same on a machine without a network: tar xf FILE; bash gpu_check.sh first
 #
-# `make bench ARGS="contrast --size voc"` hands options to `prcl bench`. gpu-check runs two sets of under six minutes
-# each; ARGS="first --out DIR" runs one and says where its archive goes. For gpu-bundle, ARGS="--without numpy" leaves
-# out a package that the machine has.
+# `make bench ARGS="contrast --size voc"` hands options to `python -m bench ops`. gpu-check runs two sets of under six
+# minutes each; ARGS="first --out DIR" runs one and says where its archive goes. For gpu-bundle, ARGS="--without numpy"
+# leaves out a package that the machine has.
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
 # TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures of the CUDA code. Without it `make wheel` compiles for all,
 # and every other target for the GPU that is there, or for 9.0, in a third of the time.
@@ -55,13 +55,13 @@ schema: install
 	$(BIN)/python -m prcl_fast.config > configs/schema.json
 
 bench: install
-	$(BIN)/prcl bench --json bench/results/local/bench.json $(ARGS)
+	$(BIN)/python -m bench ops --json bench/results/local/bench.json $(ARGS)
 
 gpu-check: install
-	$(BIN)/python -m bench.gpu $(or $(ARGS),first second)
+	$(BIN)/python -m bench gpu $(or $(ARGS),first second)
 
 gpu-bundle: install
-	$(BIN)/python -m bench.gpu.bundle $(ARGS)
+	$(BIN)/python -m bench gpu-bundle $(ARGS)
 
 install: $(VENV)/.built
 

@@ -1,12 +1,10 @@
-"""What a number depends on: device, driver, versions, commit, threads."""
+"""The machine of a benchmark: its description in the results, and the memory that a case may take."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +13,15 @@ from typing import Any
 import torch
 
 from prcl_fast import __version__
-from prcl_fast.machine import available_memory, commit, cpu_name
+from prcl_fast.machine.description import (
+    commit,
+    cpu_name,
+    device_name,
+    driver_version,
+    free_memory,
+    package_version,
+    usable_cores,
+)
 
 _SHARE_OF_MEMORY = 0.7
 
@@ -24,51 +30,24 @@ def describe(device: str) -> dict[str, Any]:
     """The machine as a result carries it."""
     cuda = device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "device": device_name(torch.device(device)) if cuda else cpu_name(),
         "device_type": device,
-        "driver": driver() if cuda else None,
+        "driver": driver_version() if cuda else None,
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": package_version("triton"),
         "prcl_fast": __version__,
-        # PRCL_COMMIT says it for a copy without git.
+        # PRCL_COMMIT names it for a copy without git.
         "commit": commit() or os.environ.get("PRCL_COMMIT", "unknown"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
-def driver() -> str:
-    lines = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
-    return lines[0] if lines else "unknown"
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def fits(needed: int, device: str) -> bool:
-    """Whether so many bytes can be had without driving the machine to its limit."""
-    return needed <= _SHARE_OF_MEMORY * available_bytes(device)
-
-
-def available_bytes(device: str) -> int:
-    """Memory that nobody uses: of the GPU, or of the machine; a very large number where that is unknown."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    available = available_memory()
-    return 1 << 62 if available is None else available
-
-
-def output(*command: str) -> str:
-    """What the command prints, or nothing where it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    """Whether so many bytes leave a good part of the device's memory free; True where that is unknown."""
+    free = free_memory(torch.device(device))
+    return free is None or needed <= _SHARE_OF_MEMORY * free

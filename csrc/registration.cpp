@@ -1,7 +1,9 @@
-#include "schemas.h"
+// Schemas of the two queries about the machine. Those of all other native ops are the schemas of the Python
+// ops, and prcl_fast/ops/registry.py defines them.
 
-STABLE_TORCH_LIBRARY(prcl_fast_native, m) {
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(prcl_fast_native, m) {
   m.def("cpu_isa() -> str");
   m.def("cuda_error() -> str");
-  prcl::define_schemas(m);
 }

@@ -1,4 +1,4 @@
-"""Which device a command runs on, and how it computes."""
+"""Devices: the choice of one, and the settings of PyTorch for it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def prepare_device(device: torch.device, *, threads: int | None, tf32: bool) -> None:
-    """Settings of PyTorch and the C library, for the whole process, with which a network runs.
+    """Sets up PyTorch and the C library, for the whole process, to run a network on `device`.
 
     Args:
         device: CUDA devices with their index.
@@ -56,9 +56,9 @@ def prepare_device(device: torch.device, *, threads: int | None, tf32: bool) -> 
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the tensors to come, as PyTorch does on CUDA.
+    """Makes glibc keep freed memory for later tensors, as PyTorch does on CUDA.
 
-    By default it returns large blocks to the system, and every step faults their pages in anew. Other C
+    By default it returns large blocks to the system, and their pages fault again in every step. Other C
     libraries have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -74,5 +74,5 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float32 where autocast made less of it; float64 stays."""
+    """`x` in float32 where autocast lowered its precision; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The exceptions that end a command with one line and without a traceback."""
+"""Exceptions that end a command with one line and without a traceback."""
 
 
 class InputError(Exception):
@@ -9,5 +9,17 @@ class InputError(Exception):
     """
 
 
+class WriteError(InputError):
+    """A file that cannot be written: the disk is full, access is denied, the name is taken by a folder, ...
+
+    Attributes:
+        errno: of the OSError behind it; None where there was none.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
 class RunError(RuntimeError):
-    """A run cannot go on. The message is one line; the command line prints it and exits with 1."""
+    """A run cannot go on. The message is one line; the command line prints it and exits with status 1."""

@@ -1,4 +1,4 @@
-"""Names for the parts of a training step, heard by whoever profiles it; they cost nothing otherwise."""
+"""Parts of a training step: named regions that a profiler can listen to, free of cost otherwise."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PARTS = (
 
 
 class Listener(Protocol):
-    """Told of every part while `listening`; parts do not nest."""
+    """Observer of every part that runs while `listening`; parts do not nest."""
 
     def part(self, name: str) -> AbstractContextManager[None]:
-        """Surrounds one run of part `name`, one of PARTS."""
+        """A context around one run of part `name`, one of PARTS."""
 
 
 _NOBODY = nullcontext()
@@ -33,13 +33,13 @@ _listener: Listener | None = None
 
 
 def part(name: str) -> AbstractContextManager[None]:
-    """Surrounds what belongs to part `name` of a step, one of PARTS."""
+    """A context around the code of part `name` of a step, one of PARTS."""
     return _NOBODY if _listener is None else _listener.part(name)
 
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """`listener` hears of every part that runs inside."""
+    """Calls `listener` for every part that runs inside the block."""
     global _listener
     former, _listener = _listener, listener
     try:

@@ -1,7 +1,7 @@
-"""A run small enough for a test: generated images, the smallest network, a few steps.
+"""Fixtures of all tests: a small PRCL run, two processes in one group.
 
-The tests of ops and kernels need PyTorch, NumPy and pytest alone: nothing here imports another package before
-a test asks for it, and a test file whose imports need one that is missing is skipped.
+The tests of ops and kernels need only PyTorch, NumPy and pytest. So nothing here imports another package
+before a test uses it, and a test file that imports a missing package is skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support.tiny import tiny_tree
 if TYPE_CHECKING:
     from prcl_fast.config import Config
 
-# What the package depends on and its ops do without.
+# Dependencies of the package that its ops do not need.
 _NOT_FOR_OPS = ("pydantic", "typer", "rich", "yaml", "PIL", "matplotlib", "sklearn", "scipy", "tensorboard")
 
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, pytest.CollectReport]:
-    """Skips a test file whose imports end at a package of `_NOT_FOR_OPS` that is not installed."""
+    """Skips a test file that imports a package of `_NOT_FOR_OPS` that is not installed."""
     report: Any = yield
     error = None if report.call.excinfo is None else report.call.excinfo.value.__cause__
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _NOT_FOR_OPS:

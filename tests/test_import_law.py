@@ -20,6 +20,7 @@ ROOMS = (
     "console",
     "config",
     "reference",
+    "chunked",
     "kernels",
     "ops",
     "processes",

@@ -1,10 +1,10 @@
-"""The check on a machine with a GPU, which may have no network and be lent for minutes only.
+"""The check on a machine with a GPU, which may have no network and be available for minutes only.
 
-    gpu_check.sh  the way in: bash gpu_check.sh first
-    runner.py     phases with a time box each, packed anew after each, and the table at their end
-    table.py      its lines and numbers        phases.py   the two sets
-    bundle.py     one file for such a machine  wheels.py   the packages in it that the machine lacks
-    facts.py      what the machine is and has
+    command.py    `bench gpu`                  gpu_check.sh  the same from a bundle: bash gpu_check.sh first
+    phases.py     the two sets of phases       runner.py     phases with time boxes, archived after each
+    table.py      the table of a set           facts.py      the machine: GPU, versions, packages, tools
+    bundle.py     `bench gpu-bundle`           wheels.py     its wheels of packages that the machine lacks
+    sanitize.py   `bench gpu-sanitize`         sass.py       instructions of a kernel's loops
 
-The runner needs neither PyTorch nor pydantic nor pytest: where one is missing, the first phase says so.
+The runner needs neither PyTorch nor pydantic nor pytest: if one is missing, the first phase reports it.
 """

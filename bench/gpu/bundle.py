@@ -1,15 +1,14 @@
-"""One file for a machine with a GPU and no network: sources, native libraries, and wheels that it may lack.
+"""A bundle for a machine with a GPU and no network: sources, native libraries, and wheels.
 
-python -m bench.gpu.bundle [--out FILE] [--without PACKAGE ...]
+python -m bench gpu-bundle [--out FILE] [--without PACKAGE ...]
 
-There: `tar xf FILE; bash gpu_check.sh first`, on Linux, x86-64, with Python 3.12 and PyTorch 2.11 or newer.
-The wheels are those of this environment's versions, for Python 3.12 and, as far as the size allows, for the
-Python that makes the file, so that it can be tried here. Making it needs the network.
+On that machine: `tar xf FILE; bash gpu_check.sh first`; Linux, x86-64, Python 3.12, PyTorch 2.11 or newer.
+The wheels have the versions of this environment. They are for Python 3.12 and, if the size allows, for the
+Python that makes the bundle, so that it can be tested here. Making it needs the network.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import io
 import re
@@ -20,10 +19,13 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.requirements import Requirement
 
+from bench.arguments import parser
 from bench.gpu.wheels import REQUIREMENTS, normalized
+from prcl_fast.errors import InputError
 from prcl_fast.files.writing import replacing
 
 LARGEST = 60_000_000  # bytes
@@ -32,14 +34,14 @@ _ROOT = Path(__file__).resolve().parents[2]
 _OUT = _ROOT / "dist" / "prcl_fast_gpu_check.tar.gz"
 _LIBRARIES = ("prcl_fast/_native.so", "prcl_fast/_native_cuda.so")
 _SOURCES = ("prcl_fast", "bench", "tests", "configs", "csrc", "setup.py", "pyproject.toml", "constraints.txt")
-_LEFT_OUT = ("bench/results/", "tests/golden/", "tests/fuzz/corpus/")  # large, and read by no phase
+_LEFT_OUT = ("bench/results/", "tests/golden/", "tests/fuzz/corpus/")  # large, and not used by any phase
 _SCRIPT = "bench/gpu/gpu_check.sh"
-# What the phases import besides PyTorch; SciPy, for the tests of two samplers, is too large.
+# Imported by the phases besides PyTorch; SciPy, for the tests of two samplers, is too large.
 _PACKAGES = (
     "numpy", "pillow", "pyyaml", "pydantic", "typer", "rich", "pytest", "pytest-timeout", "pytest-xdist",
     "ninja", "setuptools", "tensorboard",
 )  # fmt: skip
-# A run writes TensorBoard's files with its messages alone; these are for its server.
+# For TensorBoard's server; a run only writes its files.
 _NOT_NEEDED = {"grpcio", "markdown", "tensorboard-data-server", "werkzeug"}
 _UNREAD = re.compile(r"/tests/|^tensorboard/(webfiles\.zip|plugins/projector/tf_projector_plugin/)")
 _PLATFORMS = (
@@ -50,12 +52,8 @@ _PLATFORMS = (
 )
 
 
-class BundleError(Exception):
-    """Why no bundle was made, in one line."""
-
-
 def sources(root: Path) -> list[str]:
-    """The tracked files that a check needs. Raises BundleError outside a git checkout."""
+    """The tracked files that a check needs. Raises InputError outside a git checkout."""
     listed = _git(root, "ls-files", "-z", "--", *_SOURCES).split("\0")
     found = [name for name in listed if name and not name.startswith(_LEFT_OUT)]
     # A file that is tracked may have been removed from the working tree.
@@ -63,10 +61,10 @@ def sources(root: Path) -> list[str]:
 
 
 def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Packages and all that they need on Linux under this Python, with this environment's versions.
+    """The packages and their dependencies on Linux under this Python, with this environment's versions.
 
     Raises:
-        BundleError: one of them is not installed here.
+        InputError: one of them is not installed here.
     """
     environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     found: dict[str, str] = {}
@@ -78,9 +76,7 @@ def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            raise BundleError(
-                f"{name} is not installed here, so its version is not known: run make"
-            ) from None
+            raise InputError(f"{name} is not installed here, so its version is not known: run make") from None
         for requirement in map(Requirement, importlib.metadata.requires(name) or ()):
             if requirement.marker is None or requirement.marker.evaluate(environment):
                 left.append(requirement.name)
@@ -88,7 +84,7 @@ def required_packages(python: str, packages: Sequence[str] = _PACKAGES) -> dict[
 
 
 def download(packages: Mapping[str, str], python: str, folder: Path) -> None:
-    """Puts the packages' wheels for a Python on Linux, x86-64, into `folder`. Raises BundleError."""
+    """Downloads the packages' wheels for a Python on Linux, x86-64, into `folder`. Raises InputError."""
     command = [
         sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
         "--implementation", "cp", "--python-version", python, "-d", str(folder),
@@ -100,18 +96,18 @@ def download(packages: Mapping[str, str], python: str, folder: Path) -> None:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
             done.stderr.strip()
         ]
-        raise BundleError(f"pip cannot download wheels for Python {python}: {lines[-1]}")
+        raise InputError(f"pip cannot download wheels for Python {python}: {lines[-1]}")
 
 
 def shrink(wheel: Path) -> None:
-    """Leaves out what no phase reads: a wheel's own tests, and TensorBoard's pages."""
+    """Removes files that no phase reads: a wheel's own tests, and TensorBoard's pages."""
     with zipfile.ZipFile(wheel) as archive:
         kept = [x for x in archive.infolist() if not _UNREAD.search(x.filename)]
         if len(kept) == len(archive.infolist()):
             return
         with (
-            replacing(wheel) as temporary,
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as less,
+            replacing(wheel) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as less,
         ):
             for info in kept:
                 less.writestr(info.filename, archive.read(info))
@@ -120,22 +116,22 @@ def shrink(wheel: Path) -> None:
 def write_bundle(
     root: Path, out: Path, wheels: Iterable[Path], optional: Iterable[Path] = (), largest: int = LARGEST
 ) -> list[str]:
-    """Writes the bundle, whole or not at all.
+    """Writes the bundle atomically.
 
     Args:
-        wheels: that it must hold.
-        optional: taken from the smallest on, as long as they fit.
-        largest: bytes of the file.
+        wheels: required ones.
+        optional: added from the smallest on while they fit.
+        largest: limit of the file in bytes.
 
     Returns:
-        the names of the optional wheels that were left out.
+        The names of the optional wheels that were left out.
 
     Raises:
-        BundleError: a library was not built, it is no git checkout, or the file would be too large.
+        InputError: a library is not built, `root` is no git checkout, or the file would be too large.
     """
     for library in _LIBRARIES:
         if not (root / library).is_file():
-            raise BundleError(
+            raise InputError(
                 f"{library} was not built: nvcc must be on PATH or in CUDA_HOME when make builds it"
             )
     commit = _git(root, "describe", "--always", "--dirty", "--exclude=*").strip()
@@ -144,35 +140,37 @@ def write_bundle(
     files = {name: root / name for name in (*sources(root), *_LIBRARIES)}
     files |= {f"wheels/{path.name}": path for path in wheels}
     extra = sorted(optional, key=lambda path: path.stat().st_size)
-    with replacing(out) as temporary:
-        _write(temporary, files, root, commit, asked)
-        left = largest - temporary.stat().st_size
+    with replacing(out) as file:
+        _write(file, files, root, commit, asked)
+        left = largest - file.tell()
         if left < 0:
             size = largest - left
-            raise BundleError(f"{out.name} would have {size} bytes, more than {largest}; see --without")
-        # Wheels are compressed already: each adds its size, a header and some padding.
+            raise InputError(f"{out.name} would have {size} bytes, more than {largest}; see --without")
+        # Wheels are already compressed: each adds its size, a header and padding.
         while extra and (added := int(1.001 * extra[0].stat().st_size) + 1024) <= left:
             wheel = extra.pop(0)
             left -= added
             files[f"wheels/{wheel.name}"] = wheel
-        _write(temporary, files, root, commit, asked)
+        file.seek(0)
+        file.truncate()
+        _write(file, files, root, commit, asked)
     return [path.name for path in extra]
 
 
-def _write(archive: Path, files: Mapping[str, Path], root: Path, commit: str, asked: str) -> None:
-    def owned_by_nobody(info: tarfile.TarInfo) -> tarfile.TarInfo:
+def _write(archive: BinaryIO, files: Mapping[str, Path], root: Path, commit: str, asked: str) -> None:
+    def without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.uid = info.gid = 0
         info.uname = info.gname = ""
         return info
 
-    with tarfile.open(archive, "w:gz") as tar:
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in (("COMMIT", commit + "\n"), (f"wheels/{REQUIREMENTS}", asked)):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content.encode()))
-        tar.add(root / _SCRIPT, "gpu_check.sh", filter=owned_by_nobody)
+        tar.add(root / _SCRIPT, "gpu_check.sh", filter=without_owner)
         for name, path in sorted(files.items()):
-            tar.add(path, name, filter=owned_by_nobody)
+            tar.add(path, name, filter=without_owner)
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -181,43 +179,35 @@ def _git(root: Path, *arguments: str) -> str:
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        raise BundleError(f"{root} is no git checkout, whose tracked files would be taken") from None
+        raise InputError(f"{root} is no git checkout; a bundle contains its tracked files") from None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=_OUT)
-    parser.add_argument(
+def main(arguments: Sequence[str]) -> None:
+    """`python -m bench gpu-bundle`."""
+    command = parser("gpu-bundle", __doc__)
+    command.add_argument("--out", type=Path, default=_OUT, metavar="FILE", help="the bundle")
+    command.add_argument(
         "--without",
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="which the machine has; may be repeated",
+        help="a package that the machine has; may be repeated",
     )
-    options = parser.parse_args()
+    options = command.parse_args(arguments)
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     left_out = {normalized(name) for name in options.without}
-    try:
-        with tempfile.TemporaryDirectory(prefix="prcl_wheels_") as folder:
-            found: dict[str, list[Path]] = {}
-            for python in dict.fromkeys((PYTHON, own)):
-                place = Path(folder) / python
-                packages = required_packages(python)
-                download({x: packages[x] for x in packages if x not in left_out}, python, place)
-                found[python] = sorted(place.glob("*.whl"))
-                for wheel in found[python]:
-                    shrink(wheel)
-            needed = {wheel.name for wheel in found[PYTHON]}
-            optional = [wheel for wheel in found[own] if wheel.name not in needed]
-            dropped = write_bundle(_ROOT, options.out, found[PYTHON], optional)
-    except BundleError as error:
-        print(f"gpu-bundle: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory(prefix="prcl_wheels_") as folder:
+        found: dict[str, list[Path]] = {}
+        for python in dict.fromkeys((PYTHON, own)):
+            place = Path(folder) / python
+            packages = required_packages(python)
+            download({x: packages[x] for x in packages if x not in left_out}, python, place)
+            found[python] = sorted(place.glob("*.whl"))
+            for wheel in found[python]:
+                shrink(wheel)
+        needed = {wheel.name for wheel in found[PYTHON]}
+        optional = [wheel for wheel in found[own] if wheel.name not in needed]
+        dropped = write_bundle(_ROOT, options.out, found[PYTHON], optional)
     for name in dropped:
         print(f"left out, as the file would be too large: {name}")
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

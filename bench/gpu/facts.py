@@ -1,8 +1,8 @@
-"""Facts about a machine: its GPU, versions, packages and tools, and whether the native library runs there.
+"""Facts about a machine: GPU, versions, packages, tools, and state of the native library.
 
-python -m bench.gpu.facts FILE
+python -m bench gpu-facts FILE
 
-FILE is written after every stage, the cheapest first. Exit status 1: a package of other phases is missing.
+FILE is written after every stage, the fastest first. Exit status 1: a package of other phases is missing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import parser
 from prcl_fast.files.writing import write_text
 
 IMPORTED = (
@@ -26,8 +27,11 @@ IMPORTED = (
 TOOLS = ("nvcc", "g++", "compute-sanitizer", "ncu", "nvidia-smi")
 
 
-def main() -> int:
-    path = Path(sys.argv[1])
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench gpu-facts`."""
+    command = parser("gpu-facts", __doc__)
+    command.add_argument("file", type=Path, metavar="FILE", help="JSON file to write")
+    path = command.parse_args(arguments).file
     facts: dict[str, Any] = {"python": platform.python_version()}
 
     def add(**more: Any) -> None:
@@ -51,14 +55,15 @@ def main() -> int:
         capability="{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None,
     )
     from bench import machine
-    from prcl_fast.ops import _native
-    from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
+    from prcl_fast.machine.description import command_output
+    from prcl_fast.ops import native
+    from prcl_fast.ops.registry import BACKENDS, op_names, unavailable
 
     device = "cuda" if gpu else "cpu"
     add(
-        native=_native.unavailable(device),
+        native=native.unavailable(device),
         machine=machine.describe(device),
-        nvidia_smi=machine.output("nvidia-smi").splitlines(),
+        nvidia_smi=command_output("nvidia-smi").splitlines(),
     )
     if gpu:
         properties = torch.cuda.get_device_properties(0)
@@ -89,10 +94,6 @@ def _not_importable() -> dict[str, str]:
     for name in IMPORTED:
         try:
             importlib.import_module(name)
-        except Exception as error:  # an extension built for something else raises more than ImportError
+        except Exception as error:  # an extension built for another platform raises others than ImportError
             found[name] = f"{type(error).__name__}: {error}"
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

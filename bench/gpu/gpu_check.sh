@@ -6,5 +6,5 @@ root=$here
 [ -d "$root/bench" ] || root=$(dirname "$(dirname "$here")")
 # The sources' folder takes the place of the working folder, which may hold a `bench` of its own.
 exec "${PYTHON:-python3}" -Bc 'import sys; sys.path[0] = sys.argv.pop(1)
-from bench.gpu.__main__ import main
-sys.exit(main())' "$root" "$@"
+from bench.commands import main
+sys.exit(main(["gpu", *sys.argv[1:]]))' "$root" "$@"

@@ -1,8 +1,7 @@
-"""Phases of a check, one after the other, each in a box of seconds; what they leave is packed after each.
+"""The runner of a check: phases with time boxes, archived after each.
 
-A phase is a command, whose output goes to a log of its own. When its box or the set's time runs out, it is
-ended with all its children, and the next one begins. Whatever ends the runner itself, an archive of all
-finished phases is there.
+A phase is a command with its own log. When its box or the set's time runs out, it is killed with all its
+children, and the next phase starts. If the runner itself is killed, an archive of finished phases remains.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.table import notes, table
-from prcl_fast.files.writing import replacing, write_text
+from prcl_fast.files.writing import open_append, replacing, write_text
 
 KIND = "prcl gpu check 1"
 PASSED, FAILED, CUT_OFF, SKIPPED, NO_TIME = "passed", "failed", "cut off", "skipped", "no time was left"
 NO_GPU = "no GPU"
-SECONDS = 350.0  # of a set: under six minutes with what comes before and after it
+SECONDS = 350.0  # of a set: under six minutes with start and end
 SECONDS_WITHOUT_GPU = 170.0
-_LEAST = 5.0  # seconds that are worth a start
-_GRACE = 3.0  # from the request to end until the kill
+_LEAST = 5.0  # seconds without which a phase does not start
+_GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -39,13 +38,13 @@ class Phase:
 
     Attributes:
         name: of its log and, as NAME.json, of its result.
-        box: seconds that it may take.
-        command: what runs, from the sources' root.
+        box: its time limit in seconds.
+        command: runs in the root of the sources.
         settles: the question that it answers.
-        skipped: why it is not run, or None.
-        environment: what it adds.
-        lines: how many of its log's last lines are shown.
-        says: what its log must hold; tests that are all skipped end with status 0 as well.
+        skipped: why it is skipped, or None.
+        environment: additional variables.
+        lines: number of last lines of its log to print.
+        expects: text that its log must contain; tests that are all skipped also end with status 0.
     """
 
     name: str
@@ -55,12 +54,12 @@ class Phase:
     skipped: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     lines: int = 4
-    says: str = ""
+    expects: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a phase ended: `status` is one of the five above, `detail` says more, `notes` are its numbers."""
+    """The end of a phase: `status` is one of the five above, `detail` explains it, `notes` hold numbers."""
 
     name: str
     status: str
@@ -79,17 +78,17 @@ def run_set(
     out: Path,
     seconds: float = SECONDS,
 ) -> int:
-    """Runs a set into out/NAME.tar.gz and shows its table.
+    """Runs a set into out/NAME.tar.gz and prints its table.
 
     Args:
-        facts_phase: of the results' folder; writes facts.json there.
-        phases: the others, of the results' folder and of what facts.json says.
-        work: a folder for what is not kept.
-        out: gets the archive and nothing else.
-        seconds: for all phases together.
+        facts_phase: (folder of the results) -> the first phase, which writes facts.json there.
+        phases: (folder of the results, content of facts.json) -> the other phases.
+        work: a temporary folder.
+        out: the folder of the archive.
+        seconds: limit of all phases together.
 
     Returns:
-        0 where no phase failed or was cut off; 1 otherwise.
+        0 if no phase failed or was cut off; else 1.
     """
     begun = time.monotonic()
     folder = work / name
@@ -102,7 +101,7 @@ def run_set(
         try:
             outcomes.append(run_phase(phase, folder, work / "tmp", end - time.monotonic()))
         finally:
-            # Also where the runner itself is asked to end.
+            # Also when the runner itself is terminated.
             _write_summary(name, outcomes, facts, time.monotonic() - begun, folder)
             pack(folder, out / f"{name}.tar.gz")
         _show(phase, outcomes[-1], folder, time.monotonic() - begun)
@@ -119,23 +118,23 @@ def run_set(
     print(*table(name, outcomes), sep="\n")
     bad = [x.name for x in outcomes if x.status in (FAILED, CUT_OFF)]
     late = [x.name for x in outcomes if x.status == NO_TIME]
-    said = [f"failed or cut off: {', '.join(bad)}" if bad else "nothing failed"]
-    said += [f"no time was left for {', '.join(late)}"] if late else []
-    said += [NO_GPU] if without else []
-    print(f"{name}: {'; '.join(said)}", flush=True)
+    summary = [f"failed or cut off: {', '.join(bad)}" if bad else "nothing failed"]
+    summary += [f"no time was left for {', '.join(late)}"] if late else []
+    summary += [NO_GPU] if without else []
+    print(f"{name}: {'; '.join(summary)}", flush=True)
     return 1 if bad else 0
 
 
 def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) -> Outcome:
-    """Runs a phase into folder/NAME.log, and ends it with all its children when its time is over.
+    """Runs a phase into folder/NAME.log, and kills it with all its children when its time is over.
 
     Args:
-        temporary: its folder for temporary files, emptied afterwards.
+        temporary: its folder for temporary files, removed afterwards.
     """
 
     def outcome(status: str, seconds: float = 0.0, detail: str = "") -> Outcome:
-        said = notes(folder, phase.name) if status != SKIPPED else []
-        return Outcome(phase.name, status, phase.box, round(seconds, 1), phase.settles, detail, said)
+        numbers = notes(folder, phase.name) if status != SKIPPED else []
+        return Outcome(phase.name, status, phase.box, round(seconds, 1), phase.settles, detail, numbers)
 
     if phase.skipped is not None:
         return outcome(SKIPPED, detail=phase.skipped)
@@ -145,7 +144,9 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
     temporary.mkdir(exist_ok=True)
     begun = time.monotonic()
     code = None
-    with (folder / f"{phase.name}.log").open("w") as log:
+    path = folder / f"{phase.name}.log"
+    path.unlink(missing_ok=True)
+    with open_append(path) as log:
         try:
             process = subprocess.Popen(
                 phase.command,
@@ -165,7 +166,7 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE)
         finally:
-            # What a phase leaves running would take time from the next one.
+            # Processes left behind would slow down the next phase.
             _signal(process, signal.SIGKILL)
             process.wait()
             shutil.rmtree(temporary, ignore_errors=True)
@@ -175,14 +176,14 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
         return outcome(CUT_OFF, seconds, f"{why} ran out after {limit:.0f} s")
     if code != 0:
         return outcome(FAILED, seconds, f"exit status {code}")
-    if phase.says not in (folder / f"{phase.name}.log").read_text(errors="replace"):
-        return outcome(FAILED, seconds, f"its log does not say {phase.says.strip()!r}")
+    if phase.expects not in path.read_text(errors="replace"):
+        return outcome(FAILED, seconds, f"its log does not contain {phase.expects.strip()!r}")
     return outcome(PASSED, seconds)
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Packs the files of a folder, as the archive's only version: whole or not at all."""
-    with replacing(archive) as temporary, tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
+    """Packs the files of a folder, replacing the archive atomically."""
+    with replacing(archive) as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as tar:
         for path in sorted(folder.iterdir()):
             tar.add(path, path.name)
 
@@ -203,7 +204,7 @@ def _write_summary(
 
 
 def _show(phase: Phase, outcome: Outcome, folder: Path, at: float) -> None:
-    """One line, and the end of the log."""
+    """Prints one line and the end of the log."""
     detail = f" ({outcome.detail})" if outcome.detail else ""
     print(f"== {outcome.name}: {outcome.status}{detail}, {outcome.seconds:.0f} s; at {at:.0f} s", flush=True)
     log = folder / f"{phase.name}.log"
@@ -213,6 +214,6 @@ def _show(phase: Phase, outcome: Outcome, folder: Path, at: float) -> None:
 
 
 def _signal(process: subprocess.Popen[Any], number: signal.Signals) -> None:
-    """To the phase's whole process group, of which nobody may be left."""
+    """Signals the phase's process group, which may have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)

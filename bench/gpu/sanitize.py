@@ -1,23 +1,23 @@
-"""Calls every op, forward and backward, on small odd shapes: what a memory checker is to watch.
+"""Calls of every op, forward and backward, on small odd shapes, for a memory checker.
 
-compute-sanitizer --tool memcheck python -m bench.gpu.sanitize [--backend native] [--sync-error]
+compute-sanitizer --tool memcheck python -m bench gpu-sanitize [--backend native] [--sync-error]
 
-With --sync-error each call is repeated under `torch.cuda.set_sync_debug_mode("error")`: an op that makes the
-host wait for the device fails. Exit status 1 if anything failed; standard output names every call.
+With --sync-error each call is repeated under `torch.cuda.set_sync_debug_mode("error")`: an op that
+synchronises host and device fails. Exit status 1: a call failed. Standard output names every call.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bench.arguments import parser
+from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast
 from prcl_fast.ops import (
     Purpose,
@@ -34,7 +34,7 @@ from prcl_fast.ops import (
     use_backend,
     variance_head,
 )
-from prcl_fast.ops._backend import BACKENDS, op_names, unavailable
+from prcl_fast.ops.registry import BACKENDS, op_names, unavailable
 
 _CLASSES, _ANCHORS, _NEGATIVES, _VIRTUAL = 5, 6, 9, 3
 _BATCH, _HEIGHT, _WIDTH = 2, 7, 5
@@ -48,7 +48,7 @@ Call = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the calls share."""
+    """Inputs of all calls."""
 
     label: Tensor
     valid: Tensor
@@ -63,7 +63,7 @@ class _Inputs:
 def calls(device: str) -> Iterator[tuple[str, Call]]:
     """Name and call of every op in every dtype; a call returns its tensors, gradients included.
 
-    Inputs are made on the host, so that a checker on the device sees few kernels but the ops'.
+    Inputs are made on the host, so that almost all kernels on the device are the ops'.
     """
     generator = torch.Generator().manual_seed(0)
     x = _inputs(device, generator)
@@ -110,17 +110,17 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
         yield f"upsample_cross_entropy {_short(dtype)}", _with_gradients(loss, [logits])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument(
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench gpu-sanitize`."""
+    command = parser("gpu-sanitize", __doc__)
+    command.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    command.add_argument(
         "--backend", choices=BACKENDS, action="append", help="may be repeated; all by default"
     )
-    parser.add_argument("--sync-error", action="store_true")
-    options = parser.parse_args()
+    command.add_argument("--sync-error", action="store_true", help="fail on a host synchronisation")
+    options = command.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench.gpu.sanitize: PyTorch sees no CUDA device", file=sys.stderr)
-        return 2
+        raise InputError("--device: PyTorch sees no CUDA device")
     called = failures = 0
     for backend in options.backend or BACKENDS:
         reasons = {unavailable(op, backend, options.device) for op in op_names()} - {None}
@@ -137,12 +137,12 @@ def main() -> int:
 
 
 def _failure(backend: str, call: Call, sync_error: bool) -> str | None:
-    """What is wrong with the call, or None."""
+    """The reason why the call failed, or None."""
     try:
         with use_backend(backend):
             found = call()
             if sync_error:
-                # The second call: loading a kernel at its first one may wait.
+                # The second call, because loading a kernel in the first may synchronise.
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
                 try:
@@ -220,7 +220,7 @@ def _lists(x: _Inputs) -> tuple[Tensor, ...]:
 
 
 def _with_gradients(function: Callable[..., Tensor], values: Sequence[Tensor]) -> Call:
-    """Calls the function with leaves of these values, and autograd."""
+    """Calls the function with leaves of these values and computes their gradients."""
 
     def call() -> tuple[Tensor, ...]:
         leaves = [value.detach().requires_grad_() for value in values]
@@ -232,7 +232,3 @@ def _with_gradients(function: Callable[..., Tensor], values: Sequence[Tensor]) -
 
 def _short(value: object) -> str:
     return str(value).removeprefix("torch.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

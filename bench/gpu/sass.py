@@ -1,9 +1,9 @@
-"""Machine instructions of a compiled kernel's loops, read off its SASS.
+"""Machine instructions of a compiled kernel's loops, from its SASS.
 
-A kernel that instructions bound takes as long as its warps have instructions to issue, which no timing on
-another device can tell and the compiler's output can. `loops` finds the natural loops of the control-flow
-graph; `Loop.issued` adds up what a warp issues in one trip. A predicated instruction counts even where it is
-off, a branch that is seldom taken counts in full, and a called function counts as the call alone.
+The time of an instruction-bound kernel follows from the instructions that its warps issue, which the
+compiler's output shows without the device. `loops` finds the natural loops of the control-flow graph;
+`Loop.issued` adds up the instructions that a warp issues in one trip. A predicated instruction counts even
+when it is off, a rarely taken branch counts in full, and a function call counts as one instruction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Loop:
     def issued(self, *trips: float) -> float:
         """Instructions of one trip, with `trips[0]` trips of each loop inside, `trips[1]` inside those."""
         if self.inner and not trips:
-            raise ValueError("a loop holds loops: say how often they run")
+            raise ValueError("a loop contains loops: pass how often they run")
         return len(self.instructions) + sum(trips[0] * loop.issued(*trips[1:]) for loop in self.inner)
 
 
@@ -84,9 +84,9 @@ def _successors(index: int, text: list[str], address: dict[int, int]) -> tuple[i
 
 
 def _dominators(after: list[tuple[int, ...]], before: list[list[int]]) -> dict[int, set[int]]:
-    """For each instruction that can be reached: itself and those that every way to it passes.
+    """The dominators of each reachable instruction, itself included.
 
-    The trap behind a kernel's end, a branch to itself, cannot be reached.
+    The trap after a kernel's end, a branch to itself, is not reachable.
     """
     reached, waiting = {0}, [0]
     while waiting:
@@ -107,7 +107,7 @@ def _dominators(after: list[tuple[int, ...]], before: list[list[int]]) -> dict[i
 
 
 def _reaching(index: int, head: int, before: list[list[int]]) -> set[int]:
-    """What leads to `index` without passing `head`, with both ends."""
+    """The instructions on paths to `index` that do not pass `head`, with both ends."""
     body, waiting = {head, index}, [index] if index != head else []
     while waiting:
         new = set(before[waiting.pop()]) - body

@@ -1,4 +1,4 @@
-"""The table at the end of a set of phases, and the numbers that a phase's JSON adds to it."""
+"""The table of a set of phases, with numbers from the phases' JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDTH = 110
 
 
 def table(name: str, outcomes: Sequence[Outcome]) -> list[str]:
-    """One line a phase, its numbers below it."""
+    """One line for each phase, with its numbers below."""
     width = max(len(outcome.name) for outcome in outcomes)
     status = max(len(outcome.status) for outcome in outcomes)
     lines = ["", f"{name:{width}}  {'status':{status}}  {'s':>5}  {'box':>4}"]
@@ -26,7 +26,7 @@ def table(name: str, outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def notes(folder: Path, name: str) -> list[str]:
-    """The numbers of a phase's result; without one, the last line of its log."""
+    """The numbers of a phase's result; without a result, the last line of its log."""
     path = folder / f"{name}.json"
     if path.is_file():
         try:
@@ -54,7 +54,7 @@ def _of_result(result: dict[str, Any]) -> list[str]:
 
 
 def _of_ops(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """An op a line: of each candidate forward and backward together, or forward where there is no other."""
+    """One line for each op: every candidate's time, forward and backward together if there is a backward."""
     ops: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["direction"] != "backward":
@@ -64,15 +64,15 @@ def _of_ops(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _of_step(result: dict[str, Any]) -> list[str]:
-    said = [f"first step {result['first_step_ms'] / 1e3:.1f} s"]
+    numbers = [f"first step {result['first_step_ms'] / 1e3:.1f} s"]
     if "ms" in result:
         ms, host = statistics.median(result["ms"]), statistics.median(result["host_ms"])
-        said = [f"{ms:.1f} ms a step, host {host:.1f} ms", *said]
+        numbers = [f"{ms:.1f} ms a step, host {host:.1f} ms", *numbers]
     if "peak_gb" in result:
-        said.append(f"peak {result['peak_gb']:.1f} GB")
+        numbers.append(f"peak {result['peak_gb']:.1f} GB")
     if "launches" in result:
-        said.append(f"{result['launches']:.0f} launches of {result['kernel_ms']:.1f} ms")
-    return ["; ".join(said)]
+        numbers.append(f"{result['launches']:.0f} launches of {result['kernel_ms']:.1f} ms")
+    return ["; ".join(numbers)]
 
 
 def _milliseconds(row: dict[str, Any]) -> str:

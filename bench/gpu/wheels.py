@@ -1,6 +1,6 @@
-"""Wheels for a machine without a network: unpacks those whose package is missing there.
+"""Wheels of a bundle: unpacks those whose package the machine lacks.
 
-Without pip, which such a machine may lack, and whose configuration may forbid these very versions.
+Pip is not used: the machine may lack it, or its configuration may forbid these versions.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-REQUIREMENTS = "requirements.txt"  # beside the wheels: what the sources ask of a machine's own packages
+REQUIREMENTS = "requirements.txt"  # beside the wheels: versions that the sources need
 _PYTHON = sys.version_info[:2]
 _TERM = re.compile(r"(>=|==)\s*([\d.]+)")
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel file, by its name: NAME-VERSION-PYTHON-ABI-PLATFORM.whl."""
+    """A wheel file with its parsed name, NAME-VERSION-PYTHON-ABI-PLATFORM.whl."""
 
     path: Path
 
@@ -42,7 +42,7 @@ class Wheel:
         return right and (places == "any" or places.endswith(f"_{platform.machine()}"))
 
     def requirements(self) -> list[str]:
-        """Its Requires-Dist that hold everywhere."""
+        """Its unconditional requirements (Requires-Dist)."""
         with zipfile.ZipFile(self.path) as archive:
             name = next(x for x in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", x))
             lines = archive.read(name).decode().splitlines()
@@ -51,13 +51,13 @@ class Wheel:
 
 
 def unpack_missing(folder: Path, site: Path, python: tuple[int, int] = _PYTHON) -> list[str]:
-    """Unpacks into `site` each wheel of `folder` whose package is missing here, or older than is asked for.
+    """Unpacks into `site` each wheel of `folder` whose package is missing or too old.
 
-    A package that the machine has stays its own, unless the sources, or a wheel that is unpacked, ask for a
-    newer one: what else is there may have been built for it.
+    An installed package is kept, unless the sources or an unpacked wheel need a newer one, because other
+    packages of the machine may have been built for it.
 
     Returns:
-        the unpacked packages.
+        The unpacked packages.
     """
     wheels = {wheel.package: wheel for wheel in map(Wheel, folder.glob("*.whl")) if wheel.fits(python)}
     text = folder / REQUIREMENTS
@@ -76,12 +76,12 @@ def unpack_missing(folder: Path, site: Path, python: tuple[int, int] = _PYTHON) 
 
 
 def normalized(name: str) -> str:
-    """A package's name as the index spells it."""
+    """A package's name as normalised by the package index."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _unsatisfied(requirements: Sequence[str]) -> Iterator[str]:
-    """Packages that are here in a version that some requirement excludes by >= or ==."""
+    """Installed packages whose version some requirement excludes by >= or ==."""
     for requirement in requirements:
         match = re.match(r"[A-Za-z0-9._-]+", requirement)
         version = _installed(match[0]) if match else None

@@ -1,4 +1,4 @@
-"""The published algorithm, which the package is measured against, written from its description.
+"""The published contrast, written from its description: the baseline of the benchmarks.
 
 A Python loop over classes, prototypes by masked sums, a sampler on the host that draws the pixels of each
 anchor class by class, a gather of [A, N, D] negatives for every class, and an autograd graph that keeps them
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the contrast; chosen so that with random features many negatives have a share in the loss."""
+    """Settings of the contrast, chosen so that with random features many negatives contribute to the loss."""
 
     tau: float = 0.1
     reduction: str = "mean"
@@ -62,7 +62,7 @@ def loop_prototypes(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_c
 
 
 def loop_anchors(label: Tensor, hard: Tensor, num_classes: int, num_anchors: int) -> Tensor:
-    """[C, A]: pixels drawn from each class's hard ones, -1 where it has none."""
+    """[C, A]: pixels drawn from the hard ones of each class, -1 for a class without any."""
     index = torch.full((num_classes, num_anchors), -1, device=label.device)
     for number in range(num_classes):
         pixels = (hard & (label == number)).flatten().nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""What a benchmark declares: inputs, candidates, the least work there is, and the check of a result."""
+"""The declaration of a benchmark: inputs, candidates, minimal work, and the check of a result."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prcl_fast.ops._backend import BACKENDS, unavailable
+from prcl_fast.ops.registry import BACKENDS, unavailable
 
 COMPILED_BACKENDS = ("native", "triton")
 
-# Reciprocals, logarithms and exponentials leave a multiprocessor at an eighth of the rate of other
-# instructions. On a CPU they are no faster than that, so that the floor stays one.
+# A multiprocessor issues reciprocals, logarithms and exponentials at an eighth of the rate of other
+# instructions. A CPU is not faster at them, so the floor remains a lower bound.
 _SPECIAL = 8
 
-# Largest error of the package's own backends: float32 arithmetic everywhere, gradients rounded to the
-# features' dtype at the end.
+# Largest error of the package's own backends: they compute in float32 and round gradients to the features'
+# dtype at the end.
 EXACT_BOUND = 1e-5
 GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What one run is about."""
+    """Size, device, dtype and labels of one run."""
 
     size: str
     device: str  # cpu or cuda
@@ -34,13 +34,13 @@ class Options:
 
     @property
     def input_sets(self) -> int:
-        """On CUDA the calls rotate through several, so that no input is left in the L2 by the call before."""
+        """On CUDA calls rotate through several, so that no input is in the L2 from the call before."""
         return 3 if self.device == "cuda" else 1
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine does at best, measured once a run.
+    """Peak rates of this machine, measured once a run.
 
     Attributes:
         copy: bytes per second, read and written.
@@ -57,7 +57,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that an op must move and compute.
+    """The minimal memory traffic and arithmetic of an op.
 
     Attributes:
         streamed: bytes read or written in order, each once.
@@ -80,7 +80,7 @@ class Work:
         )
 
     def milliseconds(self, ceilings: Ceilings) -> float:
-        """The floor: memory, arithmetic and special functions at the same time, each at its ceiling."""
+        """The floor: memory, arithmetic and special functions in parallel, each at its ceiling."""
         return 1e3 * max(
             self.streamed / ceilings.copy + self.gathered / ceilings.gather,
             self.instructions / ceilings.arithmetic,
@@ -90,17 +90,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute an op.
+    """One implementation of an op.
 
     Attributes:
-        function: called with one input set; its first output is the one with a gradient.
-        backend: what prcl_fast's ops run on inside.
-        reason: why it cannot run here, or None.
-        note: what a reader must know about its number.
-        needs: bytes that it holds at its peak, where that may be more than the machine has.
+        function: called with one input set; only its first output has a gradient.
+        backend: of prcl_fast's ops.
+        reason: why it cannot run on this machine, or None.
+        note: a remark on its number.
+        needs: bytes at its peak, if they may exceed the machine's memory.
         compiled: its first call compiles.
-        graph: whether a CUDA graph can hold it.
-        work: where it has less to do than the case says: by direction.
+        graph: whether a CUDA graph can capture it.
+        work: by direction, if it is less than the case's.
     """
 
     function: Callable[..., Any]
@@ -115,7 +115,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a candidate computed on the first input set."""
+    """Outputs and gradients of a candidate on the first input set."""
 
     outputs: tuple[Any, ...]
     gradients: tuple[Tensor, ...]
@@ -126,16 +126,16 @@ class Case:
     """One benchmark at one size.
 
     Attributes:
-        variant: tells the cases of one op apart; empty where there is one.
-        shape: the sizes, for a reader.
-        inputs: the input sets, all of one shape.
+        variant: distinguishes the cases of one op; empty for a single case.
+        shape: the sizes as text.
+        inputs: the input sets, all of the same shape.
         candidates: by name.
-        work: by direction: forward, and backward where there is a gradient.
-        errors: (name, outcome) -> by direction, how far the candidate is from float64 on the same values.
-        bounds: by direction, what the package's own backends may have of it.
-        check: what `errors` means, in a few words.
+        work: by direction: forward, and backward if there is a gradient.
+        errors: (name, outcome) -> by direction, the candidate's error to float64 on the same values.
+        bounds: by direction, the largest error of the package's own backends.
+        check: the meaning of `errors`, in a few words.
         leaves: positions of the inputs that get a gradient.
-        upstream: incoming gradient, for an output that is no scalar.
+        upstream: incoming gradient, for an output that is not a scalar.
     """
 
     shape: str
@@ -152,7 +152,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the contrast: B images of h x w pixels, D dimensions, C classes, A anchors, N negatives."""
+    """Sizes of the contrast: B images of h x w pixels, D dimensions, C classes, A anchors, N negatives."""
 
     batch: int
     height: int
@@ -196,9 +196,9 @@ def backends(
     dtype: torch.dtype,
     names: Sequence[str] = BACKENDS,
 ) -> dict[str, Candidate]:
-    """A candidate for each backend: `function` calls the public op, `dtype` decides which kernels exist.
+    """A candidate for each backend: `function` calls the public op, `dtype` determines which kernels exist.
 
-    Triton's interpreter is no candidate: its time says nothing.
+    Triton's interpreter is not a candidate, because its time is meaningless.
     """
     found = {}
     for name in names:

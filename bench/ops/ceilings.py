@@ -1,4 +1,4 @@
-"""What this machine does at best, as PyTorch reaches it: copies, gathers of rows, a matrix product."""
+"""Peak rates of this machine in PyTorch: copies, gathers of rows, a matrix product."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROUNDS = 7
 
 
 def measure(device: str) -> tuple[Ceilings, dict[str, Any]]:
-    """The ceilings, and all that was measured for them, in units for a reader."""
+    """The ceilings, and a report of all measured rates."""
     copy_bytes, rows, pools, n = _AMOUNTS[device]
     row_bytes = _ROW_BYTES[device]
     copy = _copy(copy_bytes, device)
@@ -32,7 +32,7 @@ def measure(device: str) -> tuple[Ceilings, dict[str, Any]]:
 
     left, right = torch.rand(2, n, n, device=device).unbind()
     arithmetic = n**3 / _seconds(lambda: left @ right, device)  # PyTorch's default: no TF32
-    # The best pool: some that fits into a cache. Draws of one class at a time would find theirs there.
+    # The fastest pool, which fits into a cache, as the pixels of a single class may.
     ceilings = Ceilings(copy, max(gathers.values()), arithmetic, row_bytes)
     report = {
         "copy_gb_s": copy / 1e9,

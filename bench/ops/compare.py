@@ -1,4 +1,4 @@
-"""Two results side by side."""
+"""Comparison of two results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prcl_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of both results; `after` is None where it no longer runs."""
+    """A row of both results; `after` is None if it no longer runs."""
 
     name: str
     before: float
@@ -24,12 +24,10 @@ class Pair:
 
 
 def pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Pair]:
-    """Rows about the same thing, in the order of `before`.
-
-    A row of `before` that `after` does not have was not asked for there and is left out.
+    """Rows with the same identity, in the order of `before`. Rows that `after` lacks are left out.
 
     Raises:
-        InputError: there is none.
+        InputError: there are none.
     """
     later = {_key(row): row["ms"] for row in after["rows"]}
     found = [
@@ -43,7 +41,7 @@ def pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Pair]:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What else differs between the two machines, for a reader to weigh."""
+    """Differences between the two machines."""
     names = ("device", "driver", "threads", "torch", "triton")
     return [
         f"{name}: {before['machine'][name]} and {after['machine'][name]}"

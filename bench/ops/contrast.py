@@ -1,7 +1,7 @@
 """The whole contrast: statistics, classes of the negatives, all draws, loss and gradients.
 
-The eager candidate is the package on its torch backend; the compiled one is PyTorch throughout, with the
-package's draws. The loop draws otherwise, so that its loss agrees only up to the noise of its sampling.
+The eager candidate is the package on its torch backend. The compiled one is plain PyTorch with the package's
+draws. The loop has its own draws, so its loss agrees only up to sampling noise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from prcl_fast.losses import ProbabilisticContrast
 from prcl_fast.ops import use_backend
 
 VIRTUAL_NEGATIVES = (0, 4)  # per class
-# Prototypes round otherwise than in float64, so that a draw of a negative's class may fall beside the edge.
+# Prototypes in float32 round differently from float64, which may change the class of a drawn negative.
 _LOSS_BOUND = 1e-4
 _LEAST_GRADIENT_BOUND = 1e-2
 
@@ -62,7 +62,7 @@ def _case(
     amounts = sizes.classes, sizes.anchors, sizes.negatives, virtual
     settings: dict[str, Any] = {"prototype": "local", "virtual_negatives": virtual}
     own = _first_step(contrast_module(sizes, options.device, **settings))
-    shared = _first_step(contrast_module(sizes, options.device, share=SHARE, **settings))
+    shared = _first_step(contrast_module(sizes, options.device, anchors_per_set=SHARE, **settings))
 
     def loop(mu: Tensor, var: Tensor, *others: Tensor) -> Tensor:
         label, valid, confidence, _ = others
@@ -78,7 +78,7 @@ def _case(
         "compile": compiled(plain),
     }
     for name in COMPILED_BACKENDS:
-        # The statistics may run where the loss cannot, and the other way round.
+        # Not every backend that runs the statistics runs the loss, and vice versa.
         ops = ("prototype_statistics", "sample_anchors", "sample_negatives", "probabilistic_info_nce")
         found = [backends(op, own, options, dtype=options.dtype, names=(name,))[name] for op in ops]
         candidate = next((x for x in found if x.reason is not None), found[0])
@@ -118,7 +118,7 @@ def _case(
 
 
 def _first_step(module: ProbabilisticContrast) -> Callable[..., Tensor]:
-    """The module, its state zeroed before: what virtual negatives come from is the same in every call."""
+    """The module, with its state zeroed before each call, so that virtual negatives are always the same."""
 
     def call(*arguments: Tensor) -> Tensor:
         for buffer in module.buffers():
@@ -130,7 +130,7 @@ def _first_step(module: ProbabilisticContrast) -> Callable[..., Tensor]:
 
 
 def contrast_module(sizes: Sizes, device: str, **arguments: Any) -> ProbabilisticContrast:
-    """With the benchmarks' settings; `arguments` add to them."""
+    """The module with the benchmarks' settings and further `arguments`."""
     settings = baselines.SETTINGS
     return ProbabilisticContrast(
         sizes.classes,

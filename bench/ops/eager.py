@@ -1,6 +1,6 @@
-"""The contrast in PyTorch as a good user would write it: no loop, no host, gradients by autograd.
+"""The contrast in vectorised PyTorch: no loop over classes, no host synchronisation, gradients by autograd.
 
-It holds several [C, A, N, D] tensors; `torch.compile` is given the same functions.
+It holds several [C, A, N, D] tensors. `torch.compile` compiles the same functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bench.ops.baselines import SETTINGS, Settings, negative_classes, pixel_rows, score
 from prcl_fast.ops import PrototypeStatistics, Purpose
 from prcl_fast.reference.class_lists import class_lists
-from prcl_fast.reference.philox import philox_normal
+from prcl_fast.reference.philox_normal import philox_normal
 from prcl_fast.reference.sample_anchors import sample_anchors
 from prcl_fast.reference.sample_negatives import sample_negatives
 
@@ -106,7 +106,7 @@ def eager_contrast(
 
 
 def random_anchors(label: Tensor, hard: Tensor, num_classes: int, num_anchors: int) -> Tensor:
-    """[C, A]: pixels drawn from each class's hard ones, -1 where it has none."""
+    """[C, A]: pixels drawn from the hard ones of each class, -1 for a class without any."""
     order, start, count = _pixels_by_class(label, hard, num_classes)
     drawn = torch.rand(num_classes, num_anchors, device=label.device) * count[:, None]
     index = order[(start[:, None] + drawn.long()).clamp(max=len(order) - 1)]
@@ -120,7 +120,7 @@ def random_negatives(
     num_anchors: int,
     num_negatives: int,
 ) -> Tensor:
-    """[C, A, N]: a class for each negative, then one of its pixels; -1 where no other class can be drawn."""
+    """[C, A, N]: a class for each negative, then one of its pixels; -1 if no other class can be drawn."""
     num_classes = len(probability)
     order, start, count = _pixels_by_class(label, valid, num_classes)
     possible = probability.sum(1, keepdim=True) > 0

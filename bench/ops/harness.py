@@ -1,8 +1,8 @@
-"""Times the candidates of a case against each other.
+"""Time and memory of the candidates of a case.
 
-Candidates take turns within each round, so that a slow moment of the machine hits all of them alike. One call
-gives three times: forward, backward and both. On CUDA a call starts with a flushed L2, behind a short spin of
-the device which hides the time in which the host launches; ops without a gradient are replayed from a graph.
+Candidates take turns within each round, so that a slow moment of the machine affects all of them. One call
+gives three times: forward, backward and both. On CUDA a call starts with a flushed L2, after a short spin
+kernel that hides the host's launch time. Ops without a gradient are replayed from a graph.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from bench.ops.case import Candidate, Case, Outcome
 from bench.ops.memory import Meter, tensor_bytes
 from prcl_fast.ops import use_backend
 
-COMPILE_SECONDS = 180  # after that a candidate counts as one that cannot be compiled
-_SLOW_SECONDS = 5.0  # a first call that takes longer is measured as it is, without one before it to warm up
+COMPILE_SECONDS = 180  # limit of compilation
+_SLOW_SECONDS = 5.0  # a first call that takes longer is measured without a warm-up
 _BUDGET_SECONDS = 20.0  # of the timed calls of one candidate
 _LEAST_ROUNDS = 2
 _L2_BYTES = 256 << 20  # more than any GPU's L2
@@ -36,18 +36,18 @@ Mark = Callable[[], None]
 
 
 class OutOfTimeError(Exception):
-    """A call was not done within its time."""
+    """A call exceeded its time limit."""
 
 
 @dataclass
 class Measured:
-    """What was measured of one candidate.
+    """Measurements of one candidate.
 
     Attributes:
         failure: why nothing was measured, or None.
-        broken: the failure is a mistake, no limit of this machine.
+        broken: the failure is an error, not a limit of this machine.
         outcome: of the first input set.
-        peak, retained: see `bench.ops.memory`; None where the system does not tell.
+        peak, retained: see `bench.ops.memory`; None if the system does not report them.
         timing: wall, events or graph.
         times: by direction, milliseconds of each round.
     """
@@ -63,7 +63,7 @@ class Measured:
 
 
 def first_calls(case: Case, candidate: Candidate, device: str) -> Measured:
-    """Compiles, warms up, and measures memory; what fails is said in the result, not raised."""
+    """Compiles, warms up, and measures memory. A failure is part of the result and is not raised."""
     if candidate.reason is not None:
         return Measured(failure=candidate.reason)
     if not fits(candidate.needs, device):
@@ -102,7 +102,7 @@ def first_calls(case: Case, candidate: Candidate, device: str) -> Measured:
 
 
 def time_in_turns(case: Case, measured: Mapping[str, Measured], device: str, rounds: int) -> None:
-    """Fills in the times of the candidates that ran: `rounds`, or fewer where a candidate is slow."""
+    """Adds the times of the candidates that ran: `rounds` each, or fewer of slow candidates."""
     ready = {name: value for name, value in measured.items() if value.failure is None}
     timers = {name: _Timer(case, case.candidates[name], device) for name in ready}
     for turn in range(rounds):
@@ -114,7 +114,7 @@ def time_in_turns(case: Case, measured: Mapping[str, Measured], device: str, rou
             try:
                 times = timers[name](turn)
             except torch.OutOfMemoryError:
-                # Alone it had room; beside the graphs of the others it has not.
+                # It fit alone, but does not beside the graphs of other candidates.
                 value.failure, value.times = "out of GPU memory", {}
                 continue
             for direction, one in times.items():
@@ -122,7 +122,7 @@ def time_in_turns(case: Case, measured: Mapping[str, Measured], device: str, rou
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the two values next to it."""
+    """A percentile, interpolated linearly between neighbouring values."""
     return torch.tensor(values, dtype=torch.float64).quantile(percent / 100).item()
 
 
@@ -142,7 +142,7 @@ class _Timer:
             try:
                 self._graphs = [self._captured(inputs) for inputs in case.inputs]
                 self.timing = "graph"
-            except RuntimeError:  # it makes the host wait: timed call by call, as `timing` says
+            except RuntimeError:  # it synchronises with the host, so calls are timed one by one
                 self._graphs = []
 
     def __call__(self, turn: int) -> dict[str, float]:
@@ -223,7 +223,7 @@ def _marked(run: Callable[[Mark], Any], device: str) -> list[float]:
 
 @contextmanager
 def _at_most(seconds: int | None) -> Iterator[None]:
-    """Raises OutOfTimeError in the main thread when the time is over; None is without limit."""
+    """Raises OutOfTimeError in the main thread after `seconds`; None is no limit."""
     if seconds is None:
         yield
         return

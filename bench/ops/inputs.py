@@ -12,7 +12,7 @@ from bench.ops.case import Options, Sizes
 
 DELTA_S = 0.8
 _VALID_FROM = 0.25  # confidence of the pixels that take part
-_OBJECT_SHARE = 1 / 3  # of the pixels; the rest is background
+_OBJECT_SHARE = 1 / 3  # of the pixels; all others are background
 _VOID = 255
 
 
@@ -22,7 +22,7 @@ class Batch:
 
     Attributes:
         mu, var: [B, D, h, w], channels_last.
-        label: [B, h, w] uint8, 255 for none.
+        label: [B, h, w] uint8, 255 = not labeled.
         valid, hard: [B, h, w] bool.
         confidence: [B, h, w] float32.
         seed: int64 [2].
@@ -38,7 +38,7 @@ class Batch:
 
 
 def batches(sizes: Sizes, options: Options) -> list[Batch]:
-    """As many different ones as the options have input sets."""
+    """One batch for each input set of the options, all different."""
     return [_batch(sizes, options, number) for number in range(options.input_sets)]
 
 
@@ -70,10 +70,10 @@ def _batch(sizes: Sizes, options: Options, number: int) -> Batch:
 
 
 def labels(sizes: Sizes, kind: str, generator: torch.Generator) -> Tensor:
-    """[B, h, w] uint8: every class is there, "uniform" pixel by pixel or "coherent".
+    """[B, h, w] uint8 with every class, "uniform" (each pixel drawn alone) or "coherent".
 
-    Coherent is like VOC: background (class 0) on two thirds, ellipses of the other classes with a void rim,
-    their areas falling with the class's number.
+    Coherent labels are like VOC's: background (class 0) on two thirds, and ellipses of the other classes with
+    a void rim, whose areas decrease with the class's number.
     """
     shape = (sizes.batch, sizes.height, sizes.width)
     if kind == "uniform":
@@ -82,10 +82,10 @@ def labels(sizes: Sizes, kind: str, generator: torch.Generator) -> Tensor:
     y = torch.linspace(0.0, 1.0, sizes.height)[:, None]
     x = torch.linspace(0.0, 1.0, sizes.width)
     for image in range(sizes.batch):
-        # Every class falls to some image; images that are left over take classes anew.
+        # Every class is in some image; with more images than classes, classes repeat.
         own = list(range(1 + image % (sizes.classes - 1), sizes.classes, sizes.batch))
         weight = torch.tensor([1.0 / (3 + number) for number in own])
-        # The larger first, so that no later one hides a smaller one.
+        # From large to small, so that no ellipse hides a smaller one.
         for number, share in zip(own, (_OBJECT_SHARE * weight / weight.sum()).tolist(), strict=True):
             radius = (share / torch.pi) ** 0.5
             stretch = 0.7 + 0.6 * torch.rand((), generator=generator)

@@ -1,8 +1,8 @@
-"""What memory one call takes.
+"""Memory of one call.
 
-Peak is what is held at most beyond inputs, outputs and gradients; retained is what stays from forward to
-backward beyond inputs and outputs. On CUDA PyTorch's allocator counts both. On Linux the kernel counts
-resident pages: their high-water mark since a reset, and their number after freed pages were given back.
+Peak is the largest memory held beyond inputs, outputs and gradients. Retained is the memory kept from forward
+to backward beyond inputs and outputs. On CUDA both come from PyTorch's allocator. On Linux they come from
+resident memory: its peak since a reset, and its size after freed pages were returned.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prcl_fast.machine import reset_resident_peak, resident_bytes, resident_peak
+from prcl_fast.machine.memory import reset_resident_peak, resident_bytes, resident_peak
 
 
 class Meter:
     """Call `start`, run forward, `after_forward`, run backward, `after_backward`.
 
     Attributes:
-        peak, retained: bytes, None where the system does not tell.
+        peak, retained: bytes; None if the system does not report them.
     """
 
     def __init__(self, device: str) -> None:
@@ -50,7 +50,7 @@ class Meter:
 
 
 def tensor_bytes(values: Iterable[Any]) -> int:
-    """Of the tensors among them."""
+    """Bytes of the tensors among the values."""
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
@@ -77,7 +77,7 @@ class _ResidentPages:
 
     def now(self) -> int | None:
         if self._trim is not None:
-            self._trim(0)  # else what was freed would still count
+            self._trim(0)  # otherwise freed pages would still count
         return resident_bytes() if self._known else None
 
     def peak(self) -> int | None:

@@ -30,7 +30,7 @@ SIZES = {
 _SETTINGS = baselines.Settings(reduction="sum", normalize=False)  # the op's defaults
 _CHECKED_ROWS = 64
 _BROADCAST_TENSORS = 12  # [M, N, D] float32 tensors that plain PyTorch holds at its peak
-# Of one pair and dimension. Two dimensions share a denominator, whose product the logarithm needs anyway.
+# Of one pair and dimension. Two dimensions share one division and one logarithm of the product.
 _FORWARD = {"instructions": 5, "special": 0.75}
 _BACKWARD = {"instructions": 8, "special": 1}
 
@@ -81,7 +81,7 @@ def cases(options: Options) -> list[Case]:
 
 
 class _Errors:
-    """Compares rows spread over both sides with float64: the whole would be a [M, N, D] of it."""
+    """Errors of some rows of both sides to float64; all rows would need a [M, N, D] tensor."""
 
     def __init__(self, inputs: tuple[Tensor, ...], upstream: Tensor) -> None:
         self._inputs, self._upstream = [x.detach() for x in inputs], upstream

@@ -1,4 +1,4 @@
-"""Figures of a result: the roofline, and the time of every candidate."""
+"""Figures of a result: roofline, and times of all candidates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.ops.run import RESULT_DIFFERS, Row, label
 from prcl_fast.analysis.style import BLUE, GREEN, GREY, ORANGE, RED, new_figure, save_figure, styled
 from prcl_fast.errors import InputError
 
-# Okabe and Ito's colours again. The candidate's name stands beside each bar as well.
+# Okabe and Ito's colours. Each bar also has its candidate's name.
 _COLOURS = {
     "loop": GREY,
     "eager": ORANGE,
@@ -48,7 +48,7 @@ def write_figures(result: Mapping[str, Any], folder: Path, stem: str) -> list[Pa
 
 
 def _groups(result: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """The rows of each op that have a time and the right result; forward with backward where both exist."""
+    """The rows of each op with a time and a correct result: forward with backward if both exist."""
     groups: dict[str, list[Row]] = {}
     for row in result["rows"]:
         if row["ms"] is not None and row["direction"] != "backward" and row["note"] != RESULT_DIFFERS:
@@ -66,7 +66,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 
 def _roofline(result: Mapping[str, Any], groups: Mapping[str, list[Row]]) -> Figure:
-    """The ops, without the contrast, which is their sum, and without shared negatives."""
+    """The roofline of the ops, without the contrast, which is their sum, and without shared negatives."""
     figure = new_figure(8.6, 4.4)
     axes = figure.add_subplot()
     ceilings = result["ceilings"]
@@ -104,7 +104,7 @@ def _roofline(result: Mapping[str, Any], groups: Mapping[str, list[Row]]) -> Fig
 
 
 def _draw_points(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """A disc with its letter at each point, or to the right of it, tied by a line, where one is already."""
+    """Draws a disc with its letter at each point; an overlapping one is moved right and tied by a line."""
     placed: list[tuple[float, float]] = []
     to_axes = axes.transData + axes.transAxes.inverted()
     for letter, x, y, colour in points:

@@ -44,7 +44,7 @@ _PAIR = {"instructions": 9, "special": 1.25}
 
 
 def loop_bytes(sizes: Sizes) -> int:
-    """What autograd keeps of the loop over classes."""
+    """Bytes that autograd saves in the loop over classes."""
     return _LOOP_TENSORS * _broadcast_bytes(sizes)
 
 

@@ -63,7 +63,7 @@ def cases(options: Options) -> list[Case]:
 
     @functools.cache
     def exact() -> tuple[Tensor, Tensor, Tensor]:
-        """Label, confidence, and where the label is beyond doubt."""
+        """Label, confidence, and whether the margin of the label is sufficient."""
         found = []
         for image in inputs[0][0].double():
             full = F.interpolate(image[None], size, mode="bilinear", align_corners=True)

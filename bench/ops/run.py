@@ -1,7 +1,7 @@
-"""Runs the cases of some ops and keeps what came of it as one result.
+"""The cases of a run, and its result.
 
-A result is a dict: `kind`, `machine` (what a number depends on), `options`, `ceilings`, and `rows`, one for
-each op, direction and candidate; a candidate that could not run has a row too, whose `note` says why.
+A result is a dict: `kind`, `machine`, `options`, `ceilings`, and `rows`, one for each op, direction and
+candidate. A candidate that could not run has a row, too, whose `note` gives the reason.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench import CANDIDATES, machine
-from bench.ops import ceilings
+from bench import machine
+from bench.ops import CANDIDATES, ceilings
 from bench.ops.case import Case, Ceilings, Options, Work
 from bench.ops.harness import Measured, first_calls, percentile, time_in_turns
 from prcl_fast.errors import InputError
@@ -25,7 +25,7 @@ from prcl_fast.files.writing import write_text
 KIND = "prcl bench 1"
 RESULT_DIFFERS = "its result differs"  # the note of such a row
 Row = dict[str, Any]
-# What a row is about: equal in two rows that may be compared.
+# The identity of a row: rows with equal values may be compared.
 KEY = ("op", "variant", "size", "dtype", "labels", "shape", "direction", "candidate")
 
 
@@ -41,8 +41,8 @@ def run(
     """Measures the ceilings and then the ops, in their order.
 
     Args:
-        progress: told what is being done.
-        finished: given the result so far after every case.
+        progress: called with a line of progress.
+        finished: called with the result so far after every case.
     """
     progress("ceilings")
     limits, report = ceilings.measure(options.device)
@@ -74,7 +74,7 @@ def run(
 
 
 def broken_rows(result: Mapping[str, Any]) -> list[Row]:
-    """Those that should have run but failed, or whose error is beyond the bound of the package's backends."""
+    """Rows of the package's backends that failed, or whose error exceeds its bound."""
     return [
         row
         for row in result["rows"]
@@ -84,20 +84,17 @@ def broken_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """An op's name as tables and figures show it."""
+    """The name of an op and variant in tables and figures."""
     return f"{row['op']} {row['variant']}".strip()
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
-    """Writes JSON, whole or not at all. Raises InputError."""
-    try:
-        write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    """Writes JSON, whole or not at all. Raises WriteError."""
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def read_result(path: Path, kind: str = KIND) -> dict[str, Any]:
-    """A result as `write_result` left it. Raises InputError for anything else, and for another kind."""
+    """Reads a result of `write_result`. Raises InputError for another file or another kind."""
     try:
         result = json.loads(path.read_text())
     except OSError as error:
@@ -105,7 +102,7 @@ def read_result(path: Path, kind: str = KIND) -> dict[str, Any]:
     except ValueError:
         raise InputError(f"{path}: is not JSON") from None
     if not isinstance(result, dict) or result.get("kind") != kind:
-        raise InputError(f"{path}: is not a result of {kind.rsplit(maxsplit=1)[0]}")
+        raise InputError(f"{path}: is not a result of the kind {kind!r}")
     return result
 
 
@@ -164,7 +161,7 @@ def _numbers(
     floor = sum(part.milliseconds(limits) for part in parts)
     times = found.times.get(direction, [])
     ours = name.startswith(("torch", "native", "triton"))
-    # The gradients' error says more than the loss's, where there are any.
+    # With a backward pass, the error of the gradients decides.
     which = "backward" if direction != "forward" else "forward"
     error = errors.get(which)
     note = found.failure or candidate.note

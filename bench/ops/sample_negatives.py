@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench.ops import baselines
-from bench.ops.case import (
-    COMPILED_BACKENDS,
-    CONTRAST_SIZES,
-    Candidate,
-    Case,
-    Options,
-    Outcome,
-    Sizes,
-    Work,
-    backends,
-    compiled,
-)
+from bench.ops.case import CONTRAST_SIZES, Case, Options, Sizes, Work
 from bench.ops.inputs import Batch, batches
-from bench.ops.sample_anchors import PHILOX_INSTRUCTIONS
+from bench.ops.sampler import PHILOX_INSTRUCTIONS, sampler_case
 from prcl_fast.ops import sample_negatives
 from prcl_fast.reference.class_lists import class_lists
 from prcl_fast.reference.prototype_statistics import prototype_statistics
@@ -62,35 +49,23 @@ def cases(options: Options) -> list[Case]:
     def loop(probability: Tensor, label: Tensor, valid: Tensor, seed: Tensor) -> Tensor:
         return baselines.loop_negatives(probability, label, valid, *amounts, np.random.default_rng(0))
 
-    candidates = {
-        "loop": Candidate(loop, graph=False, note="draws of its own"),
-        "eager": Candidate(plain, note="the reference"),
-        "compile": compiled(plain),
-    }
-    # The torch backend is what eager is.
-    candidates |= backends("sample_negatives", public, options, dtype=torch.float64, names=COMPILED_BACKENDS)
-
-    @functools.cache
-    def expected() -> Tensor:
-        return plain(*inputs[0])
-
-    def errors(name: str, outcome: Outcome) -> dict[str, float]:
-        index = outcome.outputs[0]
-        if name != "loop":
-            return {"forward": float((index != expected()).double().mean())}
+    def allowed(index: Tensor) -> Tensor:
         _, label, valid, _ = (x.flatten() for x in inputs[0])
         own = torch.arange(sizes.classes, device=index.device)[:, None, None]
-        right = valid[index] & (label[index] != own) & (label[index] < sizes.classes)
-        return {"forward": float(((index >= 0) & ~right).double().mean())}
+        return valid[index] & (label[index] != own) & (label[index] < sizes.classes)
 
     return [
-        Case(
+        sampler_case(
+            "sample_negatives",
+            options,
+            inputs,
             shape=str(sizes),
-            inputs=inputs,
-            candidates=candidates,
-            work={"forward": work(sizes, sizes.anchors)},
-            errors=errors,
-            bounds={"forward": 0.0},
-            check="share of other indices than the reference's; loop: of pixels that no negative may be",
+            dtype=torch.float64,
+            public=public,
+            plain=plain,
+            loop=loop,
+            allowed=allowed,
+            work=work(sizes, sizes.anchors),
+            check="of pixels that no negative may be",
         )
     ]

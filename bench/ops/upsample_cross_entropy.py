@@ -38,7 +38,7 @@ SIZES = {
     },
 }
 # Of one pixel and class: interpolation, maximum, exponent and sum; probability less target, its weight, the
-# transposed interpolation. All of it can be had in the forward pass; what is left is to scale the gradient.
+# transposed interpolation. The forward pass can do all of it; the backward pass only scales the gradient.
 _INSTRUCTIONS, _SPECIAL = 10, 1
 
 

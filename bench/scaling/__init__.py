@@ -1,1 +1,9 @@
-"""Benchmarks of several processes."""
+"""Benchmarks of training on several processes.
+
+command.py         `bench scaling`: its arguments and its tables
+traffic.py         the collectives of a step, and their time by formula
+run.py             training that counts them: on several processes, and on one that stands for many
+process_groups.py  the process groups that count
+plot.py            the figure of a result
+same_processes.py  `bench same-processes`
+"""

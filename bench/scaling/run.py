@@ -1,77 +1,38 @@
-"""Trains on processes of this machine and counts what crosses, or on one that stands for many of them.
-
-Both are process groups of their own: being PyTorch's default group they see every collective, those that
-DistributedDataParallel makes in C++ too. Who asked for it, the call stack says.
-"""
+"""Steps on several processes of this machine, and of one process that stands for many."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
-from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
 
 from bench.ops.harness import percentile
-from bench.scaling.traffic import (
-    COUNTS,
-    GRADIENTS,
-    MEANS,
-    NETWORKS,
-    NORM_BACKWARD,
-    NORM_FORWARD,
-    STATISTICS,
-    STOP,
-    Collective,
-    Network,
-    Shape,
-    gathering,
-    shape_of,
-)
+from bench.scaling.process_groups import Meter, joined, simulated
+from bench.scaling.traffic import NETWORKS, STATISTICS, Shape, gathering, shape_of
 from bench.step.data import size_config
 from prcl_fast.config import dump_config, parse_config
 from prcl_fast.engine.trainer import Trainer
+from prcl_fast.files.writing import write_text
 from prcl_fast.losses import ProbabilisticContrast
-from prcl_fast.step_parts import listening
 
-WARMUP, STEPS, ROUNDS = 2, 5, 5  # steps, and turns of each network
-_SMALL = "small"  # of bench.step
+WARMUP, STEPS, ROUNDS = 2, 5, 5  # steps, steps, and turns of each network
+_SMALL = "small"  # a size of bench step
 _HERE = ("train.device=cpu", "train.threads=1", "data.synthetic.unlabeled=16")
 _MEASURED = ("train.batch_labeled=8", "train.batch_unlabeled=8")
-# The public code's D, so that features weigh beside gradients; fewer anchors, so that steps are short.
+# The public code's D, so that features are comparable to gradients; fewer anchors for short steps.
 _SIMULATED = ("model.dim=256", "method.anchors=64", "method.negatives=128")
-
-SETTING_UP, USED, UNKNOWN = "setting up", "which parameters were used", "unknown"
-# Of the frames from the innermost outwards, the first that is in one of these files.
-_FILES = {
-    "losses/contrast.py": STATISTICS,
-    "losses/segmentation.py": COUNTS,
-    "models/sync_batch_norm.py": NORM_BACKWARD,
-    "ops/variance_head.py": NORM_BACKWARD,
-    "engine/signals.py": STOP,
-    "torch/autograd/graph.py": GRADIENTS,
-    "torch/nn/parallel/distributed.py": SETTING_UP,
-    "engine/step.py": MEANS,
-}
-_IN_CPP = (GRADIENTS, USED, SETTING_UP)  # who waits: DistributedDataParallel
-_OVERSLEPT = 2e-4  # seconds that a sleep may be too long
 
 
 def measure(count: int) -> dict[str, Any]:
-    """Training steps of one global batch on so many processes of this machine, each with one thread."""
+    """Measures steps of one global batch on `count` processes of this machine, with one thread each."""
     with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
         config = size_config(_SMALL, Path(folder), [*_HERE, *_MEASURED])
         report = _on_processes(_train, count, Path(folder), dump_config(config))
@@ -80,7 +41,7 @@ def measure(count: int) -> dict[str, Any]:
 
 
 def measure_contrast(shape: Shape) -> dict[str, Any]:
-    """What one forward and backward pass of the contrast sends, on 2 processes with a random map each."""
+    """Bytes sent by one forward and backward pass of the contrast, on 2 processes with a random map each."""
     size = (shape.classes, shape.dim, shape.height, shape.width)
     with tempfile.TemporaryDirectory(prefix="prcl_scaling_") as folder:
         sent = _on_processes(_contrast, 2, Path(folder), size)
@@ -88,7 +49,7 @@ def measure_contrast(shape: Shape) -> dict[str, Any]:
 
 
 def simulate(count: int) -> list[dict[str, Any]]:
-    """Steps of one real process that is told that it is one of `count`; 2 + 2 images for each of them."""
+    """Measures steps of one real process in a group of `count` simulated ones; 2 + 2 images for each."""
     ways = [(None, "ours"), *((network, what) for network in NETWORKS for what in ("ours", "gathering"))]
     if count == 1:
         ways = ways[:1]
@@ -122,14 +83,14 @@ def simulate(count: int) -> list[dict[str, Any]]:
 
 
 def _on_processes(work: Any, count: int, folder: Path, argument: Any) -> Any:
-    """Runs `work` on so many processes; what the first of them reports."""
+    """Runs `work` on `count` processes and returns the report of rank 0."""
     mp.spawn(work, (count, folder, argument), nprocs=count)
     return json.loads((folder / "report.json").read_text())
 
 
 def _report(rank: int, folder: Path, report: Mapping[str, Any]) -> None:
     if rank == 0:
-        (folder / "report.json").write_text(json.dumps(report))
+        write_text(folder / "report.json", json.dumps(report))
 
 
 def _train(rank: int, count: int, folder: Path, tree: Mapping[str, Any]) -> None:
@@ -179,7 +140,7 @@ def _contrast(rank: int, count: int, folder: Path, size: Sequence[int]) -> None:
 
 
 def _taken(meter: Meter, count: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """Calls, bytes given and bytes sent by purpose since the last time, and milliseconds waited."""
+    """By purpose: calls, bytes given and bytes sent since the last call, and milliseconds waited."""
     passed, waited = meter.take()
     sums: dict[str, Any] = {}
     for one in passed:
@@ -188,205 +149,3 @@ def _taken(meter: Meter, count: int) -> tuple[dict[str, Any], dict[str, float]]:
         entry["gives"] += one.gives
         entry["sends"] += one.sent(count)
     return sums, {purpose: 1e3 * seconds for purpose, seconds in waited.items()}
-
-
-class Meter(dist.ProcessGroup):
-    """Counts the collectives of this process, and how long it waits for them.
-
-    A process that came first waits for the others too. For gradients, which are waited for in C++, it is the
-    time from when the last of them were given to the end of the backward pass.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
-        self._calls: list[Collective] = []
-        self._waited: dict[str, float] = {}
-        self._gradients_given: float | None = None
-
-    def take(self) -> tuple[list[Collective], dict[str, float]]:
-        """The collectives since the last time, and by purpose the seconds that were waited for them."""
-        taken = self._calls, self._waited
-        self._calls, self._waited = [], {}
-        return taken
-
-    def waited(self, purpose: str, seconds: float) -> None:
-        """Notes it for the next `take`."""
-        self._waited[purpose] = self._waited.get(purpose, 0.0) + seconds
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Hears of the parts of a step, `prcl_fast.step_parts`."""
-        yield
-        if name == "backward" and self._gradients_given is not None:
-            self.waited(GRADIENTS, time.perf_counter() - self._gradients_given)
-            self._gradients_given = None
-
-    def getBackendName(self) -> str:  # noqa: N802, PyTorch's name
-        """For DistributedDataParallel's own records."""
-        return type(self).__name__
-
-    def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work:
-        """A sum, or what the options say."""
-        return self._seen("allreduce", tensors[0], tensors, options)
-
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any) -> dist.Work:
-        """What every process gives."""
-        return self._seen("allgather", inputs[0], outputs, inputs, options)
-
-    def _seen(self, name: str, given: Tensor, *arguments: Any) -> dist.Work:
-        gathers = name == "allgather"
-        purpose = _purpose(gathers)
-        if purpose == GRADIENTS and not given.is_floating_point():
-            purpose = USED
-        own = Collective(purpose, given.numel() * given.element_size(), gathers)
-        self._calls.append(own)
-        work = self._start(name, own, *arguments)
-        if purpose == GRADIENTS:
-            self._gradients_given = time.perf_counter()
-        return work if purpose in _IN_CPP else _Timed(work, self, purpose)
-
-    def _start(self, name: str, own: Collective, *arguments: Any) -> dist.Work:
-        raise NotImplementedError
-
-
-class CountedGloo(Meter):
-    """Gloo, counted."""
-
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
-
-    def broadcast(self, tensors: list[Tensor], options: Any) -> dist.Work:
-        """Before the first step only, and not counted."""
-        return self._gloo.broadcast(tensors, options)
-
-    def _start(self, name: str, own: Collective, *arguments: Any) -> dist.Work:
-        work: dist.Work = getattr(self._gloo, name)(*arguments)
-        return work
-
-
-class EqualProcesses(Meter):
-    """As if `size` processes were there, all of which hold what this one holds.
-
-    A result is there at once, and is handed over when the network would have brought it. Collectives pass
-    one at a time.
-
-    Attributes:
-        network: None is one without delay. It may be changed between steps.
-        instead: collectives that pass in the place of the prototype statistics.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__(0, size)
-        self.network: Network | None = None
-        self.instead: Sequence[Collective] | None = None
-        self._free_at = 0.0
-
-    def broadcast(self, tensors: list[Tensor], options: Any) -> dist.Work:
-        """Before the first step only: without delay."""
-        return _Arriving(0.0, tensors).in_background()
-
-    def _start(self, name: str, own: Collective, *arguments: Any) -> dist.Work:
-        if name == "allgather":
-            (outputs,), (given,), _ = arguments
-            torch._foreach_copy_(outputs, [given] * len(outputs))
-        elif arguments[1].reduceOp == dist.ReduceOp.SUM:
-            arguments[0][0].mul_(self.size())
-        arriving = _Arriving(self._arrival(own), arguments[0])
-        return arriving.in_background() if own.purpose in _IN_CPP else arriving
-
-    def _arrival(self, own: Collective) -> float:
-        if self.network is None:
-            return 0.0
-        replaced = own.purpose == STATISTICS and self.instead is not None
-        passing = self.instead if replaced else [own]
-        assert passing is not None
-        begins = max(time.perf_counter(), self._free_at)
-        self._free_at = begins + self.network.seconds(passing, self.size())
-        return self._free_at
-
-
-class _Arriving(dist.Work):
-    """Done at the moment `arrival` of `time.perf_counter`."""
-
-    def __init__(self, arrival: float, result: Any) -> None:
-        super().__init__()
-        self._arrival, self._result = arrival, result
-
-    def wait(self, timeout: Any = None) -> bool:
-        time.sleep(max(0.0, self._arrival - time.perf_counter() - _OVERSLEPT))
-        while time.perf_counter() < self._arrival:
-            pass
-        return True
-
-    def in_background(self) -> dist.Work:
-        """The same with a future, which C++ waits for."""
-        future: torch.futures.Future[Any] = torch.futures.Future()
-        delay = self._arrival - time.perf_counter()
-        if delay > 0:
-            threading.Timer(delay, future.set_result, [self._result]).start()
-        else:
-            future.set_result(self._result)
-        work: dist.Work = _create_work_from_future(future)
-        return work
-
-
-class _Timed(dist.Work):
-    """Another work, with the time that is waited for it."""
-
-    def __init__(self, work: dist.Work, meter: Meter, purpose: str) -> None:
-        super().__init__()
-        self._work, self._meter, self._purpose = work, meter, purpose
-
-    def wait(self, timeout: Any = None) -> bool:
-        started = time.perf_counter()
-        self._work.wait()
-        self._meter.waited(self._purpose, time.perf_counter() - started)
-        return True
-
-
-@contextlib.contextmanager
-def joined(rank: int, world: int, folder: Path) -> Iterator[CountedGloo]:
-    """This process among `world` of this machine, which meet in `folder`."""
-    store = dist.FileStore(str(folder / "store"), world)
-    made: list[CountedGloo] = []
-
-    def make(own: dist.Store, number: int, size: int, timeout: timedelta) -> CountedGloo:
-        made.append(CountedGloo(own, number, size, timeout))
-        return made[0]
-
-    with _default_group("counted", make, store, rank, world):
-        yield made[0]
-
-
-@contextlib.contextmanager
-def simulated(world: int) -> Iterator[EqualProcesses]:
-    """This process as the first of `world` equal ones."""
-    made = EqualProcesses(world)
-    with _default_group("simulated", lambda *_: made, dist.HashStore(), 0, world):
-        yield made
-
-
-@contextlib.contextmanager
-def _default_group(name: str, make: Any, store: dist.Store, rank: int, world: int) -> Iterator[None]:
-    if name in dist.Backend.backend_list:
-        dist.Backend.backend_list.remove(name)
-    dist.Backend.register_backend(name, make, devices=["cpu"])
-    dist.init_process_group(name, store=store, rank=rank, world_size=world)
-    group = dist.group.WORLD
-    assert isinstance(group, Meter)
-    try:
-        with listening(group):
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _purpose(gathers: bool) -> str:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        for ending, purpose in _FILES.items():
-            if frame.f_code.co_filename.endswith(ending):
-                return NORM_FORWARD if purpose == NORM_BACKWARD and gathers else purpose
-        frame = frame.f_back
-    return UNKNOWN

@@ -1,42 +1,36 @@
-"""Trains one configuration on several numbers of processes, and compares losses, prototypes and evaluation.
+"""Losses, prototypes and evaluation of one configuration on several numbers of processes.
 
-python -m bench.scaling.same_processes [CONFIG] [KEY.PATH=VALUE ...]
+python -m bench same-processes [CONFIG] [KEY.PATH=VALUE ...]
     [--processes 1,2,4] [--steps 50] [--json FILE]
 
-On the CPU over gloo, in float64: training makes more of every rounding with each step, and pseudo-labels
-jump, so that in float32 a last digit shows after ten steps. The contrast is computed, and its prototypes
-compared, but lambda_c is 0: anchors and negatives are each process's own draws. After every step, all
-processes must hold the same state bit for bit. Exit status 1 where a bound is exceeded.
+On the CPU over gloo, in float64: training amplifies every rounding with each step, and pseudo-labels jump, so
+that in float32 a last digit shows after ten steps. The contrast is computed, and its prototypes compared, but
+lambda_c is 0, because each process draws its own anchors and negatives. After every step, all processes must
+hold bitwise identical state. Exit status 1: a bound is exceeded.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.packages import needed
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from torch import Tensor
 
-with needed("bench.scaling.same_processes" if __name__ == "__main__" else None):
-    import torch
-    import torch.distributed as dist
-    import torch.multiprocessing as mp
-    from rich.console import Console
-    from torch import Tensor
-
-    import prcl_fast.engine.evaluate as evaluation
-    from bench import machine
-    from prcl_fast.config import Config, load_config, override_config
-    from prcl_fast.engine.trainer import Trainer
-    from prcl_fast.errors import InputError
-    from prcl_fast.files.writing import write_text
-    from prcl_fast.methods import Method
-    from prcl_fast.processes.replicas import check_alike
+import prcl_fast.engine.evaluate as evaluation
+from bench.arguments import parser
+from bench.compared_runs import ComparedRuns
+from prcl_fast.config import Config, load_config, override_config
+from prcl_fast.engine.trainer import Trainer
+from prcl_fast.methods import Method
+from prcl_fast.processes.replicas import check_alike
 
 BOUND = 1e-5  # largest relative difference of a loss or prototype
 SETTINGS = (
@@ -53,48 +47,41 @@ SETTINGS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--processes", default="1,2,4")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench same-processes`."""
+    command = parser("same-processes", __doc__)
+    command.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"), metavar="CONFIG")
+    command.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
+    command.add_argument("--processes", default="1,2,4", metavar="N,N", help="numbers of processes")
+    command.add_argument("--steps", type=int, default=50, help="of each run")
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for the result")
+    options = command.parse_args(arguments)
     config = load_config(options.config, [*SETTINGS, *options.overrides])
-    result: dict[str, Any] = {
-        "kind": "prcl same processes 1",
-        "machine": machine.describe("cpu"),
-        "steps": options.steps,
-        "rows": [],
-    }
+    runs = ComparedRuns("prcl same processes 1", "cpu", options.steps, options.json)
     first: dict[str, Any] | None = None
     for processes in map(int, options.processes.split(",")):
         print(f"{processes} processes", file=sys.stderr, flush=True)
         found = trained(config, processes, options.steps)
         first = first or found
         row = {"processes": processes, "miou": found["miou"], **compared(first, found)}
-        result["rows"].append(row)
-        if options.json is not None:
-            write_text(options.json, json.dumps(result, indent=1) + "\n")
-        print(
+        runs.add(
+            row,
             f"{processes} processes: largest relative difference {row['losses']:.1e} of the losses of "
             f"{options.steps} steps, {row['prototypes']:.1e} of the prototypes after each; counts of the "
             f"evaluation {'equal' if row['same_counts'] else 'different'}, mIoU {row['miou']!r}",
-            flush=True,
         )
     held = all(
-        row["losses"] <= BOUND and row["prototypes"] <= BOUND and row["same_counts"] for row in result["rows"]
+        row["losses"] <= BOUND and row["prototypes"] <= BOUND and row["same_counts"] for row in runs.rows
     )
     return int(not held)
 
 
 def trained(config: Config, processes: int, steps: int) -> dict[str, Any]:
-    """Losses and prototypes of each step, and the evaluation after the last, on so many processes.
+    """Losses and prototypes of each step, and the evaluation after the last, on `processes` processes.
 
     Returns:
         "losses" [steps, terms] and "prototypes" [steps, 2, C, D] (mean and variance), float64; "counts"
-        [networks, C, C] int64; "miou" of the network that counts.
+        [networks, C, C] int64; "miou" of the main network.
     """
     with tempfile.TemporaryDirectory(prefix="prcl_processes_") as folder:
         config = override_config(config, [f"output={folder}/run"])
@@ -104,7 +91,7 @@ def trained(config: Config, processes: int, steps: int) -> dict[str, Any]:
 
 
 def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """How far two runs are apart: the largest difference, relative where values exceed 1."""
+    """Largest differences of two runs, relative for values above 1."""
 
     def difference(a: Tensor, b: Tensor) -> float:
         return float(((a - b).abs() / a.abs().clamp(min=1.0)).max())
@@ -125,7 +112,7 @@ def _train(rank: int, config: Config, world: int, steps: int, folder: str) -> No
     with contextlib.closing(trainer.batches()) as batches:
         for _ in range(steps):
             named = trainer.step(batches)
-            # Anchors and negatives are drawn by each process: the value of the contrast differs.
+            # Each process draws its own anchors and negatives, so the value of the contrast differs.
             losses.append(torch.stack([named[name] for name in sorted(named) if name != "loss_contrast"]))
             state = trainer.method.state_dict()
             check_alike(state)
@@ -153,11 +140,3 @@ def _compute_in_float64() -> None:
     in_float32, of_evaluation = Method.normalize, evaluation.normalize
     Method.normalize = lambda self, image: in_float32(self, image).double()  # type: ignore[method-assign]
     evaluation.normalize = lambda *arguments: of_evaluation(*arguments).double()
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"same_processes: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,9 +1,9 @@
-"""What the processes of a run tell each other in one step, and what that takes by formula.
+"""The collectives of one training step, and their time by formula.
 
-A collective over N processes sends by a ring: an all-reduce of S bytes 2 (N - 1) / N S from each process, an
-all-gather (N - 1) S, S being what one process gives. Each receives as much. Its time is the bytes over the
-bandwidth of a process, and the latency once for each of the log2 N levels of a tree, which is how libraries
-send what is small.
+Collectives over N processes use a ring. With S bytes given by each process, an all-reduce sends
+2 (N - 1) / N S bytes from each process, an all-gather (N - 1) S; each receives as much. The time of a
+collective is its bytes over the bandwidth of a process, plus the latency for each of the log2 N levels of a
+tree, with which libraries send small messages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from bench.step.data import DATA_SETS
 from bench.step.setup import LOSSES
 from prcl_fast.config import Config
-from prcl_fast.config.methods import UnlabeledConfig
 from prcl_fast.methods import build_method
 
 GRADIENTS, NORM_FORWARD, NORM_BACKWARD = "gradients", "batch norm, forward", "batch norm, backward"
@@ -33,19 +32,19 @@ _CACHED_PIXEL = 4  # bytes of a decoded pixel and its label in data.cache
 
 @dataclass(frozen=True)
 class Network:
-    """A kind of network: what a message waits for, and what one process can send in a second."""
+    """A kind of network: latency of a message, and bandwidth of one process."""
 
     name: str
     latency: float  # seconds
     bandwidth: float  # bytes a second
 
     def seconds(self, collectives: Iterable[Collective], processes: int) -> float:
-        """One collective after the other."""
+        """The time of the collectives, one after another."""
         levels = math.ceil(math.log2(processes))
         return sum(levels * self.latency + c.sent(processes) / self.bandwidth for c in collectives)
 
 
-# Round numbers of their kinds, assumed for every process and every distance.
+# Typical values, assumed for every process and every distance.
 NETWORKS = (
     Network("NVLink, 300 GB/s, 10 us", 10e-6, 300e9),
     Network("InfiniBand, 200 Gb/s, 20 us", 20e-6, 25e9),
@@ -55,12 +54,12 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Collective:
-    """One of them, in one step.
+    """A collective of one step.
 
     Attributes:
-        gives: bytes that a process gives.
+        gives: bytes given by each process.
         gathers: an all-gather; else an all-reduce.
-        hidden: the step goes on beside it and needs it later.
+        hidden: it overlaps with computation.
     """
 
     purpose: str
@@ -77,15 +76,15 @@ class Collective:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a configuration's step consists of, from its method on the meta device.
+    """The sizes of a configuration's step, from its method on the meta device.
 
     Attributes:
-        parameters: number of learned ones.
-        buckets: numbers of gradients that travel together, in the order of the backward pass on CUDA.
-        channels: of every batch norm that learns.
+        parameters: number of learned parameters.
+        buckets: numbers of gradients in each bucket, in the order of the backward pass on CUDA.
+        channels: of every trained batch norm.
         height, width: of the feature maps.
-        images: labeled and unlabeled of a step, all processes.
-        pairs: mixing takes two images of a process.
+        images: labeled and unlabeled images of a step, of all processes.
+        pairs: mixing needs two images of a process.
     """
 
     parameters: int
@@ -101,16 +100,15 @@ class Shape:
 
 
 def shape_of(config: Config, classes: int) -> Shape:
-    """The shape of a configuration's step; nothing is computed. `model.weights` is not looked at."""
+    """The shape of a configuration's step, without computing it. `model.weights` is ignored."""
     model = config.model.model_copy(update={"weights": None})
     with torch.device("meta"):
         method = build_method(config.model_copy(update={"model": model}), classes).train()
         height, width = config.data.crop
-        # Two images, because a batch norm cannot learn from one pixel.
+        # Two images, because batch norm in training needs more than one value.
         maps = method.student(torch.zeros(2, 3, height, width), representations=False).logits
     learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
     norms = [m for m in method.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    mix = config.method.mix if isinstance(config.method, UnlabeledConfig) else "none"
     return Shape(
         parameters=sum(parameter.numel() for parameter in learned),
         buckets=_buckets(learned[::-1]),
@@ -121,19 +119,19 @@ def shape_of(config: Config, classes: int) -> Shape:
         width=maps.shape[3],
         crop=(height, width),
         images=(config.train.batch_labeled, config.train.batch_unlabeled),
-        pairs=mix in ("classmix", "cutmix"),
+        pairs=config.method.mixes_pairs,
     )
 
 
 def images_of_a_process(shape: Shape, processes: int) -> tuple[int, int]:
-    """Labeled and unlabeled: the configuration's batch shared out, or 2 + 2 where that cannot be."""
+    """Labeled and unlabeled images: the configuration's batch divided, or 2 + 2 if it is not divisible."""
     labeled, unlabeled = (count / processes for count in shape.images)
     whole = labeled.is_integer() and unlabeled.is_integer()
     return (int(labeled), int(unlabeled)) if whole and unlabeled >= 1 + shape.pairs else (2, 2)
 
 
 def collectives(shape: Shape) -> list[Collective]:
-    """Those of one step with one micro-batch and train.sync_bn."""
+    """The collectives of a step with one micro-batch and train.sync_bn."""
     *early, last = (4 * size for size in shape.buckets)
     number = 4  # bytes of a float32
     return [
@@ -143,16 +141,16 @@ def collectives(shape: Shape) -> list[Collective]:
         Collective(MEANS, len(LOSSES) * number, hidden=True),
         *(Collective(NORM_BACKWARD, 2 * c * number) for c in shape.channels),
         *(Collective(GRADIENTS, size, hidden=True) for size in early),
-        Collective(GRADIENTS, last),  # the first layers' gradients, when nothing is left to compute
+        Collective(GRADIENTS, last),  # the first layers' gradients come last and overlap with nothing
         Collective(STOP, number, hidden=True),
     ]
 
 
 def gathering(shape: Shape, images: tuple[int, int]) -> list[Collective]:
-    """What the authors' public code gathers from `images` of each process, in place of the statistics.
+    """The all-gathers of the authors' public code in place of the statistics, for `images` of each process.
 
-    For the contrast mean, variance and one-hot label of every pixel of the feature maps; for mixing the
-    unlabeled images with pseudo-label (int64) and confidence. The others are float32.
+    For the contrast: mean, variance and one-hot label of every pixel of the feature maps. For mixing: the
+    unlabeled images with pseudo-label (int64) and confidence. All but the pseudo-label are float32.
     """
     labeled, unlabeled = images
     features = (labeled + unlabeled) * shape.height * shape.width * 4
@@ -164,9 +162,18 @@ def gathering(shape: Shape, images: tuple[int, int]) -> list[Collective]:
 
 
 def table(shape: Shape, processes: Sequence[int]) -> list[dict[str, object]]:
-    """A row for each number of processes: bytes of a step and process, and milliseconds by network."""
+    """A row for each number of processes: bytes sent by a process in a step, and milliseconds by network."""
     own = collectives(shape)
     return [_row(shape, own, count) for count in processes]
+
+
+def bytes_text(value: float) -> str:
+    """Three digits and a unit: 21.7 kB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError
 
 
 def _row(shape: Shape, own: list[Collective], processes: int) -> dict[str, object]:
@@ -197,7 +204,7 @@ def _row(shape: Shape, own: list[Collective], processes: int) -> dict[str, objec
 
 
 def _buckets(parameters: list[nn.Parameter]) -> tuple[int, ...]:
-    """Number of values in each bucket of DistributedDataParallel, for gradients that come in this order."""
+    """Number of values in each bucket of DistributedDataParallel, for gradients in this order."""
     limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, _BUCKET_BYTES]
     tensors: list[Tensor] = list(parameters)
     found, _ = dist._compute_bucket_assignment_by_size(tensors, limits)

@@ -1,4 +1,4 @@
-"""The configurations that `bench.step` measures, with images of the right size where a data set is needed."""
+"""Configurations of `bench step`, with generated images of the data sets' sizes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from prcl_fast.config import Config, load_config, override_config
 from prcl_fast.data.sources.images import save_index_png
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.device import choose_device
-from prcl_fast.files.writing import write_text
+from prcl_fast.files.writing import replacing, write_text
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-# The same for every candidate. A network without weights is never sure of a pixel, and the contrast would
-# have nothing to do; prototypes of the batch alone are what all candidates know; the schedules stand still.
+# The same for every candidate. An untrained network is never confident, so thresholds would leave the
+# contrast without pixels. All candidates support local prototypes. With so many iterations the schedules are
+# constant.
 COMMON = (
     "method.delta_w=0",
     "method.delta_s=1",
@@ -31,21 +32,21 @@ COMMON = (
     "model.weights=null",
     "train.iterations=1000000",
 )
-# On a CPU the workers would take the cores from the step, and prepare images in another candidate's turn.
+# On a CPU workers would compete with the step for cores, and prepare images in another candidate's turn.
 CPU = ("data.workers=0", "train.amp=off")
 CUDA = ("train.amp=bf16",)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the generated images of a size are like."""
+    """The generated images of a size."""
 
     config: str
     height: int
     width: int
     classes: int
     suffix: str
-    labels_at_once: int  # images that the classes are shared out to
+    labels_at_once: int  # images among which the classes are divided
 
 
 DATA_SETS = {
@@ -53,6 +54,7 @@ DATA_SETS = {
     "cityscapes": DataSet("cityscapes/base.yaml", 1024, 2048, 19, ".png", 1),
 }
 SIZES = ("small", *DATA_SETS)
+_FORMATS = {".jpg": "JPEG", ".png": "PNG"}
 _SUBSETS = {"labeled": 8, "unlabeled": 16, "val": 1}
 
 
@@ -73,19 +75,19 @@ def size_config(size: str, folder: Path, overrides: Sequence[str]) -> Config:
 
 
 def file_config(path: Path, folder: Path, overrides: Sequence[str]) -> Config:
-    """A configuration file with what is common to all candidates, and then the overrides.
+    """A configuration file with the settings common to all candidates, and then the overrides.
 
     Raises:
-        InputError: naming the file and the key.
+        InputError: names the file and the key.
     """
     own = [f"output={folder / 'runs'}", *overrides]
     device = choose_device(load_config(path, own).train.device)
-    # Once more at the end: what the caller asks for goes before what is common.
+    # Once more at the end: overrides take precedence over the common settings.
     return load_config(path, [*COMMON, *(CUDA if device.type == "cuda" else CPU), *own])
 
 
 def candidate_config(config: Config, name: str, overrides: Sequence[str]) -> Config:
-    """That of one candidate, with an output folder of its own."""
+    """The configuration of one candidate, with its own output folder."""
     return override_config(config, [*overrides, f"output={config.output / name}"])
 
 
@@ -102,9 +104,8 @@ def write_images(folder: Path, data_set: DataSet) -> None:
                 group = labels(sizes, "coherent", host)
             label = group[number % at_once]
             image = Image.fromarray(_picture(label, colours, host))
-            path = folder / "images" / f"{name}{data_set.suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, quality=95)  # of JPEG
+            with replacing(folder / "images" / f"{name}{data_set.suffix}") as file:
+                image.save(file, format=_FORMATS[data_set.suffix], quality=95)  # of JPEG
             if subset != "unlabeled":
                 save_index_png(folder / "labels" / f"{name}.png", label.numpy(), voc_palette(classes))
         write_text(folder / f"{subset}.txt", "\n".join(names) + "\n")
@@ -112,7 +113,7 @@ def write_images(folder: Path, data_set: DataSet) -> None:
 
 
 def _picture(label: torch.Tensor, colours: torch.Tensor, host: torch.Generator) -> np.ndarray:
-    """Each class in its colour, with noise that is coarse and fine, so that it decodes like a photograph."""
+    """Each class in its colour, with coarse and fine noise, so that it decodes like a photograph."""
     height, width = label.shape
     image = colours[label.long()].permute(2, 0, 1)
     for cell, strength in ((64, 0.2), (16, 0.1), (4, 0.05), (1, 0.02)):

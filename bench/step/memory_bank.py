@@ -1,16 +1,15 @@
-"""Virtual negatives against a memory bank [IJCV, table 7]: memory and time of the whole contrast with each.
+"""Virtual negatives against a memory bank [IJCV, table 7]: memory and time of the whole contrast.
 
-python -m bench.step.memory_bank [--size small|voc|cityscapes] [--device auto|cpu|cuda]
+python -m bench memory-bank [--size small|voc|cityscapes] [--device auto|cpu|cuda]
     [--rounds 15] [--json FILE]
 
-All candidates run in turns on the same batch, forward and backward. Memory is what each keeps between steps;
-peak is what a call takes beside it. Banks are full. They have the sizes of the table, 30000 and 65536
-representations of each class (2.63 GiB at --size voc), and 1024 and 8192 at --size small.
+All candidates run in turns on the same batch, forward and backward. "Memory" is what a candidate keeps
+between steps, "peak" what a call allocates beyond that. Banks are full. They have the sizes of the table,
+30000 and 65536 representations of each class (2.63 GiB at --size voc), and 1024 and 8192 at --size small.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import machine
+from bench.arguments import parser
 from bench.ops.case import CONTRAST_SIZES, Options, Sizes
 from bench.ops.contrast import contrast_module
 from bench.ops.harness import milliseconds, percentile
@@ -35,13 +35,14 @@ SMALL_BANKS, BANKS = (1024, 8192), (30000, 65536)
 DRAWN = (4, 64)  # of each class, from a bank
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", choices=("small", "voc", "cityscapes"), default="small")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str]) -> None:
+    """`python -m bench memory-bank`."""
+    command = parser("memory-bank", __doc__)
+    command.add_argument("--size", choices=("small", "voc", "cityscapes"), default="small")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--rounds", type=int, default=15, help="timed calls of each candidate")
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for the result")
+    options = command.parse_args(arguments)
     device = choose_device(options.device).type
     result = measure(CONTRAST_SIZES[device][options.size], options.size, device, options.rounds)
     if options.json is not None:
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def candidates(size: str) -> dict[str, dict[str, int]]:
-    """Name, and the arguments of ProbabilisticContrast."""
+    """By name, the arguments of ProbabilisticContrast."""
     found = {"neither": {"virtual_negatives": 0}, "4 virtual negatives": {"virtual_negatives": 4}}
     for places in SMALL_BANKS if size == "small" else BANKS:
         for drawn in DRAWN:
@@ -74,7 +75,7 @@ def candidates(size: str) -> dict[str, dict[str, int]]:
 
 
 def measure(sizes: Sizes, size: str, device: str, rounds: int) -> dict[str, Any]:
-    """Every candidate's medians over `rounds`, and the bytes that it keeps and that a call takes."""
+    """The median time of every candidate over `rounds`, the bytes of its state and the peak of a call."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     (batch, *_) = batches(sizes, Options(size, device, dtype, "coherent"))
     mu, var = batch.mu.requires_grad_(), batch.var.requires_grad_()
@@ -109,7 +110,7 @@ def measure(sizes: Sizes, size: str, device: str, rounds: int) -> dict[str, Any]
 
 
 def _fill(bank: FeatureBank) -> None:
-    """Puts numbers that serve as means and as variances into every place."""
+    """Fills every place with numbers that are valid means and variances."""
     bank.features.uniform_(0.05, 0.95)
     bank.count.fill_(bank.size)
 
@@ -120,7 +121,7 @@ def _call(module: ProbabilisticContrast, mu: Tensor, var: Tensor, batch: Batch) 
 
 
 def _peak(module: ProbabilisticContrast, mu: Tensor, var: Tensor, batch: Batch, device: str) -> int | None:
-    """Bytes beyond inputs and gradients, of a call after a first one."""
+    """Peak bytes of a second call, beyond inputs and gradients."""
     _call(module, mu, var, batch)
     meter = Meter(device)
     meter.start()
@@ -129,7 +130,3 @@ def _peak(module: ProbabilisticContrast, mu: Tensor, var: Tensor, batch: Batch, 
     gradients = torch.autograd.grad(loss, (mu, var))
     meter.after_backward(tensor_bytes(gradients))
     return meter.peak
-
-
-if __name__ == "__main__":
-    main()

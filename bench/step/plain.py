@@ -1,4 +1,4 @@
-"""The training step as a good user of PyTorch would write it today: vectorised, on the device, no host.
+"""The training step in plain PyTorch as an expert would write it: vectorised, without host synchronisation.
 
 Mixed precision where the configuration asks for it, channels_last, the package's own batches with its batched
 augmentation and mixing, one student pass over all images, foreach updates of optimiser and teacher, and the
@@ -13,38 +13,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.ops.eager import eager_contrast
-from bench.step.setup import (
-    build_networks,
-    build_optimizer,
-    contrast_settings,
-    contrast_weight,
-    method_of,
-    set_learning_rates,
-    teacher_decay,
-)
+from bench.step.setup import Alternative, contrast_settings
 from prcl_fast.config import Config
 from prcl_fast.data.augment import normalize, strong_augment
 from prcl_fast.data.batches import Batch, training_batches
 from prcl_fast.data.mix import mix
-from prcl_fast.data.source import IGNORE, build_source
-from prcl_fast.device import choose_device
+from prcl_fast.data.source import IGNORE
 from prcl_fast.step_parts import part
 
 
-class PlainTraining:
+class PlainTraining(Alternative):
     """Satisfies `bench.step.setup.Training`."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.method = config, method_of(config)
-        self.device = choose_device(config.train.device)
-        torch.backends.cudnn.benchmark = True
-        source = build_source(config.data)
-        self.num_classes = len(source.classes)
-        self.student, self.teacher = build_networks(config, self.num_classes, self.device)
-        for network in (self.student.train(), self.teacher):
+        super().__init__(config)
+        for network in (self.student, self.teacher):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(self.student, config)
-        self.batches = training_batches(source, config, start=0, device=self.device, unlabeled=True)
+        self.batches = training_batches(self.source, config, start=0, device=self.device)
         self.averages = [*self.teacher.parameters(), *self.teacher.buffers()]
         self.values = [*self.student.parameters(), *self.student.buffers()]
         self.segmentation_losses, self.contrast = segmentation_losses, eager_contrast
@@ -53,11 +38,10 @@ class PlainTraining:
             self.teacher.compile()
             self.segmentation_losses = torch.compile(segmentation_losses)
             self.contrast = torch.compile(eager_contrast)
-        self.iteration = 0
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; the named losses, on the device."""
-        set_learning_rates(self.optimizer, self.config, self.iteration)
+        self.set_learning_rates()
         losses = self.losses(next(self.batches))
         with part("backward"):
             losses["loss"].backward()
@@ -72,19 +56,19 @@ class PlainTraining:
     def losses(self, batch: Batch, seed: Tensor | None = None) -> dict[str, Tensor]:
         """The losses of one batch; `seed` takes the package's draws for the contrast instead of PyTorch's."""
         method = self.method
-        assert batch.unlabeled_image is not None
-        assert batch.inside is not None
-        assert batch.strong is not None
+        unlabeled = batch.needed_unlabeled()
         amp = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.train.amp == "bf16")
         with torch.no_grad(), amp, part("teacher"):
-            weak = batch.unlabeled_image
+            weak = unlabeled.image
             logits = self.teacher(self._normalized(weak), representations=False).logits
             confidence, pseudo_label = _upsampled(logits, weak.shape[2:]).softmax(1).max(1)
-            pseudo_label = pseudo_label.masked_fill(~batch.inside, IGNORE)
-            confidence = confidence.masked_fill(~batch.inside, 0.0)
+            pseudo_label = pseudo_label.masked_fill(~unlabeled.inside, IGNORE)
+            confidence = confidence.masked_fill(~unlabeled.inside, 0.0)
         with torch.no_grad(), amp, part("strong augmentation"):
-            strong = strong_augment(weak, batch.strong)
-            strong, pseudo_label, confidence = mix(strong, pseudo_label, confidence, batch.strong, method.mix)
+            strong = strong_augment(weak, unlabeled.strong)
+            strong, pseudo_label, confidence = mix(
+                strong, pseudo_label, confidence, unlabeled.strong, method.mix
+            )
         with amp, part("student"):
             images = torch.cat([self._normalized(batch.labeled_image), self._normalized(strong)])
             output = self.student(images)
@@ -97,9 +81,8 @@ class PlainTraining:
             contrast = self._contrast(
                 output.logits, output.mu, output.var, label, pseudo_label, confidence, seed
             )
-        weight = contrast_weight(method, self.iteration, self.config.train.iterations)
         return {
-            "loss": supervised + unsupervised + weight * contrast,
+            "loss": supervised + unsupervised + self.contrast_weight() * contrast,
             "loss_supervised": supervised,
             "loss_unsupervised": unsupervised,
             "loss_contrast": contrast,
@@ -145,7 +128,7 @@ class PlainTraining:
 
     @torch.no_grad()
     def _update_teacher(self) -> None:
-        decay = teacher_decay(self.method, self.iteration)
+        decay = self.teacher_decay()
         floating = [value.is_floating_point() for value in self.values]
         pairs = list(zip(self.averages, self.values, floating, strict=True))
         torch._foreach_lerp_([x for x, _, f in pairs if f], [y for _, y, f in pairs if f], 1 - decay)

@@ -1,4 +1,4 @@
-"""The package's network as plain PyTorch computes it: for the rivals of its training step."""
+"""The package's network in plain PyTorch, for the alternatives to its training step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from prcl_fast.device import full_precision
 from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.models.conv3x3 import Conv3x3
 from prcl_fast.models.deeplab import DeepLabDecoder
 from prcl_fast.models.heads import ProbabilityHead
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
-from prcl_fast.models.resnet import Conv3x3
 
 LOG_FLOOR = math.log(1e-6)
 
 
 def made_plain(network: SegmentationNetwork) -> SegmentationNetwork:
-    """Puts PyTorch's own operations in the place of the package's, in the network; its values stay."""
+    """Replaces the package's ops in the network by PyTorch's; parameters and buffers stay."""
     plain = {
         BatchNorm2d: nn.BatchNorm2d,
         Conv3x3: nn.Conv2d,
@@ -39,7 +39,7 @@ def variance(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 class _Network(SegmentationNetwork):
-    """Autocast casts each weight by itself."""
+    """Autocast casts each weight separately."""
 
     def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
         return self._pass(x, representations)

@@ -1,4 +1,4 @@
-"""The figures of a result of `bench.step`: time and memory of every candidate, and the parts of its step."""
+"""Figures of a result of `bench step`: time and memory of every candidate, and the parts of its step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BAR_INCHES = 0.3
 
 
 def write_figures(result: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Writes <stem>.png and <stem>_parts.png. Raises InputError: no time in it, or it cannot be written."""
+    """Writes <stem>.png and <stem>_parts.png. Raises InputError: no measured time, or not writable."""
     rows = [row for row in result["rows"] if row["ms"] is not None]
     if not rows:
         raise InputError(f"{stem}: holds no measured time")

@@ -1,16 +1,14 @@
 """Time and profile of the package's own training step: its milliseconds, its memory and its kernels.
 
-python -m bench.step.profile OUT.json [SIZE] [KEY=VALUE ...]
+python -m bench step-profile OUT.json [SIZE] [KEY=VALUE ...]
 
-SIZE is one of `bench.step.data.SIZES`, small by default. OUT.json is written after every stage, so that a run
-that is ended early leaves what it knew. On a CPU the operators stand in for the kernels.
+SIZE is small (the default), voc or cityscapes. OUT.json is written after every stage, so that a run that is
+stopped early leaves a result. On a CPU operators are listed in place of kernels.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +21,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench import machine
+from bench.arguments import parser
 from bench.ops.run import write_result
 from bench.step.data import SIZES, size_config
 from prcl_fast.data.batches import Batch
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.errors import InputError
 
 KIND = "prcl step profile 1"
 SHOWN = 45  # kernels on standard output; the file has all of them
@@ -38,18 +36,18 @@ _TRACED = 3  # steps under the profiler
 def profile_step(
     size: str, overrides: Sequence[str], finished: Callable[[dict[str, Any]], None] = lambda result: None
 ) -> dict[str, Any]:
-    """Trains some steps of a size's configuration, from the start and into no folder.
+    """Profiles the first training steps of a size's configuration, whose output is discarded.
 
     Args:
         size: one of SIZES.
         overrides: changes of the configuration, KEY=VALUE.
-        finished: given the result so far after every stage.
+        finished: called with the result so far after every stage.
 
     Returns:
-        `kind`, `machine`, `size` and `overrides`; `first_step_ms`, which holds compiling and capturing; of
-        each turn, a step's `ms` and `host_ms`, the latter until its last kernel was issued; `losses` of the
-        last step; on CUDA `peak_gb` of the tensors; `kernels`, the largest first, each with its `name`, and
-        its `ms` and `calls` in a step; their sums `kernel_ms` and `launches`.
+        `kind`, `machine`, `size` and `overrides`; `first_step_ms`, which includes compilation and capture;
+        of each turn, `ms` of a step and `host_ms` until its last kernel was issued; `losses` of the last
+        step; on CUDA `peak_gb` of the tensors; `kernels`, the slowest first, each with its `name`, and its
+        `ms` and `calls` in a step; their sums `kernel_ms` and `launches`.
 
     Raises:
         InputError: the configuration is wrong.
@@ -82,7 +80,7 @@ def profile_step(
 
 
 def report(result: dict[str, Any], shown: int = SHOWN) -> list[str]:
-    """What a reader wants of `profile_step`'s result, as lines."""
+    """The lines to print of a result of `profile_step`."""
     turns = ", ".join(f"{ms:.1f}" for ms in result["ms"])
     host = ", ".join(f"{ms:.1f}" for ms in result["host_ms"])
     peak = f"; peak {result['peak_gb']:.1f} GB" if "peak_gb" in result else ""
@@ -100,7 +98,7 @@ def report(result: dict[str, Any], shown: int = SHOWN) -> list[str]:
 
 
 def _timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> tuple[float, float, dict[str, float]]:
-    """Milliseconds of a step, those until all was issued, and the last step's losses."""
+    """Milliseconds of a step, milliseconds until all kernels were issued, and losses of the last step."""
     _synchronize(trainer.device)
     start = time.perf_counter()
     for _ in range(steps):
@@ -134,22 +132,12 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT.json")
-    parser.add_argument("size", nargs="?", default="small", choices=SIZES)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args()
-    try:
-        result = profile_step(
-            options.size, options.overrides, lambda so_far: write_result(so_far, options.out)
-        )
-    except InputError as error:
-        print(f"bench.step.profile: {error}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str]) -> None:
+    """`python -m bench step-profile`."""
+    command = parser("step-profile", __doc__)
+    command.add_argument("out", type=Path, metavar="OUT.json", help="file for the result")
+    command.add_argument("size", nargs="?", default="small", choices=SIZES, metavar="SIZE")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the configuration")
+    options = command.parse_args(arguments)
+    result = profile_step(options.size, options.overrides, lambda so_far: write_result(so_far, options.out))
     print(*report(result), sep="\n", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,10 @@
 """The published training step, written from its description: float32, image by image, class by class.
 
-The order is that of the authors' public code: the teacher labels the weakly augmented images; images,
-pseudo-labels and confidences then pass through Pillow for a random scale and crop, are mixed, and pass
-through Pillow once more for colour, blur and flip; the student sees labeled and unlabeled images in two
-passes; the contrast is a loop over the classes with a sampler on the host. Left out, in its favour: the
-confusion matrices that the code counts at each step. Its teacher stays in evaluation mode as everywhere here.
+The order is that of the authors' public code. The teacher labels the weakly augmented images. Images,
+pseudo-labels and confidences pass through Pillow for a random scale and crop, are mixed, and pass through
+Pillow again for colour, blur and flip. The student processes labeled and unlabeled images in two passes. The
+contrast is a loop over the classes with a sampler on the host. The confusion matrices of each step are left
+out, in its favour. Its teacher is in evaluation mode, as in all candidates.
 """
 
 from __future__ import annotations
@@ -20,43 +20,26 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bench.ops.baselines import loop_contrast
 from bench.step.published_pil import classmix, geometric, photometric, to_picture, to_tensor
-from bench.step.setup import (
-    build_networks,
-    build_optimizer,
-    contrast_settings,
-    contrast_weight,
-    method_of,
-    set_learning_rates,
-    teacher_decay,
-)
+from bench.step.setup import Alternative, contrast_settings
 from prcl_fast.config import Config
-from prcl_fast.data.source import IGNORE, Source, build_source
-from prcl_fast.device import choose_device
+from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.models.network import NetworkOutput
 from prcl_fast.step_parts import part
 
 
-class PublishedTraining:
+class PublishedTraining(Alternative):
     """Satisfies `bench.step.setup.Training`."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.method = config, method_of(config)
-        self.device = choose_device(config.train.device)
-        torch.backends.cudnn.benchmark = True
-        source = build_source(config.data)
-        self.num_classes = len(source.classes)
-        self.student, self.teacher = build_networks(config, self.num_classes, self.device)
-        self.student.train()
-        self.optimizer = build_optimizer(self.student, config)
+        super().__init__(config)
         train = config.train
-        self.labeled = self._loader(_Images(source, "labeled", config), train.batch_labeled)
-        self.unlabeled = self._loader(_Images(source, "unlabeled", config), train.batch_unlabeled)
-        self.iteration = 0
+        self.labeled = self._loader(_Images(self.source, "labeled", config), train.batch_labeled)
+        self.unlabeled = self._loader(_Images(self.source, "unlabeled", config), train.batch_unlabeled)
 
     def step(self) -> dict[str, float]:
         """One optimiser step; the named losses as Python numbers."""
         config, method = self.config, self.method
-        set_learning_rates(self.optimizer, config, self.iteration)
+        self.set_learning_rates()
         with part("data wait"):
             image, label = self._on_device(next(self.labeled))
             weak, outside = self._on_device(next(self.unlabeled))
@@ -84,8 +67,7 @@ class PublishedTraining:
             )
         with part("contrast"):
             contrast = self._contrast(labeled, unlabeled, label, pseudo_label, confidence)
-        weight = contrast_weight(method, self.iteration, config.train.iterations)
-        loss = supervised + unsupervised + weight * contrast
+        loss = supervised + unsupervised + self.contrast_weight() * contrast
 
         with part("backward"):
             self.optimizer.zero_grad()
@@ -103,13 +85,13 @@ class PublishedTraining:
         }
 
     def close(self) -> None:
-        """Lets the loaders go, and with them their workers."""
+        """Deletes the loaders, which ends their workers."""
         del self.labeled, self.unlabeled
 
     def _through_pil(
         self, image: Tensor, label: Tensor, confidence: Tensor, *, scale: Sequence[float], strong: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """To the host, image by image to Pillow, its augmentation, and back to the device."""
+        """Augments image by image with Pillow on the host, and returns the batch on the device."""
         data = self.config.data
         images, labels, confidences = [], [], []
         for pixels, classes, certain in zip(image.cpu(), label.cpu(), confidence.cpu(), strict=True):
@@ -171,7 +153,7 @@ class PublishedTraining:
 
     @torch.no_grad()
     def _update_teacher(self) -> None:
-        decay = teacher_decay(self.method, self.iteration)
+        decay = self.teacher_decay()
         for average, value in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             average.mul_(decay).add_(value, alpha=1 - decay)
         for buffer, current in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
@@ -198,7 +180,7 @@ class PublishedTraining:
 class _Images(Dataset[tuple[Tensor, Tensor]]):
     """Decoded, weakly augmented and normalised images of a subset with their labels.
 
-    The label of an unlabeled image is 0, and 255 where the crop reaches outside of it.
+    The label of an unlabeled image is 0, and 255 outside of it.
     """
 
     def __init__(self, source: Source, subset: str, config: Config) -> None:
@@ -228,7 +210,7 @@ class _Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _Endless(Sampler[int]):
-    """One random order of all images after the other."""
+    """An endless sequence of random permutations of all images."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -1,4 +1,4 @@
-"""The augmentation of the published algorithm: one image after the other, with Pillow, on the host."""
+"""The augmentation of the published algorithm: image by image, with Pillow, on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from prcl_fast.config import AugmentConfig
 from prcl_fast.data.source import IGNORE
 
-Maps = list[tuple[Image.Image, float]]  # what lies on a picture, and its value outside of it
+Maps = list[tuple[Image.Image, float]]  # a map of the picture's size, and its value outside the picture
 
 
 def to_tensor(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -24,7 +24,7 @@ def to_tensor(picture: Image.Image, mean: Sequence[float], std: Sequence[float])
 
 
 def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The way back from `to_tensor`."""
+    """The inverse of `to_tensor`."""
     pixels = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     pixels = pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -1,7 +1,7 @@
-"""The candidates' turns and their result: a dict of `kind`, `machine`, `options`, `same_for_all` and `rows`.
+"""The candidates' turns and the result: a dict of `kind`, `machine`, `options`, `same_for_all` and `rows`.
 
-Candidates run in the order of CANDIDATES, whatever the order of the rows: ours first, and the published step,
-which takes far longer than all others on a GPU, last.
+Candidates run in the order of CANDIDATES, whatever the order of the rows: ours first, the published step
+last, because it takes by far the longest on a GPU.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from prcl_fast.errors import InputError
 
 KIND = "bench.step 1"
 PUBLISHED_SECONDS = 30.0
-_WARMUP_SHARE = 0.5  # of these seconds, at most, before them
+_WARMUP_SHARE = 0.5  # longest warm-up, as a fraction of these seconds
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """The candidates, their configuration and their turns.
 
     Attributes:
-        title: for a reader.
+        title: of tables and figures.
         device: cpu or cuda.
         candidates: names in CANDIDATES.
         rounds: turns of each candidate.
         steps: of a turn.
         warmup: steps of each candidate before its first turn.
         one_at_a_time: whether a candidate's process ends before the next one's begins.
-        published_seconds: with one_at_a_time, how long the published step is timed; the turn under way is
-            made to its end.
+        published_seconds: with one_at_a_time, the time in which turns of the published step begin.
     """
 
     title: str
@@ -76,15 +75,17 @@ def measure(
     """Runs the candidates in turns.
 
     Args:
-        progress: told what is being done.
-        finished: given the result so far whenever a candidate's process has ended.
+        progress: called with a line of progress.
+        finished: called with the result so far when a candidate's process has ended.
 
     Raises:
-        InputError: a configuration that not all candidates know.
+        InputError: the configuration has a setting that a candidate does not support.
     """
     method = method_of(plan.config)
-    if method.share != 1:
-        raise InputError(f"method.share: {method.share}; that is the candidate ours-shared16")
+    if method.anchors_per_set != 1:
+        raise InputError(
+            f"method.anchors_per_set: {method.anchors_per_set}; the candidate ours-shared16 measures it"
+        )
     outcomes = {name: _Outcome() for name in plan.candidates}
     result = {
         "kind": KIND,
@@ -105,7 +106,7 @@ def measure(
 
 
 def _interleaved(plan: Plan, progress: Callable[[str], None], ended: Callable[[str, Worker], None]) -> None:
-    """All processes live; one after the other gets a turn, and the first place goes round."""
+    """All processes live at once and take turns; each round begins with another candidate."""
     workers: dict[str, Worker] = {}
     names = _in_order(plan)
     try:
@@ -128,7 +129,7 @@ def _interleaved(plan: Plan, progress: Callable[[str], None], ended: Callable[[s
 def _one_after_the_other(
     plan: Plan, progress: Callable[[str], None], ended: Callable[[str, Worker], None]
 ) -> None:
-    """Each process makes half of its turns, and a second one the others after all first ones are through.
+    """One process at a time: all candidates make half of their turns, then all make the other half.
 
     The published step runs once, after all others.
     """
@@ -200,14 +201,14 @@ def _options(plan: Plan) -> dict[str, Any]:
 
 
 def _same_for_all(plan: Plan) -> list[str]:
-    """What a reader of the numbers must know."""
+    """Remarks on the conditions that all candidates share."""
     method, data = method_of(plan.config), plan.config.data
     workers = f"by {data.workers} data workers" if data.workers else "in the training process itself"
     all_pixels = ""
     if method.delta_w == 0 and method.delta_s == 1:
         all_pixels = (
             ": every pixel with a label or pseudo-label is valid and hard, so that the contrast has work for "
-            "every class though the networks start without weights"
+            "every class, though the networks are not pretrained"
         )
     return [
         f"delta_w {method.delta_w:g} and delta_s {method.delta_s:g}{all_pixels}",

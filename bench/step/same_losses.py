@@ -1,46 +1,41 @@
-"""Trains one configuration with and without each way of running it faster, and compares the losses.
+"""Losses of one configuration with and without each way of running it faster.
 
-python -m bench.step.same_losses [CONFIG] [KEY.PATH=VALUE ...] [--steps 200] [--only NAME,NAME] [--json FILE]
+python -m bench same-losses [CONFIG] [KEY.PATH=VALUE ...] [--steps 200] [--only NAME,NAME] [--json FILE]
 
-Where images come from must not change a bit. A compiled or captured step rounds otherwise, and training makes
-more of it at every step: such a run is held to its first step, and from there on to how far apart two plain
-runs come whose first weights differ in their last digit. On CUDA two equal runs may differ as well (atomic
-additions, convolutions chosen by their time): a second plain run shows by how much, and if it does, nothing
-is held to the bit. Exit status 1 where a bound is exceeded.
+A cache or data workers must leave every loss bitwise identical. A compiled or captured step rounds
+otherwise, and training amplifies the difference at every step. Such a run must agree in its first step. From
+there on its bound is the distance between two plain runs whose first weights differ in their last digit. On
+CUDA two equal runs may differ as well (atomic additions, convolutions chosen by their time). A second plain
+run measures that distance; if it is not 0, no run is held to bitwise identity. Exit status 1: a bound is
+exceeded.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.packages import needed
+import torch
+from rich.console import Console
+from torch import Tensor
 
-with needed("bench.step.same_losses" if __name__ == "__main__" else None):
-    import torch
-    from rich.console import Console
-    from torch import Tensor
+from bench.arguments import parser
+from bench.compared_runs import ComparedRuns
+from prcl_fast.config import Config, load_config, override_config
+from prcl_fast.device import choose_device
+from prcl_fast.engine.trainer import Trainer
 
-    from bench import machine
-    from prcl_fast.config import Config, load_config, override_config
-    from prcl_fast.device import choose_device
-    from prcl_fast.engine.trainer import Trainer
-    from prcl_fast.errors import InputError
-    from prcl_fast.files.writing import write_text
-
-WINDOW = 20  # steps, over which means are taken
-ROUNDING = 1e-4  # a relative difference that is never too large, unless not a bit may change
-TIMES_CONTROL = 2.0  # how much further than the controls a run may come from the plain one
+WINDOW = 20  # steps of a mean
+ROUNDING = 1e-4  # relative difference that is always allowed, unless losses must be identical
+TIMES_CONTROL = 2.0  # largest distance to the plain run, in multiples of the controls'
 NUDGED, AGAIN = "last digit", "again"  # the controls
 PLAIN = ("data.cache=none", "data.workers=0", "train.compile=false", "train.graph=false")
 _KEYS = ("first", "windows", "whole")  # of a comparison
-# Name, overrides, and whether not a bit may change.
+# Name, overrides, and whether losses must be bitwise identical.
 VARIANTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("cache-ram", ("data.cache=ram",), True),
     ("cache-disk", ("data.cache=disk",), True),
@@ -53,25 +48,21 @@ CUDA_VARIANTS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--only", help="names of variants")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench same-losses`."""
+    command = parser("same-losses", __doc__)
+    command.add_argument("config", nargs="?", type=Path, default=Path("configs/demo.yaml"), metavar="CONFIG")
+    command.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE")
+    command.add_argument("--steps", type=int, default=200, help="of each run")
+    command.add_argument("--only", metavar="NAME,NAME", help="variants to run")
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for the result")
+    options = command.parse_args(arguments)
     config = load_config(options.config, [*PLAIN, *options.overrides])
     device = choose_device(config.train.device)
     variants = [*VARIANTS, *(CUDA_VARIANTS if device.type == "cuda" else ())]
     if options.only:
         variants = [variant for variant in variants if variant[0] in options.only.split(",")]
-    result: dict[str, Any] = {
-        "kind": "prcl same losses 1",
-        "machine": machine.describe(device.type),
-        "steps": options.steps,
-        "rows": [],
-    }
+    runs = ComparedRuns("prcl same losses 1", device.type, options.steps, options.json)
     print("plain", file=sys.stderr, flush=True)
     plain = losses(config, options.steps)
     controls = [NUDGED, *([AGAIN] if device.type == "cuda" else [])]
@@ -79,29 +70,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(name, file=sys.stderr, flush=True)
         other = losses(override_config(config, overrides), options.steps, nudged=name == NUDGED)
         row = {"variant": name, "overrides": overrides, "exact": exact, **compared(plain, other)}
-        result["rows"].append(row)
         torch.compiler.reset()
-        if options.json is not None:
-            write_text(options.json, json.dumps(result, indent=1) + "\n")
-        print(
-            f"{name}: {row['equal_steps']} of {options.steps} steps equal bit for bit; largest relative "
+        runs.add(
+            row,
+            f"{name}: {row['equal_steps']} of {options.steps} steps bitwise identical; largest relative "
             f"difference {row['first']:.1e} in the first step, {row['windows']:.1e} of means over {WINDOW} "
             f"steps, {row['whole']:.1e} of the mean over all",
-            flush=True,
         )
-    known = result["rows"][: len(controls)]
-    wrong = [row["variant"] for row in result["rows"][len(controls) :] if not held(row, known)]
+    known = runs.rows[: len(controls)]
+    wrong = [row["variant"] for row in runs.rows[len(controls) :] if not held(row, known)]
     if wrong:
-        print(f"same_losses: beyond the bounds: {', '.join(wrong)}", file=sys.stderr)
+        print(f"bench same-losses: beyond the bounds: {', '.join(wrong)}", file=sys.stderr)
     return int(bool(wrong))
 
 
 def held(row: dict[str, Any], controls: Sequence[dict[str, Any]]) -> bool:
-    """Whether a run is as near to the plain one as it must be.
+    """Whether a run is within its bounds of the plain one.
 
     Args:
-        controls: how far from it runs came that may differ: the nudged one, and on a device where equal runs
-            may differ another plain one.
+        controls: rows of the nudged run and, on a device where equal runs may differ, of a second plain run.
     """
     deterministic = all(_is_equal(control) for control in controls if control["variant"] == AGAIN)
     if row["exact"] and deterministic:
@@ -119,7 +106,7 @@ def losses(config: Config, steps: int, *, nudged: bool = False) -> Tensor:
     """[steps, terms] float64: the named losses of the first steps of a run.
 
     Args:
-        nudged: begin with the classifier's weights changed in their last digit.
+        nudged: start from classifier weights that are changed in their last digit.
     """
     with tempfile.TemporaryDirectory(prefix="prcl_losses_") as folder:
         config = override_config(config, [f"output={folder}/run", f"data.cache_dir={folder}"])
@@ -142,7 +129,7 @@ def nudge(trainer: Trainer) -> None:
 
 
 def compared(plain: Tensor, other: Tensor, window: int = WINDOW) -> dict[str, Any]:
-    """How far two runs are apart: the largest relative difference of any term.
+    """Largest relative differences of two runs over all terms.
 
     Args:
         plain, other: [steps, terms].
@@ -160,11 +147,3 @@ def compared(plain: Tensor, other: Tensor, window: int = WINDOW) -> dict[str, An
         "windows": difference(means, other_means),
         "whole": difference(plain.mean(0), other.mean(0)),
     }
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"same_losses: {error}", file=sys.stderr)
-        sys.exit(2)

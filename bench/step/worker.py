@@ -1,7 +1,7 @@
-"""One candidate in a process of its own: its memory is its own, and it runs only when it is told to.
+"""A candidate in its own process, with its own memory, that runs only in its turns.
 
-The parent sends how many steps to make, and gets the milliseconds of one step; None ends the worker, which
-answers with a Report. Anything that goes wrong comes back as a Failure.
+The parent sends a number of steps and receives the milliseconds of one step. None ends the worker, which
+answers with a Report. An error comes back as a Failure.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from bench.step.plain import PlainTraining
 from bench.step.published import PublishedTraining
 from bench.step.setup import LOSSES, Training
 from prcl_fast.config import Config, dump_config, parse_config
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.machine import resident_peak
+from prcl_fast.machine.memory import resident_peak
 from prcl_fast.planning.part_meter import PartTimer
 from prcl_fast.planning.step_profile import traced
 from prcl_fast.step_parts import listening
@@ -52,12 +52,12 @@ class OurTraining:
         self.batches.close()
 
 
-# Each with what it changes of the configuration; in the order in which they run, the most telling first.
+# With their changes of the configuration, in the order of their turns.
 CANDIDATES: dict[str, tuple[Callable[[Config], Training], tuple[str, ...]]] = {
     "ours": (OurTraining, ()),
     "eager": (PlainTraining, ()),
     "ours-graph": (OurTraining, ("train.graph=true",)),
-    "ours-shared16": (OurTraining, ("method.share=16",)),
+    "ours-shared16": (OurTraining, ("method.anchors_per_set=16",)),
     "ours-compile": (OurTraining, ("train.compile=true",)),
     "ours-graph-compile": (OurTraining, ("train.graph=true", "train.compile=true")),
     "compile": (PlainTraining, ("train.compile=true",)),
@@ -68,17 +68,17 @@ CANDIDATES: dict[str, tuple[Callable[[Config], Training], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker knows at its end.
+    """The report of a worker at its end.
 
     Attributes:
         parameters: of the student.
         losses: of the last step, by the names in LOSSES.
-        peak_bytes: largest memory held; on the CPU all resident pages of the process, on CUDA the tensors.
-        parts_ms: median milliseconds of each part of further steps, one after each turn; empty where the step
-            is a captured graph.
-        busy: CUDA: share of the time in which a kernel ran, of the package's candidates.
-        reserved_bytes: CUDA: the largest amount that PyTorch held for them.
-        base_bytes: on the CPU, resident before the candidate was built.
+        peak_bytes: peak memory: resident memory of the process on the CPU, tensors on CUDA.
+        parts_ms: median milliseconds of each part, from one more step after each turn; empty for a captured
+            step.
+        busy: of the package's candidates on CUDA, the fraction of the time in which a kernel ran.
+        reserved_bytes: on CUDA, the peak of PyTorch's reserved memory.
+        base_bytes: on the CPU, resident memory before the candidate was built.
         warmup_steps: made before the first turn.
     """
 
@@ -94,7 +94,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a candidate has no time."""
+    """The reason why a candidate has no time."""
 
     reason: str
 
@@ -111,10 +111,10 @@ class Worker:
 
     @classmethod
     def start(cls, name: str, config: Config, warmup: int, seconds: float = math.inf) -> Worker:
-        """Starts a candidate and waits until it has made `warmup` steps; `failure` says why it could not.
+        """Starts a candidate and waits until it has made `warmup` steps; `failure` tells why it could not.
 
         Args:
-            seconds: the warm-up's last step is the one that ends after them.
+            seconds: limit of the warm-up, which ends with the step under way.
         """
         context = get_context("spawn")
         ours, theirs = context.Pipe()
@@ -127,7 +127,7 @@ class Worker:
         return worker
 
     def run(self, steps: int) -> None:
-        """Adds the mean time of so many steps to `times`."""
+        """Adds the mean time of `steps` steps to `times`."""
         if self.failure is None and self._send(steps):
             milliseconds = self._answer()
             if milliseconds is not None:
@@ -140,7 +140,7 @@ class Worker:
         self.stop()
 
     def stop(self) -> None:
-        """Ends the process, whatever it does."""
+        """Ends the process in any state."""
         self.connection.close()
         self.process.join(5)
         if self.process.is_alive():
@@ -176,7 +176,7 @@ def _serve(connection: Connection, name: str, tree: dict[str, Any], warmup: int,
     try:
         _work(connection, name, parse_config(tree, name), warmup, seconds)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        pass  # the parent is gone
+        pass  # the parent has ended
     except Exception as error:
         message = next(iter(str(error).strip().splitlines()), "")
         text = f"{type(error).__name__}: {message}"
@@ -219,7 +219,7 @@ def _work(connection: Connection, name: str, config: Config, warmup: int, second
 
 
 def _draw_all_images(config: Config) -> None:
-    """The source keeps images that it has drawn: their first drawing is nobody's training step."""
+    """Generates the synthetic images in advance, so that no training step includes it."""
     source = build_source(config.data)
     for subset in ("labeled", "unlabeled"):
         for name in source.splits[subset].names:

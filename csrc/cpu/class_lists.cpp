@@ -1,7 +1,7 @@
 // Class lists on the CPU: one counting sort for the valid pixels and for the hard ones among them, each
 // class's pixels in ascending order.
 
-#include "labels.h"
+#include "shared/labels.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/convert.h"
-#include "norm.h"
+#include "shared/norm.h"
 
 namespace prcl::cpu {
 

@@ -1,9 +1,10 @@
 // Mutual likelihood score on the CPU: packs the operands, then shares rows among threads. The arithmetic is
-// in mls_kernels.h. Tensors: mu, var [B, rows, D] and scores [B, M, N], float32 or float64.
+// in mutual_likelihood_score_kernels.h. Tensors: mu, var [B, rows, D] and scores [B, M, N], float32 or
+// float64.
 
 #include "cpu/buffer.h"
-#include "cpu/mls_kernels.h"
-#include "tensor.h"
+#include "cpu/mutual_likelihood_score_kernels.h"
+#include "shared/tensor.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -34,7 +35,7 @@ void for_rows(int64_t batches, int64_t rows, int64_t work_per_row, const F& f) {
 
 template <class T>
 T cut(T variance) {
-  return variance > T(mls::kMaxVariance) ? T(mls::kMaxVariance) : variance;
+  return variance > T(kMaxVariance) ? T(kMaxVariance) : variance;
 }
 
 template <class T>

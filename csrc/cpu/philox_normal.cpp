@@ -1,7 +1,7 @@
 // Normal numbers on the CPU.
 
-#include "philox.h"
-#include "tensor.h"
+#include "shared/philox.h"
+#include "shared/tensor.h"
 
 #include <torch/csrc/stable/library.h>
 

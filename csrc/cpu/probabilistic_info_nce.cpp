@@ -1,9 +1,10 @@
 // Probabilistic InfoNCE on the CPU: pads the prototypes and virtual negatives, then shares the groups of
-// anchors among threads (the arithmetic is in info_nce_kernels.h). The anchors' losses are added in their
-// order, whatever thread made them. The backward op writes the anchors' rows, sorted by pixel, into zeros.
+// anchors among threads (the arithmetic is in probabilistic_info_nce_kernels.h). The anchors' losses are
+// added in their order, whatever thread made them. The backward op writes the anchors' rows, sorted by pixel,
+// into zeros.
 
-#include "cpu/info_nce_kernels.h"
 #include "cpu/inverse_norm.h"
+#include "cpu/probabilistic_info_nce_kernels.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -49,7 +50,7 @@ Buffer<T> padded(const T* from, int64_t rows, int64_t dims, int64_t width, T fil
   return to;
 }
 
-// What each drawn anchor's loss counts: the class's factor / (its drawn anchors * classes present).
+// Weight of each drawn anchor's loss: the class's factor / (its drawn anchors * classes present).
 std::vector<double> class_weights(const int64_t* anchors, const std::vector<uint8_t>& present,
                                   int64_t num_anchors, const std::vector<double>& factor) {
   const auto num_present = std::accumulate(present.begin(), present.end(), int64_t(0));

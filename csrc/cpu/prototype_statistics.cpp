@@ -10,7 +10,7 @@
 #include "cpu/buffer.h"
 #include "cpu/convert.h"
 #include "cpu/inverse_norm.h"
-#include "labels.h"
+#include "shared/labels.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -119,9 +119,9 @@ struct Statistics {
 
 // Walks over each image in its order, and so needs no class lists.
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, Tensor label,
-                                                                Tensor valid, std::optional<Tensor>,
-                                                                std::optional<Tensor>, int64_t num_classes,
-                                                                bool with_norms) {
+                                                                Tensor valid, int64_t num_classes,
+                                                                bool with_norms, std::optional<Tensor>,
+                                                                std::optional<Tensor>) {
   const int64_t batch = mu.size(0), dims = mu.size(1), pixels = mu.size(2) * mu.size(3);
   const bool rows = !mu.is_contiguous();
   const int64_t tasks_per_image = ceil_div(pixels, kPixelsPerTask), tasks = batch * tasks_per_image;

@@ -1,10 +1,10 @@
 // Pseudo-labels on the CPU: argmax and maximum of the softmax of bilinearly upsampled logits.
 //
-// A task owns a strip of output rows (upsample_kernels.h). For one vector of output pixels it makes the
+// A task owns a strip of output rows (upsampling.h). For one vector of output pixels it makes the
 // logits of all classes once, kept in L1, with their running maximum and its class, and then sums
 // 2^(l - maximum), whose reciprocal is the confidence. Only the two results are written.
 
-#include "cpu/upsample_kernels.h"
+#include "cpu/upsampling.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -75,14 +75,14 @@ struct PseudoLabel {
   }
 };
 
-std::tuple<Tensor, Tensor> pseudo_label(Tensor logits, int64_t height, int64_t width, bool align_corners) {
+std::tuple<Tensor, Tensor> pseudo_label(Tensor logits, int64_t height, int64_t width) {
   const int64_t batch = logits.size(0), pixels = height * width;
   Tensor label = empty_like_of(logits, {batch, height, width}, ScalarType::Byte);
   Tensor confidence = empty_like_of(logits, {batch, height, width}, ScalarType::Float);
   uint8_t* to_label = label.mutable_data_ptr<uint8_t>();
   float* to_confidence = confidence.mutable_data_ptr<float>();
-  const Axis<double> vertical(logits.size(2), height, align_corners);
-  const Axis<double> horizontal(logits.size(3), width, align_corners);
+  const Axis<double> vertical(logits.size(2), height);
+  const Axis<double> horizontal(logits.size(3), width);
   const Strips strips(batch, vertical);
   dispatch_floating(logits, [&](auto zero) {
     using S = decltype(zero);

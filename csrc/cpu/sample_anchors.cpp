@@ -1,7 +1,7 @@
 // Anchors on the CPU: one draw for each from the class lists of the hard pixels.
 
-#include "philox.h"
-#include "tensor.h"
+#include "shared/philox.h"
+#include "shared/tensor.h"
 
 #include <torch/csrc/stable/library.h>
 

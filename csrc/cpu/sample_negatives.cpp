@@ -4,8 +4,8 @@
 // no one can predict. Draws are shared among threads; each is a function of its position alone.
 
 #include "cpu/isa.h"
-#include "philox.h"
-#include "tensor.h"
+#include "shared/philox.h"
+#include "shared/tensor.h"
 
 #include <torch/csrc/stable/library.h>
 

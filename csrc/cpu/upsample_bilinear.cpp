@@ -13,7 +13,7 @@
 // task's first row is summed by the task above as well, each for its own row. An input's sum takes the
 // interval above its row before the one below, columns in ascending order, whatever the tasks are.
 
-#include "cpu/upsample_kernels.h"
+#include "cpu/upsampling.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -242,10 +242,10 @@ void for_rows(const Planes<S>& planes, int64_t images, int64_t rows, int64_t val
   torch::stable::parallel_for(0, images * planes.per_image * rows, grain, f);
 }
 
-Tensor upsample_bilinear(Tensor x, int64_t height, int64_t width, bool align_corners, bool channels_last) {
+Tensor upsample_bilinear(Tensor x, int64_t height, int64_t width, bool channels_last) {
   Tensor out = map_like(x, height, width, channels_last);
-  const Axis<double> vertical(x.size(2), height, align_corners);
-  const Axis<double> horizontal(x.size(3), width, align_corners);
+  const Axis<double> vertical(x.size(2), height);
+  const Axis<double> horizontal(x.size(3), width);
   dispatch_floating(x, [&](auto zero) {
     using S = decltype(zero);
     using T = Work<S>;
@@ -259,11 +259,10 @@ Tensor upsample_bilinear(Tensor x, int64_t height, int64_t width, bool align_cor
   return out;
 }
 
-Tensor upsample_bilinear_backward(Tensor grad, int64_t height, int64_t width, bool align_corners,
-                                  bool channels_last) {
+Tensor upsample_bilinear_backward(Tensor grad, int64_t height, int64_t width, bool channels_last) {
   Tensor out = map_like(grad, height, width, channels_last);
-  const Axis<double> vertical(height, grad.size(2), align_corners);
-  const Axis<double> horizontal(width, grad.size(3), align_corners);
+  const Axis<double> vertical(height, grad.size(2));
+  const Axis<double> horizontal(width, grad.size(3));
   dispatch_floating(grad, [&](auto zero) {
     using S = decltype(zero);
     using T = Work<S>;

@@ -1,6 +1,6 @@
 // Cross-entropy of bilinearly upsampled logits on the CPU, with its gradient in the same pass.
 //
-// A task owns a strip of intervals (upsample_kernels.h). For one vector of output pixels it makes the logits
+// A task owns a strip of intervals (upsampling.h). For one vector of output pixels it makes the logits
 // of all classes once, kept in L1; from their maximum and the sum of 2^(l - maximum) follow the loss and the
 // gradient at the output, which is added at once, by its vertical weights, to the gradients of the two input
 // rows, kept as tiles. When a strip is done with an input row, the horizontal adjoint adds it to the result.
@@ -9,7 +9,7 @@
 // threads meet and every sum has one order. Losses are summed in float64, each lane of a strip by itself,
 // then lanes and strips in ascending order.
 
-#include "cpu/upsample_kernels.h"
+#include "cpu/upsampling.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -211,8 +211,7 @@ int64_t count_kept(const Targets& targets, int64_t pixels) {
 }
 
 std::tuple<Tensor, Tensor> upsample_cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                                  int64_t ignore_index, bool align_corners, bool mean,
-                                                  bool needs_grad) {
+                                                  int64_t ignore_index, bool mean, bool needs_grad) {
   const int64_t batch = logits.size(0), num_classes = logits.size(1);
   const int64_t pixels = target.size(1) * target.size(2);
   const bool is_byte = target.scalar_type() == ScalarType::Byte;
@@ -220,8 +219,8 @@ std::tuple<Tensor, Tensor> upsample_cross_entropy(Tensor logits, Tensor target, 
                         is_byte ? nullptr : target.const_data_ptr<int64_t>(), ignore_index, num_classes};
   const int64_t divisor = mean ? std::max<int64_t>(count_kept(targets, batch * pixels), 1) : 1;
   const double scale = 1.0 / double(divisor);
-  const Axis<double> vertical(logits.size(2), target.size(1), align_corners);
-  const Axis<double> horizontal(logits.size(3), target.size(2), align_corners);
+  const Axis<double> vertical(logits.size(2), target.size(1));
+  const Axis<double> horizontal(logits.size(3), target.size(2));
   const int64_t image_size = num_classes * vertical.input * horizontal.input;
   const Strips strips(batch, vertical);
   const bool is_double = logits.scalar_type() == ScalarType::Double;

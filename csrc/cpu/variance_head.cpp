@@ -14,7 +14,8 @@
 #include "cpu/convert.h"
 #include "cpu/reciprocal.h"
 #include "cpu/vector_math.h"
-#include "tensor.h"
+#include "shared/constants.h"
+#include "shared/tensor.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -28,8 +29,6 @@ namespace prcl::cpu {
 namespace {
 
 constexpr int64_t kRowsPerTask = 512, kRun = 32;
-constexpr double kFloor = 1e-6;
-constexpr double kLog2E = 1.4426950408889634074;
 
 // Room for D values and what a whole vector may read past them.
 inline int64_t padded(int64_t dims) { return ceil_div(dims, 16) * 16; }
@@ -111,7 +110,7 @@ struct Moments {
   }
 };
 
-// What every pixel of a channel shares, [padded D] each.
+// Values that all pixels of a channel share, [padded D] each.
 template <class T>
 class Channels {
  public:
@@ -158,14 +157,18 @@ struct Sigmoid {
 
   PRCL_INLINE explicit Sigmoid(V z)
       : positive(z > T(0)), t(exp2<T, Traits>(positive ? -z : z)), inverse(reciprocal(denominator())) {}
-  PRCL_INLINE V value() const { return (positive ? T(1) + T(kFloor) * t : T(kFloor) + t) * inverse; }
+  PRCL_INLINE V value() const {
+    return (positive ? T(1) + T(kVarianceFloor) * t : T(kVarianceFloor) + t) * inverse;
+  }
   PRCL_INLINE V slope() const { return t * inverse * inverse; }
 
   typename Traits::Bits positive;
   V t, inverse;
 
  private:
-  PRCL_INLINE V denominator() const { return positive ? T(1) + T(1 + kFloor) * t : T(1 + kFloor) + t; }
+  PRCL_INLINE V denominator() const {
+    return positive ? T(1) + T(1 + kVarianceFloor) * t : T(1 + kVarianceFloor) + t;
+  }
 };
 
 template <class S, class O>

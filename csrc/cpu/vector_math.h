@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/isa.h"
+#include "shared/constants.h"
 
 namespace prcl::cpu {
 
@@ -27,7 +28,7 @@ PRCL_INLINE typename Traits::Type log_of(typename Traits::Type mantissa, typenam
   constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;
   V series = z2 * T(0) + T(1) / T(2 * kTerms - 1);
   for (int k = kTerms - 2; k >= 0; --k) series = series * z2 + T(1) / T(2 * k + 1);
-  return T(2) * z * series + e * T(0.693147180559945309);
+  return T(2) * z * series + e * T(kLn2);
 }
 
 // log(x) for x positive and not subnormal.

@@ -1,5 +1,5 @@
-// What every CUDA op needs on the host: the tensor's device, PyTorch's current stream on it, checked launches
-// and the registration of kernels. Nothing else in the CUDA sources knows how a kernel is launched.
+// The host side of every CUDA op: the tensor's device, PyTorch's current stream on it, checked launches and
+// the registration of kernels. Nothing else in the CUDA sources knows how a kernel is launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "tensor.h"
+#include "shared/tensor.h"
 
 #define PRCL_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(prcl_fast_native, CUDA, m)
 

@@ -1,8 +1,8 @@
-// Mutual likelihood score on CUDA: launches the kernels of mls_kernels.cuh. Tensors: mu, var [B, rows, D] and
-// scores [B, M, N], float32 or float64.
+// Mutual likelihood score on CUDA: launches the kernels of mutual_likelihood_score_kernels.cuh. Tensors: mu,
+// var [B, rows, D] and scores [B, M, N], float32 or float64.
 
 #include "cuda/launch.h"
-#include "cuda/mls_kernels.cuh"
+#include "cuda/mutual_likelihood_score_kernels.cuh"
 
 #include <algorithm>
 #include <tuple>

@@ -1,7 +1,7 @@
 // Normal numbers on CUDA: one thread each.
 
 #include "cuda/launch.h"
-#include "philox.h"
+#include "shared/philox.h"
 
 namespace prcl::cuda {
 namespace {

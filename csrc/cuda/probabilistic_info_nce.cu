@@ -1,8 +1,9 @@
-// Probabilistic InfoNCE on CUDA: weights of the classes, inverse norms, the kernel of info_nce_kernels.cuh,
-// the sum of the anchors' losses; and the backward pass, which writes the anchors' gradient rows into zeros.
+// Probabilistic InfoNCE on CUDA: weights of the classes, inverse norms, the kernel of
+// probabilistic_info_nce_kernels.cuh, the sum of the anchors' losses; and the backward pass, which writes the
+// anchors' gradient rows into zeros.
 
-#include "cuda/info_nce_kernels.cuh"
 #include "cuda/launch.h"
+#include "cuda/probabilistic_info_nce_kernels.cuh"
 #include "cuda/storage.h"
 
 #include <optional>
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> probabilistic_info_nce(
                   rows_are_aligned(p.positive_mean, dims) && rows_are_aligned(p.positive_variance, dims) &&
                   rows_are_aligned(p.virtual_mu, dims) && rows_are_aligned(p.virtual_var, dims);
       p.scale = float(1.0 / (mean ? tau * double(dims) : tau));
-      p.logit_scale = float(-0.5 / 0.693147180559945309 / (mean ? tau * double(dims) : tau));
+      p.logit_scale = float(-0.5 / kLn2 / (mean ? tau * double(dims) : tau));
       p.anchor_loss = anchor_loss.mutable_data_ptr<float>();
       p.grad_mu = needs_grad ? grad_mu.mutable_data_ptr<float>() : nullptr;
       p.grad_var = needs_grad ? grad_var.mutable_data_ptr<float>() : nullptr;

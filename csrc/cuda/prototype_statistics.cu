@@ -1,9 +1,9 @@
 // Prototype statistics on CUDA: the class lists, where they are not given, then the kernels of
-// prototype_kernels.cuh. mu, var [B, D, h, w], both channels_last or both contiguous, in the types of
-// dispatch_feature_storage.
+// prototype_statistics_kernels.cuh. mu, var [B, D, h, w], both channels_last or both contiguous, in the types
+// of dispatch_feature_storage.
 
 #include "cuda/class_lists.h"
-#include "cuda/prototype_kernels.cuh"
+#include "cuda/prototype_statistics_kernels.cuh"
 #include "cuda/storage.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ constexpr int64_t kWarpsPerMultiprocessor = 32;
 constexpr int64_t kPixelsPerWarp = 512;  // at most: what a warp adds in float32
 constexpr int64_t kPlaneBlocksPerMultiprocessor = 5;
 
-// Where a kernel puts what it knows of the norms, with its channels in `slices` parts.
+// Room for the norms that a kernel computes, with its channels in `slices` parts.
 struct Norms {
   Norms(const Tensor& inverse_norm, int64_t slices)
       : slices(slices),
@@ -86,9 +86,9 @@ Partial sum_planes(const OnDeviceOf& device, const Tensor& mu, const Tensor& var
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_statistics(Tensor mu, Tensor var, Tensor label,
-                                                                Tensor valid, std::optional<Tensor> order,
-                                                                std::optional<Tensor> start,
-                                                                int64_t num_classes, bool with_norms) {
+                                                                Tensor valid, int64_t num_classes,
+                                                                bool with_norms, std::optional<Tensor> order,
+                                                                std::optional<Tensor> start) {
   const OnDeviceOf device(mu);
   const int64_t dims = mu.size(1);
   const bool rows = mu.stride(1) == 1;

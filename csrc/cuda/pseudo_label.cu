@@ -1,11 +1,11 @@
 // Pseudo-labels on CUDA: argmax and maximum of the softmax of upsampled logits.
 //
-// A block owns a strip of kRows output rows and kThreads columns of one image; see upsample_kernels.cuh for
+// A block owns a strip of kRows output rows and kThreads columns of one image; see upsampling.cuh for
 // how a thread walks down its column. It writes one byte and one float a pixel. Nothing is summed between
 // threads.
 
 #include "cuda/launch.h"
-#include "cuda/upsample_kernels.cuh"
+#include "cuda/upsampling.cuh"
 
 #include <tuple>
 
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       });
 }
 
-std::tuple<Tensor, Tensor> pseudo_label(Tensor logits, int64_t height, int64_t width, bool align_corners) {
+std::tuple<Tensor, Tensor> pseudo_label(Tensor logits, int64_t height, int64_t width) {
   const OnDeviceOf device(logits);
   const int64_t size[] = {logits.size(0), height, width};
   const auto result = [&](ScalarType type) {
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> pseudo_label(Tensor logits, int64_t height, int64_t w
       const size_t waiting = kClasses > 0 ? 0 : sizeof(Softmax) * kThreads * kRows;
       launch(pseudo_label_kernel<S, kClasses>,
              dim3(logits.size(0) * ceil_div(height, kRows) * ceil_div(width, kThreads)), dim3(kThreads),
-             waiting, device.stream(), upsample::logits_of<S>(logits, height, width, align_corners),
+             waiting, device.stream(), upsample::logits_of<S>(logits, height, width),
              label.mutable_data_ptr<uint8_t>(), confidence.mutable_data_ptr<float>());
     });
   });

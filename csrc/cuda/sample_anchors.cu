@@ -1,8 +1,8 @@
 // Anchors on CUDA: one thread a draw from the class lists of the hard pixels. Rules:
-// prcl_fast/reference/philox.py.
+// prcl_fast/reference/sample_anchors.py.
 
 #include "cuda/launch.h"
-#include "philox.h"
+#include "shared/philox.h"
 
 namespace prcl::cuda {
 namespace {

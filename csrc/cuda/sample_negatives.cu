@@ -1,4 +1,5 @@
-// Negatives on CUDA: draws from the class lists of the valid pixels. Rules: prcl_fast/reference/philox.py.
+// Negatives on CUDA: draws from the class lists of the valid pixels. Rules:
+// prcl_fast/reference/sample_negatives.py.
 //
 // A block draws for one class of anchors. Its first warp sums that class's row of integer weights; the row's
 // sums and all lists' starts stay in shared memory. A thread then takes every gridDim.x * kThreads-th draw:
@@ -6,7 +7,7 @@
 // are neighbours in the output.
 
 #include "cuda/launch.h"
-#include "philox.h"
+#include "shared/philox.h"
 
 #include <algorithm>
 

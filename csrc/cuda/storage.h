@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/vector_load.cuh"
-#include "tensor.h"
+#include "shared/tensor.h"
 
 namespace prcl::cuda {
 

@@ -17,7 +17,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/storage.h"
-#include "cuda/upsample_kernels.cuh"
+#include "cuda/upsampling.cuh"
 
 #include <algorithm>
 
@@ -47,7 +47,7 @@ struct Map {
   }
 };
 
-// How the threads of an image share its result [groups of channels, rows, columns].
+// Shares of an image's threads in its result [groups of channels, rows, columns].
 struct Shares {
   bool channels_last;
   int groups, columns, strips, rows_of_strip, rows;
@@ -63,7 +63,7 @@ struct Shares {
   int64_t blocks_per_image() const { return ceil_div(int64_t(groups) * columns * strips, kThreads); }
 };
 
-// What one thread owns; first == last for a thread too many.
+// One thread's share; first == last for a surplus thread.
 struct Share {
   int image, group, column, first, last;
 
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class S, int K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, K == 8 ? 3 : 4)
     gather_kernel(Map<const S> grad, Map<S> to, Shares shares, FloatAxis rows, FloatAxis columns) {
   const Share share(shares);
   if (share.first >= share.last) return;
@@ -226,10 +226,10 @@ void dispatch_vectors(const Tensor& from, const Tensor& to, bool channels_last, 
   });
 }
 
-Tensor upsample_bilinear(Tensor x, int64_t height, int64_t width, bool align_corners, bool channels_last) {
+Tensor upsample_bilinear(Tensor x, int64_t height, int64_t width, bool channels_last) {
   const OnDeviceOf device(x);
   Tensor out = map_like(x, height, width, channels_last);
-  const FloatAxis rows(x.size(2), height, align_corners), columns(x.size(3), width, align_corners);
+  const FloatAxis rows(x.size(2), height), columns(x.size(3), width);
   dispatch_vectors(x, out, channels_last, [&](auto* storage, auto channels) {
     using S = std::remove_pointer_t<decltype(storage)>;
     constexpr int kChannels = decltype(channels)::value;
@@ -242,11 +242,10 @@ Tensor upsample_bilinear(Tensor x, int64_t height, int64_t width, bool align_cor
   return out;
 }
 
-Tensor upsample_bilinear_backward(Tensor grad, int64_t height, int64_t width, bool align_corners,
-                                  bool channels_last) {
+Tensor upsample_bilinear_backward(Tensor grad, int64_t height, int64_t width, bool channels_last) {
   const OnDeviceOf device(grad);
   Tensor out = map_like(grad, height, width, channels_last);
-  const FloatAxis rows(height, grad.size(2), align_corners), columns(width, grad.size(3), align_corners);
+  const FloatAxis rows(height, grad.size(2)), columns(width, grad.size(3));
   const int multiprocessors = device.multiprocessors();
   dispatch_vectors(grad, out, channels_last, [&](auto* storage, auto channels) {
     using S = std::remove_pointer_t<decltype(storage)>;

@@ -1,8 +1,8 @@
 // Cross-entropy of upsampled logits on CUDA: counts the kept pixels, makes loss and gradient with the kernels
-// of cross_entropy_kernels.cuh, and sums the blocks' losses.
+// of upsample_cross_entropy_kernels.cuh, and sums the blocks' losses.
 
-#include "cuda/cross_entropy_kernels.cuh"
 #include "cuda/launch.h"
+#include "cuda/upsample_cross_entropy_kernels.cuh"
 
 #include <algorithm>
 #include <optional>
@@ -67,8 +67,7 @@ Tensor launch_statistics(const OnDeviceOf& device, const Logits<S>& logits, cons
 }
 
 std::tuple<Tensor, Tensor> upsample_cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                                  int64_t ignore_index, bool align_corners, bool mean,
-                                                  bool needs_grad) {
+                                                  int64_t ignore_index, bool mean, bool needs_grad) {
   const OnDeviceOf device(logits);
   const auto floats = [&](std::initializer_list<int64_t> size) {
     return torch::stable::empty({size.begin(), size.size()}, ScalarType::Float, std::nullopt,
@@ -94,7 +93,7 @@ std::tuple<Tensor, Tensor> upsample_cross_entropy(Tensor logits, Tensor target, 
   }
   dispatch_storage(logits.scalar_type(), [&](auto* storage) {
     using S = std::remove_pointer_t<decltype(storage)>;
-    const Logits<S> view = upsample::logits_of<S>(logits, target.size(1), target.size(2), align_corners);
+    const Logits<S> view = upsample::logits_of<S>(logits, target.size(1), target.size(2));
     const auto run = [&](auto classes) {
       constexpr int kClasses = decltype(classes)::value;
       if constexpr (kClasses > 0) {

@@ -16,6 +16,7 @@
 
 #include "cuda/approximate.cuh"
 #include "cuda/vector_load.cuh"
+#include "shared/constants.h"
 
 #include <type_traits>
 
@@ -25,7 +26,7 @@ constexpr int kThreads = 256;
 constexpr int kMergeThreads = 32;  // in x over channels, in y over parts
 // Blocks of each kernel on a multiprocessor, which its registers must allow.
 constexpr int kMomentsBlocks = 4, kForwardBlocks = 3, kBackwardBlocks = 2;
-constexpr float kFloor = 1e-6f, kLog2E = 1.44269504f;
+constexpr float kFloor = float(kVarianceFloor), kLog2E = float(prcl::kLog2E);
 
 struct Shape {
   int64_t rows, dims;
@@ -34,7 +35,7 @@ struct Shape {
   int64_t parts, width;  // partial sums are [parts, 2, width]
 };
 
-// Where a thread stands: its rows are first, first + step, ... below last, its channels from `channel` on.
+// A thread's place: its rows are first, first + step, ... below last, its channels from `channel` on.
 template <class S>
 struct Place {
   int64_t first, last, channel, count;  // count: of its channels, none past the row's end
@@ -109,7 +110,7 @@ __device__ __forceinline__ void write(const float (&values)[N], int64_t count, S
   }
 }
 
-// What the pixels of a channel share.
+// Values that all pixels of a channel share.
 struct Parameters {
   const float *mean, *var, *gamma, *beta;
   const float* means;  // of the gradient [2, D], or null
@@ -158,7 +159,7 @@ __device__ __forceinline__ void for_rows(int64_t row, int64_t last, int step, co
   for (; row < last; row += step) f(row, std::integral_constant<int, 1>{});
 }
 
-// How many of a block's `rows` rows belong to slot number `slot` of `slots`.
+// Number of a block's `rows` rows that belong to slot `slot` of `slots`.
 __device__ __forceinline__ int64_t rows_of_slot(int64_t rows, int slot, int slots) {
   return rows > slot ? (rows - slot + slots - 1) / slots : 0;
 }
@@ -370,7 +371,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   constexpr int N = kVector<S>, kInFlight = kAligned ? 2 : 1;
   const Place<S> place(shape);
   const Affine<N> affine(parameters, place.channel, place.count);
-  // What the moments take from the gradient: the same everywhere, and in proportion to x - mean.
+  // The part of the gradient that goes through the moments: a constant, and a multiple of x - mean.
   float gain[N], constant[N] = {}, slope[N] = {};
 #pragma unroll
   for (int i = 0; i < N; ++i) {

@@ -1,4 +1,4 @@
-"""How well the classes are separated in a representation space, and what the variance says of mistakes."""
+"""Metrics of a representation space: separation of the classes, and sigma^2 as a detector of wrong pixels."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ DEFINITIONS = {
     "trace_inter": "trace of the between-class variance matrix, as inter_variance but not L2-normalised",
     "trace_ratio": "trace_inter / trace_intra, larger is better separated",
     "variance_auroc": "probability that a wrongly predicted pixel has a larger mean sigma^2 than a right "
-    "one, over the drawn pixels; 0.5 where sigma^2 says nothing",
+    "one, over the drawn pixels; 0.5 is chance",
     "wrong_share": "share of wrongly predicted pixels among the drawn ones, of which every class has as many "
     "as it can; not among all pixels",
     "variance_rank": "of the class's mean sigma^2, 1 the most certain",
     "iou": "in %, on the validation images, as the run logged it at this checkpoint; iou_rank: 1 the best",
     "variance_iou_correlation": "Spearman's rank correlation over classes of mean sigma^2 and IoU; -1 where "
     "the worse classes are the less certain ones",
-    "moved": "distance of a class's L2-normalised prototype from that of the checkpoint before; of several, "
+    "moved": "distance of a class's L2-normalised prototype from that of the checkpoint before; for several, "
     "the mean",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterQuality:
-    """The numbers of `cluster_quality`; DEFINITIONS says what they mean."""
+    """The metrics of `cluster_quality`, explained in DEFINITIONS."""
 
     silhouette: float
     davies_bouldin: float
@@ -46,7 +46,7 @@ class ClusterQuality:
     inter_variance: float
     trace_intra: float
     trace_inter: float
-    intra_by_class: np.ndarray  # float64 [C], nan where a class has no pixel
+    intra_by_class: np.ndarray  # float64 [C], nan for a class without pixels
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:
@@ -59,13 +59,12 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
 def cluster_quality(representation: np.ndarray, group: np.ndarray, num_classes: int) -> ClusterQuality:
     """Silhouette and Davies-Bouldin index (IJCV table 4), intra- and inter-class variance (PCR table 5).
 
-    With m_c the mean over class c, each of the K classes that have pixels counting alike however many they
-    are:
+    With m_c the mean over class c; each of the K classes that have pixels has the same weight:
 
         intra = 1/K sum_c mean_{i in c} |x_i - m_c|^2,    inter = 1/K sum_c |m_c - m|^2,  m = 1/K sum_c m_c.
 
     These are the traces of the within- and between-class variance matrices of linear discriminant analysis.
-    PCR's table has those of the features as they are, `trace_intra` and `trace_inter`; all other numbers are
+    `trace_intra` and `trace_inter`, as in PCR's table, are of the features themselves; all other metrics are
     of L2-normalised representations.
 
     Args:
@@ -87,7 +86,7 @@ def cluster_quality(representation: np.ndarray, group: np.ndarray, num_classes: 
 
 
 def _variances(points: np.ndarray, group: np.ndarray, num_classes: int) -> tuple[np.ndarray, float]:
-    """Within each class [C], nan where it has no pixel, and between the classes."""
+    """Variance within each class [C], nan for a class without pixels, and between the classes."""
     present = np.unique(group)
     means = np.stack([points[group == index].mean(axis=0) for index in present])
     within = np.full(num_classes, np.nan)
@@ -97,7 +96,7 @@ def _variances(points: np.ndarray, group: np.ndarray, num_classes: int) -> tuple
 
 
 def variance_auroc(variance: np.ndarray, wrong: np.ndarray) -> float | None:
-    """The area under the ROC curve of sigma^2 as a detector of mistakes; None if all are right or all wrong.
+    """AUROC of sigma^2 as a detector of wrong pixels; None if all pixels are right or all are wrong.
 
     Args:
         variance: [P], mean of sigma^2 over the dimensions.
@@ -114,7 +113,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Spearman's rho over the entries that both have; None for fewer than three, or if one is constant."""
+    """Spearman's rho over the entries known in both; None for fewer than three, or if one is constant."""
     known = ~np.isnan(first) & ~np.isnan(second)
     a, b = first[known], second[known]
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:

@@ -1,4 +1,4 @@
-"""Runs side by side: grouped over seeds, with the settings in which the groups differ."""
+"""Comparison of runs, grouped over seeds, with the settings in which the groups differ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prcl_fast.analysis.seed_statistics import MISSING, Summary, cell_texts, summarize
-from prcl_fast.config import Config, load_config
+from prcl_fast.config import Config, load_stored_config
 from prcl_fast.config.files import PATH_KEYS, RUN_KEYS
 from prcl_fast.errors import InputError
 from prcl_fast.runs.folder import settings
@@ -19,13 +19,13 @@ from prcl_fast.runs.metrics import RunResult, read_result
 _RESULTS = ("seeds", "mIoU", "best", "iterations", "minutes")
 _PATHS = {f"{section}.{key}" for section, key in (*PATH_KEYS, *RUN_KEYS)}
 _SEED = "{seed}"
-# What an evaluation depends on besides the network.
+# Settings that an evaluation depends on besides the network.
 _EVALUATION = ("data.kind", "data.root", "data.val", "data.labels", "data.label_map", "data.ignore")
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run folder: what it was told and what came out."""
+    """A run folder, its configuration and its results."""
 
     folder: Path
     config: Config
@@ -34,17 +34,17 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed; `settings` are those that they share, key.path: value."""
+    """Runs that differ only in the seed; `settings` are the common ones, key.path: value."""
 
     runs: tuple[ComparedRun, ...]
     settings: Mapping[str, Any]
 
     def summary(self, score: str) -> Summary | None:
-        """Over the seeds: "miou" of the last evaluations, "best_miou", "seconds"."""
+        """Mean over the seeds of "miou" (last evaluations), "best_miou" or "seconds"."""
         return summarize(getattr(run.result, score) for run in self.runs)
 
     def iterations(self) -> str:
-        """How far its runs have come, "400 of 600" where they are not finished."""
+        """The iterations of its runs, such as "400 of 600" for unfinished ones."""
         totals = {run.config.train.iterations for run in self.runs}
         least = min(run.result.iteration for run in self.runs)
         return str(least) if totals == {least} else f"{least} of {max(totals)}"
@@ -55,8 +55,8 @@ class Comparison:
     """Groups of runs.
 
     Attributes:
-        columns: short name: the text of each group, for every setting in which groups differ.
-        warnings: sentences on what makes the numbers hard to compare.
+        columns: for every setting in which groups differ, its short name and the text of each group.
+        warnings: reasons why the numbers may not be comparable.
     """
 
     groups: tuple[Group, ...]
@@ -64,7 +64,7 @@ class Comparison:
     warnings: tuple[str, ...]
 
     def header(self) -> list[str]:
-        """The settings, then the results."""
+        """Names of the settings, then of the results."""
         return [*self.columns, *_RESULTS]
 
     def rows(self, *, bold: str = "**") -> list[list[str]]:
@@ -84,7 +84,7 @@ class Comparison:
         ]
 
     def label(self, index: int) -> str:
-        """A group in words, such as "prcl, tau 0.1"."""
+        """The label of a group, such as "prcl, tau 0.1"."""
         parts = []
         for name, texts in self.columns.items():
             if texts[index] != MISSING:
@@ -109,13 +109,13 @@ def find_runs(paths: Sequence[Path]) -> list[ComparedRun]:
         for folder in found:
             folders.setdefault(folder.resolve(), folder)
     return [
-        ComparedRun(folder, load_config(folder / "config.yaml"), read_result(folder))
+        ComparedRun(folder, load_stored_config(folder / "config.yaml"), read_result(folder))
         for folder in folders.values()
     ]
 
 
 def compare(runs: Sequence[ComparedRun]) -> Comparison:
-    """Groups runs over their seeds, in the order in which they come, and finds where the groups differ."""
+    """Groups runs over their seeds, in the given order, and finds the settings in which the groups differ."""
     flat = _comparable([run.config for run in runs])
     groups: dict[Hashable, list[int]] = {}
     for index, values in enumerate(flat):
@@ -131,7 +131,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _comparable(configs: Sequence[Config]) -> list[dict[str, Any]]:
-    """The settings of each run without its seed, which is taken out of paths that go with it, too."""
+    """The settings of each run without its seed, which is also removed from paths that contain it."""
     flat = []
     for config in configs:
         values = settings(config)
@@ -148,7 +148,7 @@ def _comparable(configs: Sequence[Config]) -> list[dict[str, Any]]:
             _without_seed(path, config.seed) if isinstance(path, str) else None
             for path, config in zip(paths, configs, strict=True)
         ]
-        # That a number in a path is the seed is shown by a run with another seed, and that in its place.
+        # A number in a path is the seed only if another run has its own seed in the same place.
         seeds: dict[str | None, set[int]] = {}
         for pattern, config in zip(patterns, configs, strict=True):
             seeds.setdefault(pattern, set()).add(config.seed)
@@ -159,13 +159,13 @@ def _comparable(configs: Sequence[Config]) -> list[dict[str, Any]]:
 
 
 def _without_seed(path: str, seed: int) -> str | None:
-    """The path with {seed} in place of the last such number; None where it holds none."""
+    """The path with {seed} in place of the last such number; None without one."""
     found = list(re.finditer(rf"(?<!\d){seed}(?!\d)", path))
     return f"{path[: found[-1].start()]}{_SEED}{path[found[-1].end() :]}" if found else None
 
 
 def _columns(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Name and texts of each setting in which groups that have it differ; the method always."""
+    """Name and texts of each setting in which the groups that have it differ, and always of the method."""
     keys = list(dict.fromkeys(key for values in groups for key in values))
     differing = [
         key
@@ -176,7 +176,7 @@ def _columns(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     columns: dict[str, list[str]] = {}
     for key in ordered:
         texts = _texts([values.get(key, MISSING) for values in groups], is_path=key in _PATHS)
-        # The lists of one split differ together.
+        # The labeled and unlabeled lists of a split differ together.
         if key in _PATHS and texts in columns.values():
             continue
         columns[_short(key, ordered)] = texts
@@ -198,7 +198,7 @@ def _texts(values: Sequence[Any], *, is_path: bool) -> list[str]:
 
 
 def _distinct_parts(paths: Sequence[list[str]]) -> list[str]:
-    """Paths without the folders at their beginning and their end that all share."""
+    """Paths without their common first and last folders."""
     shortest = min(map(len, paths))
     start = 0
     while start < shortest - 1 and len({path[start] for path in paths}) == 1:
@@ -226,7 +226,8 @@ def _warnings(runs: Sequence[ComparedRun], groups: Iterable[Group]) -> tuple[str
     ]
     if differing:
         warnings.append(
-            f"the runs were not evaluated alike, their mIoU cannot be compared: {', '.join(differing)} differ"
+            "the runs were evaluated differently, so their mIoU cannot be compared: "
+            f"{', '.join(differing)} differ"
         )
     unfinished = [run for run in runs if run.result.iteration < run.config.train.iterations]
     if unfinished:
@@ -236,14 +237,14 @@ def _warnings(runs: Sequence[ComparedRun], groups: Iterable[Group]) -> tuple[str
     twice = [group for group in groups if len({run.config.seed for run in group.runs}) < len(group.runs)]
     if twice:
         warnings.append(
-            f"runs of one seed stand in one row, the first is {twice[0].runs[0].folder}: their deviation is "
-            "smaller than over seeds"
+            f"a row contains runs of the same seed, the first is {twice[0].runs[0].folder}: their deviation "
+            "is smaller than over seeds"
         )
     return tuple(warnings)
 
 
 def _evaluation(config: Config) -> dict[str, Any]:
-    """The settings that decide on what and how a run was evaluated."""
+    """The settings that determine the images and the mode of a run's evaluation."""
     values = settings(config)
     chosen = {key: values[key] for key in _EVALUATION}
     chosen |= {key: value for key, value in values.items() if key.startswith("eval.") and key != "eval.batch"}

@@ -1,4 +1,4 @@
-"""The files of a comparison: compare.md, .csv, .json, and .png with the curves of the validation mIoU."""
+"""Files of a comparison: compare.md, .csv, .json, and .png with the curves of the validation mIoU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from prcl_fast.analysis.comparison import Comparison, Group
 from prcl_fast.analysis.seed_statistics import csv_table, markdown_table
 from prcl_fast.analysis.style import COLOURS, iteration_axis, new_figure, save_figure, styled
-from prcl_fast.errors import InputError
 from prcl_fast.files.writing import write_text
-from prcl_fast.machine import provenance
+from prcl_fast.machine.description import provenance
 from prcl_fast.runs.metrics import series
 
 _RESULTS = ("miou", "miou_student", "best_miou", "iteration", "seconds")
@@ -23,17 +22,14 @@ _DASHES = ("-", "--", "-.", ":")
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes the files into `folder`; the picture only where a run was evaluated. Raises InputError."""
+    """Writes the files into `folder`; the figure only if a run was evaluated. Raises WriteError."""
     texts = {
         "compare.md": _markdown(comparison),
         "compare.csv": _csv(comparison),
         "compare.json": _json(comparison),
     }
-    try:
-        for name, text in texts.items():
-            write_text(folder / name, text)
-    except OSError as error:
-        raise InputError(f"--out: {folder} cannot be written: {error.strerror or error}") from None
+    for name, text in texts.items():
+        write_text(folder / name, text)
     paths = [folder / name for name in texts]
     if any(group.summary("miou") is not None for group in comparison.groups):
         save_figure(draw_comparison(comparison), folder / "compare.png")
@@ -42,7 +38,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def draw_comparison(comparison: Comparison) -> Figure:
-    """Validation mIoU over iterations: a line a group, its mean, in a band of one standard deviation."""
+    """Validation mIoU over iterations: the mean of each group in a band of one standard deviation."""
     with styled():
         groups = len(comparison.groups)
         figure = new_figure(6.0, 3.8 + 0.17 * groups)
@@ -73,7 +69,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 
 def _curve(group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Iterations at which all its runs that were ever evaluated have a value, mean, deviation: [n] each."""
+    """Iterations at which all evaluated runs have a value, their mean and standard deviation: [n] each."""
     curves = []
     for run in group.runs:
         iterations, values = series(run.result.evaluations, "miou")

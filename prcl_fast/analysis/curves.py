@@ -1,4 +1,4 @@
-"""Figures over the iterations of a run: losses, contrast, mIoU, and the spread of the representation."""
+"""Curves over the iterations of a run: losses, contrast, mIoU, and statistics of the representation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def draw_curves(metrics: Metrics) -> Figure:
-    """Loss terms, contrast beside its chance level, and mIoU; parts that the run did not log are left out."""
+    """Loss terms, contrast with its chance level, and mIoU. Parts that the run did not log are left out."""
     parts: list[Callable[[Axes], None]] = []
     if _has(metrics.train, "loss"):
         parts.append(lambda axes: _draw_losses(axes, metrics.train))
@@ -38,9 +38,9 @@ def draw_curves(metrics: Metrics) -> Figure:
 
 
 def draw_representation(metrics: Metrics) -> Figure | None:
-    """Mean and standard deviation of sigma^2 and mu, figure 3a of the AAAI paper; None where not logged.
+    """Mean and standard deviation of sigma^2 and mu, figure 3a of the AAAI paper; None if not logged.
 
-    With a probability head also how well sigma^2, and the confidence, find wrong pixels.
+    With a probability head also the AUROC of sigma^2 and of the confidence as detectors of wrong pixels.
     """
     parts: list[Callable[[Axes], None]] = []
     for key, title, label, colour in (
@@ -63,7 +63,7 @@ def _row(parts: Sequence[Callable[[Axes], None]], metrics: Metrics) -> Figure:
             draw(axes)
             iteration_axis(axes, last)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # type: ignore[union-attr, call-arg]
-        # Ticks and texts take their style when they are laid out.
+        # Ticks and texts take their style when they are drawn.
         figure.canvas.draw()
     return figure
 
@@ -96,7 +96,7 @@ def _draw_miou(axes: Axes, records: Records) -> None:
     main, student = series(records, "miou"), series(records, "miou_student")
     curves = [("teacher", BLUE, main), ("student", ORANGE, student)]
     if np.array_equal(main[1], student[1]) or not len(student[1]):
-        curves = [("student", ORANGE, main)]  # a method without teacher logs its student as what counts
+        curves = [("student", ORANGE, main)]  # a method without a teacher evaluates its student
     for name, colour, (iterations, values) in curves:
         best = int(values.argmax())
         label = f"{name}, best {values[best]:.1f}"
@@ -116,7 +116,7 @@ def _draw_auroc(axes: Axes, records: Records) -> None:
         iterations, values = series(records, key)
         axes.plot(iterations, values, "-o", color=colour, linewidth=1.4, markersize=2.5, label=name)
     axes.axhline(0.5, linestyle="--", color=GREY, linewidth=1.2)  # the chance level
-    axes.set_title("Finding wrong pixels", pad=22)
+    axes.set_title("Detection of wrong pixels", pad=22)
     axes.set_ylabel("AUROC")
     legend_above(axes, 3)
 
@@ -139,7 +139,7 @@ def _spread(records: Records, key: str, title: str, symbol: str, colour: str) ->
 
 
 def _line(axes: Axes, records: Records, key: str, label: str, colour: str) -> None:
-    """The running mean, over the logged values in pale where they are many."""
+    """The logged values; if they are many, pale, with their running mean."""
     iterations, values = series(records, key)
     width = len(values) // 40
     if width > 1:
@@ -150,7 +150,7 @@ def _line(axes: Axes, records: Records, key: str, label: str, colour: str) -> No
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over `width` (made odd) neighbours, fewer at the ends: [n] -> [n]."""
+    """Centred mean over `width` neighbours (rounded up to odd), fewer at the ends: [n] -> [n]."""
     window = np.ones(width // 2 * 2 + 1)
     sums = np.convolve(values, window)[len(window) // 2 :][: len(values)]
     counts = np.convolve(np.ones_like(values), window)[len(window) // 2 :][: len(values)]

@@ -1,4 +1,4 @@
-"""Representations of drawn pixels: which pixels, and what a network makes of them."""
+"""Representations, variances and predictions of drawn pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prcl_fast.models import network as resolution
 
 Progress = Callable[[int, int], None]
 MU, FEATURES, ASPP = "mu", "features", "aspp"
-# What `Embedding.kind` means, for whoever reads the numbers.
+# The meaning of `Embedding.kind`, stored in analysis.json.
 MEANING = {
     MU: "mu of the representation head",
     FEATURES: "no representation head: the decoder's joined features, which the segmentation head reads",
@@ -31,7 +31,7 @@ _STRIDE = 4  # of the decoder's maps
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """What a network makes of P drawn pixels, at the decoder's resolution."""
+    """Outputs of a network at P drawn pixels, at the decoder's resolution."""
 
     representation: np.ndarray  # float32 [P, D], not normalised
     variance: np.ndarray | None  # float32 [P, D], sigma^2; None without a probability head
@@ -40,7 +40,7 @@ class Embedding:
 
 
 def label_maps(source: Source, names: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The true classes of each image at the decoder's resolution, twice: to draw by, and to know."""
+    """Yields the true classes of each image twice, as the classes to draw by and as the truth: [h, w]."""
     for name in names:
         label = source.label(name)
         label = at_resolution(label, tuple(-(-side // _STRIDE) for side in label.shape))
@@ -57,7 +57,10 @@ def prediction_maps(
     labeled: bool,
     progress: Progress,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The predicted classes of each image; with `labeled`, only where a true one is known, and those too."""
+    """Yields the predicted classes of each image and, with `labeled`, the true ones: [h, w].
+
+    With `labeled`, predictions at unlabeled pixels are IGNORE.
+    """
     with inference([network], device, config.train.amp):
         for done, name in enumerate(names, start=1):
             output = network(_pixels(source.image(name), config, device), representations=False)
@@ -76,11 +79,11 @@ def embed(
     device: torch.device,
     progress: Progress,
 ) -> Embedding:
-    """Runs the network on every image that holds a drawn pixel: whole, at its own size, one at a time.
+    """Runs the network on every image with a drawn pixel, one at a time, whole and at its own size.
 
     Args:
         network: a `SegmentationNetwork` on `device`.
-        names: the images that `drawn.image` counts.
+        names: the images that `drawn.image` indexes.
         drawn: at least one pixel.
 
     Raises:
@@ -119,7 +122,7 @@ def embed(
 
 
 def at_resolution(full: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """[H, W] -> [h, w]: the value at the pixel nearest to each aligned-corner position, as in training."""
+    """[H, W] -> [h, w]: the value nearest to each aligned-corner position, as in training."""
     return resolution.at_resolution(torch.from_numpy(full)[None], torch.Size(size))[0].numpy()
 
 

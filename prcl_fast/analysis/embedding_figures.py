@@ -1,4 +1,4 @@
-"""Pictures of a representation space: t-SNE (IJCV figures 6 and 9) and prototypes over time (figure 8)."""
+"""Figures of a representation space: t-SNE (IJCV figures 6 and 9) and prototypes over time (figure 8)."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from sklearn.manifold import TSNE
 from prcl_fast.analysis.cluster_quality import normalized
 from prcl_fast.analysis.style import RED, iteration_axis, new_figure, styled
 
-MIN_POINTS = 10  # fewer have no neighbourhoods to keep
+MIN_POINTS = 10  # t-SNE preserves neighbourhoods, which fewer points do not have
 _PERPLEXITY = 30.0
 _LEGEND_ROW = 0.2  # inches
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """What t-SNE shows: P pixels of C classes, their prototypes and virtual negatives."""
+    """P pixels of C classes, their prototypes and virtual negatives."""
 
     classes: Sequence[str]
     palette: np.ndarray  # uint8 [C, 3]
     representation: np.ndarray  # [P, D]
     group: np.ndarray  # int [P]
-    by: str  # what `group` is, such as "true class"
-    prototypes: np.ndarray  # [C, K, D], nan where a class has none
-    virtual: np.ndarray | None  # [C, V, D], nan where a class has none
+    by: str  # meaning of `group`, such as "true class"
+    prototypes: np.ndarray  # [C, K, D], nan for a class without prototypes
+    virtual: np.ndarray | None  # [C, V, D], nan for a class without virtual negatives
     variance: np.ndarray | None  # [P], mean of sigma^2 over the dimensions
-    wrong: np.ndarray | None  # bool [P], predicted wrongly; None where the truth is not known
+    wrong: np.ndarray | None  # bool [P], predicted wrongly; None if the truth is not known
 
 
 def perplexity_of(points: int) -> float:
-    """30, or less for few points: t-SNE looks at about three times as many neighbours."""
+    """30, or less for few points: t-SNE uses about three times as many neighbours."""
     return min(_PERPLEXITY, (points - 1) / 3)
 
 
 def draw_tsne(space: Space, seed: int) -> Figure:
     """t-SNE of L2-normalised vectors: pixels, prototypes (stars) and virtual negatives (crosses) together.
 
-    With a variance, the same points again, coloured by it, wrongly predicted ones marked.
+    With a variance, a second plot shows the same points coloured by it, with wrong predictions ringed.
     """
     classes, per_class, dim = space.prototypes.shape
     virtual = np.empty((classes, 0, dim)) if space.virtual is None else space.virtual
@@ -76,14 +76,14 @@ def draw_tsne(space: Space, seed: int) -> Figure:
 def draw_prototypes(
     space: Space, iterations: Sequence[int], paths: np.ndarray, shift: tuple[np.ndarray, np.ndarray] | None
 ) -> Figure:
-    """Where each class's prototype was at several checkpoints, and how far it moved, where that is logged.
+    """Prototypes of each class at several checkpoints, and their logged shift.
 
-    All lie in one projection: PCA of the L2-normalised pixels at hand and prototypes.
+    The projection is the PCA of the L2-normalised drawn pixels and prototypes.
 
     Args:
         iterations: of the checkpoints, ascending.
-        paths: [len(iterations), C, K, D], prototypes, nan where a class had none; the last ones are stars.
-        shift: iterations [n] and distances [n, C], nan where there is none, of the log.
+        paths: [len(iterations), C, K, D], prototypes, nan for a class without; the last ones are stars.
+        shift: logged iterations [n] and distances [n, C], nan if not known; None without a log.
     """
     pixels, path = normalized(space.representation), normalized(paths)
     known = path[~np.isnan(path).any(axis=3)]
@@ -127,7 +127,7 @@ def _path_title(iterations: Sequence[int]) -> str:
 def _draw_variance(
     figure: Figure, axes: Axes, pixels: np.ndarray, variance: np.ndarray, wrong: np.ndarray | None
 ) -> None:
-    low, high = np.percentile(variance, [1, 99])  # the outermost percents would hide the rest
+    low, high = np.percentile(variance, [1, 99])  # outliers would take up the colour range
     drawn = axes.scatter(
         pixels[:, 0], pixels[:, 1], s=7, c=variance, cmap="viridis", vmin=low, vmax=high, linewidths=0
     )
@@ -144,7 +144,7 @@ def _draw_variance(
 
 
 def _draw_shift(axes: Axes, iterations: np.ndarray, distances: np.ndarray, colours: np.ndarray) -> None:
-    axes.set_title("How far each prototype moved, as logged")
+    axes.set_title("Logged shift of each prototype")
     axes.set_ylabel("distance of L2-normalised means")
     for values, colour in zip(distances.T, colours, strict=True):
         axes.plot(iterations, values, color=colour, linewidth=1.2)
@@ -186,7 +186,7 @@ def _per_row(width: float) -> int:
 
 
 def _bare(axes: Axes, title: str, points: np.ndarray) -> None:
-    """A square that holds all points; t-SNE's axes have no meaning, so no ticks."""
+    """A square around all points, without ticks, because t-SNE's axes have no meaning."""
     axes.set_title(title)
     low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
     (x, y), half = (low + high) / 2, 0.53 * (high - low).max()
@@ -204,6 +204,6 @@ def _stars(axes: Axes, places: np.ndarray, colours: np.ndarray) -> None:
 
 
 def _crosses(axes: Axes, places: np.ndarray, colours: np.ndarray) -> None:
-    # Above the stars: where a class is certain they lie in the star's place.
+    # Above the stars: the virtual negatives of a certain class lie close to its prototype.
     x, y = places.T
     axes.scatter(x, y, s=30, c=colours, marker="X", edgecolors="white", linewidths=0.6, zorder=4)

@@ -1,4 +1,4 @@
-"""The representation space of a trained run: its numbers, and pictures of it."""
+"""Report on the representation space of a run: metrics and figures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ from prcl_fast.analysis.prototypes import Prototypes, pixel_prototypes, stored_v
 from prcl_fast.analysis.style import save_figure
 from prcl_fast.config import Config, override_config
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
-from prcl_fast.data.source import Source, build_source
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import write_text
 from prcl_fast.runs.checkpoint import LoadedRun, find_checkpoint, load_checkpoint, load_run
@@ -52,11 +53,11 @@ LABEL, PREDICTION = "label", "prediction"
 
 @dataclass(frozen=True)
 class Question:
-    """What of a run is looked at."""
+    """The subset, pixels and network of an analysis."""
 
     subset: str = "val"
-    pixels: int = 300  # of each class, at most
-    by: str = LABEL  # or PREDICTION: which classes the pixels are drawn and grouped by
+    pixels: int = 300  # largest number of each class
+    by: str = LABEL  # or PREDICTION: the classes by which pixels are drawn and grouped
     seed: int = 0  # of the drawn pixels, of t-SNE and of the virtual negatives
     network: str | None = None  # a key of LoadedRun.networks; None: the first
 
@@ -73,20 +74,20 @@ def write_analysis(
     """Writes analysis.json, tsne.png and prototypes.png into `out`, by default RUN/analysis.
 
     Args:
-        run: a run folder, of which best.pt, else last.pt is looked at, and the prototypes of all its
-            checkpoints are drawn; or one checkpoint file.
-        further: more checkpoints of the same run, whose prototypes are drawn too.
+        run: a checkpoint file, or a run folder: then its best.pt, else last.pt is analysed, and the
+            prototypes of all its checkpoints are drawn.
+        further: more checkpoints of the run, whose prototypes are drawn too.
         overrides: values of `data.*` that replace the run's.
-        progress: called with (images done, images in all) whenever a network has seen an image.
+        progress: called with (images done, images in all) after each image.
 
     Returns:
-        What analysis.json holds, and "output", its folder.
+        The content of analysis.json, and "output", its folder.
 
     Raises:
-        InputError: a checkpoint, argument or data set that does not fit; nothing is written then.
+        InputError: a checkpoint, argument or data set does not fit; then nothing is written.
     """
     if question.pixels < 1:
-        raise InputError(f"pixels: {question.pixels} is not a number of pixels of a class")
+        raise InputError(f"pixels: {question.pixels} is less than 1")
     if question.seed < 0:
         raise InputError(f"seed: {question.seed} is negative")
     main = find_checkpoint(run)
@@ -97,14 +98,14 @@ def write_analysis(
     name = next(iter(loaded.networks)) if question.network is None else question.network
     if name not in loaded.networks:
         raise InputError(f"network: {main} has no {name}, only {', '.join(loaded.networks)}")
-    here = _Here(name, override_config(loaded.config, overrides), question, device, progress)
-    drawn = here.draw(loaded)
-    embedding = here.embed(loaded, drawn)
+    analysis = _Analysis(name, override_config(loaded.config, overrides), question, device, progress)
+    drawn = analysis.draw(loaded)
+    embedding = analysis.embed(loaded, drawn)
     if np.ptp(normalized(embedding.representation), axis=0).max() == 0:
-        raise InputError(f"{main}: all representations of its {name} are the same: there is nothing to see")
+        raise InputError(f"{main}: all representations of its {name} are the same")
 
     def of_pixels(file: Path) -> Prototypes:
-        its_embedding = embedding if file == main else here.embed(load_run(file, device), drawn)
+        its_embedding = embedding if file == main else analysis.embed(load_run(file, device), drawn)
         return pixel_prototypes(its_embedding, drawn, len(loaded.classes))
 
     path = prototype_path(main, [*checkpoints_of(run), *further], of_pixels)
@@ -129,7 +130,7 @@ def write_analysis(
         "method": loaded.config.method.name,
         "network": name,
         "settings": asdict(question) | {"network": name},
-        "data": here.describe(drawn),
+        "data": analysis.describe(drawn),
         "representation": {
             "kind": embedding.kind,
             "meaning": MEANING[embedding.kind],
@@ -148,17 +149,14 @@ def write_analysis(
         "tsne.png": draw_tsne(space, question.seed),
         "prototypes.png": draw_prototypes(space, iterations, means, shift),
     }
-    try:
-        for file, figure in figures.items():
-            save_figure(figure, out / file)
-        write_text(out / "analysis.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise InputError(f"out: {out} cannot be written: {error.strerror or error}") from None
+    for file, figure in figures.items():
+        save_figure(figure, out / file)
+    write_text(out / "analysis.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result | {"output": str(out)}
 
 
-class _Here:
-    """The data and settings with which every checkpoint is looked at."""
+class _Analysis:
+    """The data and settings of all checkpoints' analysis."""
 
     def __init__(
         self, network: str, config: Config, question: Question, device: torch.device, progress: Progress
@@ -168,10 +166,10 @@ class _Here:
         self.source: Source = build_source(config.data)
         self.split = self.source.splits[question.subset]
         if not self.split.names:
-            raise InputError(f"data.{question.subset}: no image to look at")
+            raise InputError(f"data.{question.subset}: is empty")
 
     def draw(self, run: LoadedRun) -> DrawnPixels:
-        """The pixels to look at. Raises InputError where there are too few of them, or of classes."""
+        """Draws the pixels. Raises InputError for too few pixels or classes."""
         if self.source.classes != run.classes:
             raise InputError(
                 f"{run.path}: trained on other classes ({', '.join(run.classes)}) than the data have "
@@ -194,12 +192,12 @@ class _Here:
         if len(present) < 2:
             found = run.classes[present[0]] if len(present) else "none"
             raise InputError(
-                f"data.{question.subset}: {what} of at least 2 classes are needed, here are: {found}"
+                f"data.{question.subset}: {what} of at least 2 classes are needed; found: {found}"
             )
         needed = max(MIN_POINTS, len(present) + 1)
         if len(drawn.group) < needed:
             raise InputError(
-                f"pixels: {question.pixels} of a class give {len(drawn.group)} points here; "
+                f"pixels: {question.pixels} of each class give {len(drawn.group)} points; "
                 f"t-SNE and the silhouette need {needed}"
             )
         return drawn
@@ -220,7 +218,7 @@ class _Here:
 
 
 def _numbers(space: Space, quality: ClusterQuality, iou: Mapping[str, float]) -> dict[str, Any]:
-    """The metrics of all pixels, and of each class that has some."""
+    """The metrics of all pixels, and of each class that has pixels."""
     count = np.bincount(space.group, minlength=len(space.classes))
     present = np.flatnonzero(count)
     accuracy = np.array([iou.get(name, np.nan) for name in space.classes])[present]

@@ -1,4 +1,4 @@
-"""The figures of a finished run, from its metrics and its checkpoint."""
+"""Figures of a finished run, from its metrics and its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from prcl_fast.analysis.curves import draw_curves, draw_representation
 from prcl_fast.analysis.panel import PanelRow, draw_panel
 from prcl_fast.analysis.style import save_figure
 from prcl_fast.config.methods import ConsistencyConfig
-from prcl_fast.data.source import Source, build_source
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.predict import predict_image
 from prcl_fast.errors import InputError
@@ -22,17 +23,17 @@ PANEL_IMAGES = 4
 
 
 def write_figures(run: Path, device: torch.device | None = None) -> list[Path]:
-    """Writes RUN/figures: curves.png, representation.png where the method logs it, and panel.png.
+    """Writes RUN/figures: curves.png, panel.png and, if the method logs it, representation.png.
 
     Args:
-        run: a run folder; its best.pt, else its last.pt makes the panel.
-        device: where the networks run; None takes CUDA if there is one.
+        run: a run folder; the panel is of its best.pt, else of its last.pt.
+        device: of the networks; None takes CUDA if it is available.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: no run folder, or its metrics, checkpoint or data cannot be read, or nothing be written.
+        InputError: no run folder; metrics, checkpoint or data cannot be read; a figure cannot be written.
     """
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder")
@@ -56,7 +57,7 @@ def write_figures(run: Path, device: torch.device | None = None) -> list[Path]:
 def panel_rows(
     run: LoadedRun, source: Source, device: torch.device, count: int = PANEL_IMAGES
 ) -> list[PanelRow]:
-    """Validation images at even distances in the split, with pseudo-labels where there is a teacher."""
+    """Evenly spaced validation images of the split, with pseudo-labels if there is a teacher."""
     names = source.splits["val"].names
     chosen = np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)
     return [_panel_row(run, source, names[index], device) for index in chosen]

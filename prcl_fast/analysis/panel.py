@@ -1,4 +1,4 @@
-"""Images beside their truth, pseudo-label, prediction and variance, figure 3b of the AAAI paper."""
+"""Panel of images with truth, pseudo-label, prediction and variance, figure 3b of the AAAI paper."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from prcl_fast.analysis.style import new_figure, styled
 from prcl_fast.data.source import IGNORE
 
 _IGNORED_COLOUR = (190, 190, 190)
-_PALE = 0.82  # share of white over pseudo-labels that are not confident
+_PALE = 0.82  # fraction of white over pseudo-labels that are not confident
 _WIDTH, _LEGEND_ROW = 2.4, 0.24  # inches
 
 
 @dataclass(frozen=True, eq=False)
 class PanelRow:
-    """One image. What a method does not have is None, in all rows alike."""
+    """One image. Fields that the method does not have are None, in all rows."""
 
     name: str
     image: np.ndarray  # uint8 [H, W, 3]
@@ -36,7 +36,7 @@ class PanelRow:
 def draw_panel(
     rows: Sequence[PanelRow], classes: Sequence[str], palette: np.ndarray, delta_u: float | None
 ) -> Figure:
-    """The figure of some images.
+    """The figure of the rows.
 
     Args:
         rows: at least one.
@@ -109,7 +109,7 @@ def _draw_row(
 
 
 def _variance_scale(rows: Sequence[PanelRow]) -> Normalize | None:
-    """One range for all images; the outermost percent at each end would hide the rest."""
+    """One range for all images, without the lowest and highest percent of the values."""
     values = [row.variance.ravel() for row in rows if row.variance is not None]
     if not values:
         return None

@@ -1,4 +1,4 @@
-"""Where a run's class prototypes were over its training: at its checkpoints, and as its log says."""
+"""Paths of a run's class prototypes over training, from its checkpoints and its log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from prcl_fast.analysis.cluster_quality import normalized
 from prcl_fast.analysis.prototypes import Prototypes, stored_prototypes
-from prcl_fast.config import config_fingerprint, parse_config
+from prcl_fast.config import config_fingerprint, parse_stored_config
 from prcl_fast.errors import InputError
 from prcl_fast.runs.checkpoint import find_checkpoint, last_checkpoints, load_checkpoint
 from prcl_fast.runs.metrics import read_metrics
@@ -30,25 +30,25 @@ class PathPoint:
 def prototype_path(
     main: Path, others: Sequence[Path], of_pixels: Callable[[Path], Prototypes]
 ) -> list[PathPoint]:
-    """The prototypes at each iteration of which there is a checkpoint, the earliest first.
+    """The prototypes at the iteration of each checkpoint, the earliest first.
 
     Args:
         main: a checkpoint file.
         others: more checkpoint files of its run, or their folders.
-        of_pixels: what the prototypes of a checkpoint file are if the run keeps none.
+        of_pixels: computes the prototypes of a checkpoint file if the run keeps none.
 
     Raises:
-        InputError: a checkpoint that cannot be read, or is of another configuration or other classes.
+        InputError: a checkpoint cannot be read, or has another configuration or other classes.
     """
     path: dict[int, PathPoint] = {}
     run: tuple[str, list[str]] | None = None
     for file in [main, *map(find_checkpoint, others)]:
         state = load_checkpoint(file)
-        config = parse_config(state["config"], str(file))
+        config = parse_stored_config(state["config"], str(file))
         its_run = config_fingerprint(config), state["classes"]
         run = run or its_run
         if its_run != run:
-            raise InputError(f"{file}: is not of the run of {main}: its configuration or classes differ")
+            raise InputError(f"{file}: is of another run than {main}: configuration or classes differ")
         iteration = state["iteration"]
         if iteration not in path:
             prototypes = stored_prototypes(config.method, state["method"]) or of_pixels(file)
@@ -57,7 +57,7 @@ def prototype_path(
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run folder; none beside a checkpoint file."""
+    """The checkpoints of a run folder; none if `run` is a file."""
     if not run.is_dir():
         return []
     best = run / "best.pt"
@@ -67,7 +67,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 def moves(path: Sequence[PathPoint], classes: Sequence[str]) -> list[dict[str, Any]]:
     """Each checkpoint, and by class the distance of L2-normalised means from the checkpoint before it.
 
-    Of K prototypes of a class it is the mean distance.
+    For K prototypes of a class it is the mean distance.
     """
     result: list[dict[str, Any]] = []
     before: np.ndarray = np.full((len(classes), 1, 1), np.nan)
@@ -84,10 +84,10 @@ def moves(path: Sequence[PathPoint], classes: Sequence[str]) -> list[dict[str, A
 
 
 def logged_shift(run: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Iterations [n] and `prototype_shift` [n, C] of a run's log, nan for null; None where it has none.
+    """Iterations [n] and `prototype_shift` [n, C] of a run's log, nan for null; None if not logged.
 
     Raises:
-        InputError: a log that cannot be read, or holds something else under that key.
+        InputError: the log cannot be read, or the key has another type or size.
     """
     log = run / "metrics.jsonl"
     if not os.path.lexists(log):

@@ -1,4 +1,4 @@
-"""Class prototypes for drawing: those that a run has kept, or those of the pixels at hand."""
+"""Class prototypes for drawing: those that a run keeps, or means of the drawn pixels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from prcl_fast.analysis.embedding import Embedding
 from prcl_fast.config.methods import MethodConfig, PCRConfig, PRCLConfig
 from prcl_fast.data.pixel_draws import DrawnPixels
-from prcl_fast.losses.virtual_negatives import virtual_negatives
+from prcl_fast.losses.virtual_negatives import draw_virtual_negatives
 from prcl_fast.ops import PrototypeStatistics, prototype_statistics
 
 
 @dataclass(frozen=True)
 class Prototypes:
-    """K prototypes of each of C classes and where they come from, a sentence.
+    """K prototypes of each of C classes, and their origin in words.
 
     Attributes:
         mean: float64 [C, K, D], nan for a class without prototypes.
@@ -51,7 +51,7 @@ def stored_prototypes(method: MethodConfig, state: Mapping[str, Tensor]) -> Prot
 
 
 def pixel_prototypes(embedding: Embedding, drawn: DrawnPixels, num_classes: int) -> Prototypes:
-    """Eq. (4) over the drawn pixels of each class: weighted by precision where there is a variance."""
+    """Eq. (4) over the drawn pixels of each class, weighted by precision if there is a variance."""
 
     def as_map(rows: np.ndarray) -> Tensor:  # [P, D] -> [1, D, P, 1]
         return torch.from_numpy(rows.T.copy())[None, :, :, None]
@@ -61,14 +61,14 @@ def pixel_prototypes(embedding: Embedding, drawn: DrawnPixels, num_classes: int)
     group = torch.from_numpy(drawn.group)[None, :, None]
     valid = torch.ones_like(group, dtype=torch.bool)
     weighted = "" if embedding.variance is None else "precision-weighted "
-    origin = f"{weighted}mean of the drawn pixels, for the run keeps none"
+    origin = f"{weighted}mean of the drawn pixels, because the run keeps none"
     return _distributions(prototype_statistics(mu, var, group, valid, num_classes), origin)
 
 
 def stored_virtual_negatives(
     method: MethodConfig, state: Mapping[str, Tensor], seed: int
 ) -> np.ndarray | None:
-    """[C, V, D] as the run draws them, from its GDPs; nan for a class without one, None without V.
+    """[C, V, D], drawn from the run's GDPs; nan for a class without one, None for V = 0.
 
     Args:
         state: the method's state in a checkpoint.
@@ -82,7 +82,7 @@ def stored_virtual_negatives(
     spread = prototypes.variance
     if method.virtual_spread == "class":
         spread = state["contrast.spread"].double().sqrt()
-    drawn = virtual_negatives(
+    drawn = draw_virtual_negatives(
         prototypes,
         method.virtual_negatives,
         method.beta,

@@ -1,4 +1,4 @@
-"""Mean and deviation over seeds, and the tables that show them."""
+"""Mean and standard deviation over seeds, and tables of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Summary:
 
 
 def summarize(values: Iterable[float | None]) -> Summary | None:
-    """The summary of those values that are there; None without any."""
+    """The summary of the values that are not None; None without any."""
     present = [value for value in values if value is not None]
     if not present:
         return None
@@ -34,7 +34,7 @@ def summarize(values: Iterable[float | None]) -> Summary | None:
 
 
 def cell_texts(column: Sequence[Summary | None], *, bold: str = "**") -> list[str]:
-    """The cells of one column, `bold` around those with the highest mean if there are several to compare."""
+    """The cells of one column; `bold` surrounds the highest mean of several."""
     means = [cell.mean for cell in column if cell is not None]
     texts = []
     for cell in column:
@@ -44,7 +44,7 @@ def cell_texts(column: Sequence[Summary | None], *, bold: str = "**") -> list[st
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, names: int) -> str:
-    """A Markdown table; its first `names` columns are text, the others numbers, aligned to the right."""
+    """A Markdown table; its first `names` columns are text, the others numbers aligned to the right."""
     lines = [header, ["---"] * names + ["---:"] * (len(header) - names), *rows]
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: one bar a candidate, one colour a part."""
+"""Bars of the time of a training step: one for each candidate, with one colour for each part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLOURS = dict(
         strict=True,
     )
 ) | {"other": "#D9D9D9"}
-_LEAST_SHARE = 0.045  # of the longest bar, for a number to fit
+_LEAST_WIDTH = 0.045  # of the longest bar, so that a number fits
 
 
 def draw_step_time(candidates: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -36,7 +36,7 @@ def draw_step_time(candidates: Mapping[str, Mapping[str, float]]) -> Figure:
             starts = [_before(name, parts) for parts in candidates.values()]
             axes.barh(list(candidates), widths, left=starts, color=colour, label=name, height=0.62)
             for row, (start, width) in enumerate(zip(starts, widths, strict=True)):
-                if width > _LEAST_SHARE * longest:
+                if width > _LEAST_WIDTH * longest:
                     dark = name in ("student", "backward", "contrast", "optimizer")
                     axes.text(
                         start + width / 2, row, f"{width:.0f}", ha="center", va="center", fontsize=7.5,

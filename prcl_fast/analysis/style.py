@@ -1,4 +1,4 @@
-"""The look that all figures share. Without pyplot: nothing global is touched, no display needed."""
+"""Style of all figures. Without pyplot, so that no global state changes and no display is needed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from prcl_fast.errors import InputError
 from prcl_fast.files.writing import replacing
 
-# Okabe and Ito's colours: distinct for colour-blind readers too.
+# Okabe and Ito's colours, distinct for colour-blind readers.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 # Colours of a series, in this order.
 COLOURS = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", GREY, "#000000")
@@ -38,13 +37,13 @@ _STYLE = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style for everything drawn and saved inside."""
+    """Applies the style to figures drawn and saved inside."""
     with matplotlib.rc_context(_STYLE):
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches."""
+    """An empty figure; sizes in inches."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
@@ -59,7 +58,7 @@ def iteration_axis(axes: Axes, last: int) -> None:
 
 
 def legend_above(axes: Axes, columns: int) -> None:
-    """A legend between title and axes, where no data are."""
+    """A legend between title and axes, where it hides no data."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
@@ -72,9 +71,6 @@ def legend_above(axes: Axes, columns: int) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG of 150 dpi, whole or not at all. Raises InputError."""
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", pad_inches=0.08)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    """Writes a PNG of 150 dpi atomically. Raises WriteError."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.08)

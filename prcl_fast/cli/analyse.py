@@ -8,39 +8,39 @@ from typing import Annotated, Any
 
 import typer
 
+from prcl_fast.cli.arguments import Device, NetworkName, RunOrCheckpoint
 from prcl_fast.errors import InputError
 
 
 def analyse_command(
-    run: Annotated[Path, typer.Argument(help="Run folder (its best.pt, else last.pt) or checkpoint file.")],
+    run: RunOrCheckpoint,
     rest: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[CHECKPOINT | KEY.PATH=VALUE]...",
-            help="More checkpoints of the run, for the path of its prototypes (those in a run folder are "
-            "taken by themselves), and values of data.* that replace the run's.",
+            help="More checkpoints of the run, for the path of its prototypes (those in the run folder are "
+            "always included), and values of data.* that replace the run's.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write into; RUN/analysis where not given.")
+        Path | None, typer.Option("--out", help="Folder to write into; RUN/analysis by default.")
     ] = None,
     subset: Annotated[str, typer.Option(help="val, labeled or unlabeled.")] = "val",
-    pixels: Annotated[int, typer.Option(help="Pixels of each class, at most.")] = 300,
+    pixels: Annotated[int, typer.Option(help="Largest number of pixels of each class.")] = 300,
     by: Annotated[
         str, typer.Option(help="Draw and group pixels by their true class (label) or by prediction.")
     ] = "label",
-    network: Annotated[
-        str | None, typer.Option(help="teacher or student; the run's main network where not given.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawn pixels: one seed, the same pixels.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    network: NetworkName = None,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn pixels and of t-SNE.")] = 0,
+    device: Device = "auto",
 ) -> None:
     """Measure and draw a run's representation space.
 
-    Silhouette, Davies-Bouldin, intra- and inter-class variance, and whether sigma^2 marks mistakes; t-SNE
-    with prototypes and virtual negatives; the prototypes over the run's checkpoints.
+    Measured: silhouette, Davies-Bouldin index, intra- and inter-class variance, and the AUROC of sigma^2 as a
+    detector of wrong pixels. Drawn: t-SNE with prototypes and virtual negatives, and the path of the
+    prototypes over the run's checkpoints.
 
-    The last line on standard output is one JSON object; analysis.json holds everything.
+    The last line on standard output is one JSON object; analysis.json holds all results.
     """
     from prcl_fast.analysis.embedding_report import LABEL, PREDICTION, Question, write_analysis
     from prcl_fast.console import check_known, counting
@@ -49,7 +49,7 @@ def analyse_command(
 
     check_known("subset", [subset], SUBSETS)
     check_known("by", [by], (LABEL, PREDICTION))
-    further, overrides = _sorted_out(rest or [])
+    further, overrides = _checkpoints_and_overrides(rest or [])
     question = Question(subset, pixels, by, seed, network)
     with counting("embed images") as progress:
         result = write_analysis(run, further, overrides, question, out, choose_device(device), progress)
@@ -62,7 +62,7 @@ def analyse_command(
     print(json.dumps({key: metrics[key] for key in keys} | {"output": result["output"]}))
 
 
-def _sorted_out(rest: list[str]) -> tuple[list[Path], list[str]]:
+def _checkpoints_and_overrides(rest: list[str]) -> tuple[list[Path], list[str]]:
     """Checkpoints and overrides. Raises InputError for an override of anything but data.*."""
     checkpoints: list[Path] = []
     overrides: list[str] = []
@@ -73,7 +73,7 @@ def _sorted_out(rest: list[str]) -> tuple[list[Path], list[str]]:
             overrides.append(text)
         else:
             raise InputError(
-                f"override {text!r}: analyse takes data.* only; the rest belongs to the trained network"
+                f"override {text!r}: analyse takes data.* only; the network determines the other settings"
             )
     return checkpoints, overrides
 
@@ -114,13 +114,13 @@ def _print(result: dict[str, Any]) -> None:
     )
     if metrics["variance_auroc"] is not None:
         typer.echo(
-            f"sigma^2 finds the {metrics['wrong_share']:.0%} wrongly predicted pixels with an AUROC of "
-            f"{metrics['variance_auroc']:.3f} (0.5: not at all)"
+            f"AUROC of sigma^2 as a detector of wrong pixels ({metrics['wrong_share']:.0%} of those drawn): "
+            f"{metrics['variance_auroc']:.3f} (0.5: chance)"
         )
     if metrics["variance_iou_correlation"] is not None:
         typer.echo(
-            "rank correlation over classes of sigma^2 and IoU: "
-            f"{metrics['variance_iou_correlation']:.2f} (-1: the worse a class, the less certain)"
+            "rank correlation of sigma^2 and IoU over classes: "
+            f"{metrics['variance_iou_correlation']:.2f} (-1: sigma^2 is largest where IoU is lowest)"
         )
 
 

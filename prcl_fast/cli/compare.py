@@ -13,15 +13,16 @@ from prcl_fast.console import print_table
 
 def compare_command(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some.")
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that contain run folders.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for compare.md, .csv, .json and .png (curves).")
+        Path | None,
+        typer.Option(help="Folder for compare.md, .csv, .json and .png (curves of mIoU)."),
     ] = None,
 ) -> None:
-    """Compare runs: the settings in which they differ, and mean and deviation over their seeds.
+    """Compare runs: the settings in which they differ, and mean and standard deviation over their seeds.
 
-    Runs that differ in nothing but seed, output and a split that goes with the seed form one row.
+    Runs that differ only in seed, output and the seed in a split's path form one row.
     """
     from prcl_fast.analysis.comparison import compare, find_runs
     from prcl_fast.analysis.comparison_files import write_comparison

@@ -30,7 +30,7 @@ def synth(
         _SYNTHETIC.size[0],
         _SYNTHETIC.size[1],
     ),
-    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = _SYNTHETIC.seed,
+    seed: Annotated[int, typer.Option(help="Seed of the generated images.")] = _SYNTHETIC.seed,
 ) -> None:
     """Write a generated data set in VOC's layout, with splits and a configuration ready to train."""
     from prcl_fast.data.sources.synthetic import write_synthetic
@@ -39,7 +39,7 @@ def synth(
         folder, _synthetic_config(size=list(size), labeled=labeled, unlabeled=unlabeled, val=val, seed=seed)
     )
     typer.echo(f"{folder}: {labeled} labeled, {unlabeled} unlabeled and {val} validation images")
-    typer.echo(f"train on them: prcl train {folder / 'config.yaml'}")
+    typer.echo(f"to train on them: prcl train {folder / 'config.yaml'}")
 
 
 @app.command("convert")
@@ -49,20 +49,23 @@ def convert(
     palette: Annotated[
         str | None,
         typer.Option(
-            help="What the colours of RGB masks mean: voc, cityscapes, or a file of lines R G B [ID] [name]."
+            help="Ids of the colours of RGB masks: voc, cityscapes, or a file of lines R G B [ID] [NAME]."
         ),
     ] = None,
     label_map: Annotated[
-        list[str] | None, typer.Option("--map", metavar="FROM=TO", help="Give an id another one; repeatable.")
+        list[str] | None,
+        typer.Option("--map", metavar="FROM=TO", help="Replace an id; may be repeated."),
     ] = None,
     other: Annotated[
         int | None,
         typer.Option(
-            min=0, max=255, help="Id for colours that the palette does not have; without it an error."
+            min=0,
+            max=255,
+            help="Id for colours that the palette lacks; they are errors by default.",
         ),
     ] = None,
 ) -> None:
-    """Turn RGB masks into masks of ids, or change the ids of masks. OUT appears whole or not at all."""
+    """Convert RGB masks to masks of ids, or change the ids of masks. OUT is complete or not there at all."""
     from prcl_fast.console import counting
     from prcl_fast.data.tools.mask_convert import convert_masks, parse_label_map, read_colour_code
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,29 +21,26 @@ _SHOWN = 20
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="Configuration file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Read only the headers of the images, not every pixel.")
+        bool, typer.Option("--fast", help="Read the headers of the images, not their pixels.")
     ] = False,
 ) -> None:
     """Check a data set before training: splits, missing and damaged files, label ids, sizes, class shares.
 
-    Exit status 2 if anything is wrong.
+    Exit status 2: a file is wrong.
     """
     from prcl_fast.config import load_config
     from prcl_fast.console import counting, print_table
-    from prcl_fast.data.source import build_source
-    from prcl_fast.data.tools.scan import inspect_labels
+    from prcl_fast.data.sources import build_source
+    from prcl_fast.data.tools.scan import scan_labels
 
     data = load_config(config, overrides or ()).data
     source = build_source(data)
     sizes, problems = _read_images(source, fast)
     with counting("read labels") as progress:
-        scan = inspect_labels(source, workers=_workers(), progress=progress)
+        scan = scan_labels(source, workers=_workers(), progress=progress)
     problems += scan.problems
     columns = ["subset", "images", "height x width", "hash", "family", "file"]
     print_table("Images", columns, _subset_rows(data, source, sizes), right=(1,))
@@ -51,14 +48,14 @@ def check(
     print_table("Classes", columns, _class_rows(source, scan), right=(0, 2, 3, 4, 5))
     for name, pixels in zip(source.classes, scan.pixels["labeled"].sum(axis=0), strict=False):
         if pixels == 0:
-            typer.echo(f"note: no labeled image holds class {name}, so nothing teaches it")
+            typer.echo(f"note: no labeled image contains class {name}")
     for problem in problems[:_SHOWN]:
         typer.echo(f"wrong: {problem}")
     if len(problems) > _SHOWN:
         typer.echo(f"wrong: {len(problems) - _SHOWN} more")
     if problems:
         raise InputError(f"{config}: {len(problems)} files are wrong, the first: {problems[0]}")
-    typer.echo("nothing wrong found")
+    typer.echo("no problem found")
 
 
 def _read_images(source: Source, fast: bool) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -118,7 +115,7 @@ def _size_range(sizes: Sequence[tuple[int, int]]) -> str:
 
 
 def _class_rows(source: Source, scan: LabelScan) -> list[list[str]]:
-    """Share of labeled pixels and number of images of every class; the last row is what is not labeled."""
+    """Share of labeled pixels and number of images of every class; the last row counts unlabeled pixels."""
     rows = []
     for index, name in enumerate([*source.classes, "(not labeled, % of all)"]):
         row = [str(index) if index < len(source.classes) else "255", name]

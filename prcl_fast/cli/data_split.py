@@ -22,7 +22,7 @@ app = typer.Typer(
 
 
 class FamilyName(str, Enum):
-    """The projects whose form a split file can be written in."""
+    """The projects whose split format can be written."""
 
     u2pl = "u2pl"
     prcl = "prcl"
@@ -42,22 +42,23 @@ def make(
     pool: Annotated[
         Path,
         typer.Argument(
-            help="Split file with all ids, or a configuration (.yaml): then its labeled and unlabeled images."
+            help="Split file with all ids, or a configuration (.yaml) with its labeled and unlabeled images."
         ),
     ],
-    labeled: Annotated[int, typer.Argument(help="How many images to label.")],
+    labeled: Annotated[int, typer.Argument(help="Number of labeled images.")],
     out: Annotated[Path, typer.Option(help="Folder for labeled.txt and unlabeled.txt.")],
-    seed: Annotated[int, typer.Option(help="Another seed, another draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     cover: Annotated[
         bool,
         typer.Option(
-            "--cover", help="Every class occurs in a labeled image; needs a configuration and labels."
+            "--cover",
+            help="Have every class in a labeled image; needs a configuration and labels.",
         ),
     ] = False,
 ) -> None:
-    """Draw the labeled images at random; the others are unlabeled. A seed gives the same draw anywhere.
+    """Draw the labeled images at random; the others are unlabeled. A seed gives the same draw on any machine.
 
-    Without --cover the images drawn for a smaller number are among those for a larger one.
+    Without --cover the images of a smaller draw are among those of a larger one.
     """
     from prcl_fast.config import load_config
     from prcl_fast.data.sources.splits import read_split
@@ -71,7 +72,7 @@ def make(
         if cover:
             presence, classes = _class_presence(config)
     elif cover:
-        raise InputError(f"--cover: needs a configuration, which says where the labels are, not {pool}")
+        raise InputError(f"--cover: needs a configuration, which names the labels, not {pool}")
     else:
         lines = {entry.name: entry.text for entry in read_split(pool).entries}
     chosen = choose_labeled(list(lines), labeled, seed, presence=presence, classes=classes)
@@ -88,8 +89,8 @@ def make(
 
 
 @app.command("show")
-def show(files: Annotated[list[Path], typer.Argument(help="Split files of any form.")]) -> None:
-    """Show what split files hold: number of images, form, which public list it is, a hash of the list."""
+def show(files: Annotated[list[Path], typer.Argument(help="Split files of any format.")]) -> None:
+    """Show split files: number of images, format, name of a public list, and a hash of the list."""
     from prcl_fast.console import print_table
     from prcl_fast.data.sources.splits import read_split
 
@@ -103,12 +104,12 @@ def show(files: Annotated[list[Path], typer.Argument(help="Split files of any fo
 
 @app.command("convert")
 def convert(
-    file: Annotated[Path, typer.Argument(help="Split file of any form.")],
-    to: Annotated[FamilyName, typer.Option(help="Whose form to write.")],
-    dataset: Annotated[DatasetName, typer.Option(help="Whose images these are.")],
+    file: Annotated[Path, typer.Argument(help="Split file of any format.")],
+    to: Annotated[FamilyName, typer.Option(help="Project whose format to write.")],
+    dataset: Annotated[DatasetName, typer.Option(help="Data set of the images.")],
     out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
 ) -> None:
-    """Write a split file in the form of another project."""
+    """Write a split file in the format of another project."""
     from prcl_fast.data.sources.splits import read_split
     from prcl_fast.data.tools.split_tools import convert_lines, write_lines
 
@@ -118,10 +119,10 @@ def convert(
 
 @app.command("compare")
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Split file of any form.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Split file of any form.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="Split file of any format.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Split file of any format.")],
 ) -> None:
-    """Say whether two split files name the same images, whatever their forms."""
+    """Compare the images of two split files, whatever their formats."""
     from prcl_fast.console import print_table
     from prcl_fast.data.sources.splits import read_split
 
@@ -142,7 +143,7 @@ def compare(
 
 
 def _lines_of(config: Config, path: Path) -> dict[str, str]:
-    """The lines of the labeled and unlabeled images by id; the ids where the two files' forms differ."""
+    """The lines of the labeled and unlabeled images by id; the ids alone if the files' formats differ."""
     from prcl_fast.data.sources.splits import check_disjoint, read_split
 
     if config.data.kind == "synthetic":
@@ -154,15 +155,15 @@ def _lines_of(config: Config, path: Path) -> dict[str, str]:
 
 
 def _class_presence(config: Config) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Which classes every labeled and unlabeled image holds, by its label."""
+    """The classes in the label of every labeled and unlabeled image."""
     from prcl_fast.console import counting
-    from prcl_fast.data.source import build_source
+    from prcl_fast.data.sources import build_source
     from prcl_fast.data.tools.scan import scan_labels
 
     source = build_source(config.data)
     subsets = ("labeled", "unlabeled")
     with counting("read labels") as progress:
-        scan = scan_labels(source, subsets, workers=config.data.workers, progress=progress)
+        scan = scan_labels(source, subsets, workers=config.data.workers, progress=progress).check()
     presence = {
         name: row[:-1] > 0
         for subset in subsets

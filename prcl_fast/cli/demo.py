@@ -1,4 +1,4 @@
-"""`prcl demo`: three methods on one small generated data set, compared in a table."""
+"""`prcl demo`: three methods on a small generated data set, compared in a table."""
 
 from __future__ import annotations
 

@@ -1,13 +1,11 @@
-"""`prcl doctor`: what is installed, what runs where, and why something does not."""
+"""`prcl doctor`: versions, native libraries and the backends of each op."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import torch
@@ -16,8 +14,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from prcl_fast import __version__
-from prcl_fast.ops import _backend, _native
-from prcl_fast.ops._preference import preference
+from prcl_fast.machine.description import command_output, driver_version, gpu_names, package_version
+from prcl_fast.ops import native, registry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
@@ -25,7 +23,7 @@ _OPTIONAL = ("native", "triton")  # torch runs everywhere
 
 
 def doctor() -> None:
-    """Show versions, the state of the native libraries, and which backend runs each op on each device."""
+    """Show versions, the state of the native libraries, and the backend of each op on each device."""
     console = Console()
     console.print(_versions())
     console.print(_libraries())
@@ -44,7 +42,7 @@ def _versions() -> Table:
         "PyTorch": torch.__version__,
         "CUDA of PyTorch": torch.version.cuda or "none: this is a CPU build of PyTorch",
         "device": _device(),
-        "triton": _package("triton"),
+        "triton": package_version("triton") or "not installed",
         "nvcc": _nvcc(),
     }
     for name, version in rows.items():
@@ -54,10 +52,10 @@ def _versions() -> Table:
 
 def _libraries() -> Table:
     table = Table("", "state", title="native libraries", title_justify="left")
-    cpu = _native.cpu_library_error()
-    instructions = "" if cpu else f"loaded, vector instructions: {_native.ops().cpu_isa()}"
+    cpu = native.cpu_library_error()
+    instructions = "" if cpu else f"loaded, vector instructions: {native.ops().cpu_isa()}"
     table.add_row(Text("_native.so (CPU)"), Text(cpu or instructions))
-    table.add_row(Text("_native_cuda.so (CUDA)"), Text(_native.unavailable("cuda") or "loaded"))
+    table.add_row(Text("_native_cuda.so (CUDA)"), Text(native.unavailable("cuda") or "loaded"))
     return table
 
 
@@ -78,31 +76,22 @@ def _ops(devices: list[str]) -> tuple[Table, list[str]]:
             reasons.append(reason)
         return f"({reasons.index(reason) + 1})"
 
-    for name in _backend.op_names():
+    for name in registry.op_names():
         for device in devices:
-            cells = [_backend.automatic(name, device, dtype) for dtype in _DTYPES]
+            cells = [registry.automatic(name, device, dtype) for dtype in _DTYPES]
             for backend in _OPTIONAL:
-                reason = _backend.unavailable(name, backend, device)
+                reason = registry.unavailable(name, backend, device)
                 cells.append("yes" if reason is None else f"no {numbered(reason)}")
-            why = preference(name, device)
-            order = " before ".join((*why.order, "torch"))
-            table.add_row(*map(Text, (name, device, *cells, numbered(f"{order}, {why.reason}"))))
+            order = " before ".join(registry.ORDER[device])
+            why = numbered(f"{order}, {registry.reason_of_order(name, device)}")
+            table.add_row(*map(Text, (name, device, *cells, why)))
     return table, reasons
 
 
 def _device() -> str:
     if not torch.cuda.is_available():
         return "CPU only: PyTorch sees no CUDA device"
-    names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return f"{names}, driver {driver.split()[0] if driver.split() else 'unknown'}"
-
-
-def _package(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return f"{', '.join(gpu_names())}, driver {driver_version()}"
 
 
 def _nvcc() -> str:
@@ -113,13 +102,5 @@ def _nvcc() -> str:
     path = in_home or on_path if home else on_path or in_home
     if path is None:
         return f"not found in CUDA_HOME, on PATH or in {_DEFAULT_CUDA_HOME}"
-    found = re.search(r"release (\S+),", _output(path, "--version"))
+    found = re.search(r"release (\S+),", command_output(path, "--version"))
     return f"{found[1] if found else 'of unknown version'} ({path})"
-
-
-def _output(*command: str) -> str:
-    """What the command prints, or nothing where it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

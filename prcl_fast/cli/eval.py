@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from prcl_fast.cli.arguments import Device, RunOrCheckpoint
 from prcl_fast.errors import InputError
 
 _OVERRIDABLE = ("data.", "eval.", "train.amp=", "train.threads=")
 
 
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="Run folder (its best.pt, else last.pt) or checkpoint file.")],
+    run: RunOrCheckpoint,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -26,17 +27,18 @@ def evaluate_command(
         ),
     ] = None,
     subset: Annotated[
-        str, typer.Option(help="val, labeled, or unlabeled: the quality of pseudo-labels, where masks exist.")
+        str, typer.Option(help="val, labeled, or unlabeled (the quality of pseudo-labels, if masks exist).")
     ] = "val",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
-    """Evaluate a run's networks on its validation images, as during training unless overridden.
+    """Evaluate a run's networks on its validation images, with the run's settings unless overridden.
 
     The table goes to standard error; the last line on standard output is one JSON object.
     """
     from prcl_fast.config import override_config
     from prcl_fast.console import check_known
-    from prcl_fast.data.source import SUBSETS, build_source
+    from prcl_fast.data.source import SUBSETS
+    from prcl_fast.data.sources import build_source
     from prcl_fast.device import prepare_device
     from prcl_fast.engine.evaluate import evaluate, format_table
     from prcl_fast.processes.session import session
@@ -101,12 +103,12 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         if not override.startswith(_OVERRIDABLE):
             raise InputError(
                 f"override {override!r}: eval takes data.*, eval.*, train.amp and train.threads; "
-                "the rest belongs to the trained network"
+                "the network determines the other settings"
             )
 
 
 def _other_classes(path: Path, trained: Sequence[str], given: Sequence[str]) -> str:
     if len(trained) != len(given):
-        return f"{path}: trained on {len(trained)} classes, the data have {len(given)}"
+        return f"{path}: trained on {len(trained)} classes, the data set has {len(given)}"
     index = next(i for i, pair in enumerate(zip(trained, given, strict=True)) if pair[0] != pair[1])
-    return f"{path}: class {index} is {trained[index]!r} in the checkpoint, {given[index]!r} in the data"
+    return f"{path}: class {index} is {trained[index]!r} in the checkpoint, {given[index]!r} in the data set"

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
+from prcl_fast.cli.arguments import Device
+
 
 def figures_command(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
-    """Draw RUN/figures/*.png again: curves, representation and a panel of validation images.
+    """Draw RUN/figures/*.png anew: curves, representation and a panel of validation images.
 
-    The names of the files go to standard output.
+    The paths of the files go to standard output.
     """
     from prcl_fast.analysis.figures import write_figures
     from prcl_fast.device import choose_device

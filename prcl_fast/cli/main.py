@@ -1,6 +1,6 @@
 """`prcl`: the command line, one module a command.
 
-Exit status: 0 done, 2 a mistake in the input (one line on standard error), 1 anything else.
+Exit status: 0 done, 2 a mistake in the input (one line on standard error), 1 any other failure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import typer
 from prcl_fast import __version__
 from prcl_fast.cli import data
 from prcl_fast.cli.analyse import analyse_command
-from prcl_fast.cli.bench import bench_command
 from prcl_fast.cli.compare import compare_command
 from prcl_fast.cli.configs import configs_command
 from prcl_fast.cli.demo import demo
@@ -26,7 +25,8 @@ from prcl_fast.cli.profile import profile_command
 from prcl_fast.cli.sweep import sweep_command
 from prcl_fast.cli.train import train_command
 from prcl_fast.cli.weights import convert_weights
-from prcl_fast.errors import InputError, RunError
+from prcl_fast.console import run
+from prcl_fast.errors import InputError
 
 app = typer.Typer(
     help="Semi-supervised semantic segmentation with probabilistic representations.",
@@ -47,10 +47,19 @@ app.command("demo")(demo)
 app.command("configs")(configs_command)
 app.add_typer(data.app, name="data")
 app.command("weights")(convert_weights)
-app.command("bench")(bench_command)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("doctor")(doctor)
+
+
+@app.command(
+    "bench",
+    hidden=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def _bench() -> None:
+    raise InputError("bench: the benchmarks are in the source tree: run `python -m bench ops` there")
 
 
 def _version(asked: bool) -> None:
@@ -59,8 +68,8 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-# What several processes of torchrun or srun do together; of every other command, one does the work.
-_SHARED = ("train", "eval", "predict", "demo")
+# Commands that run on all ranks of torchrun or srun; every other command runs on rank 0 alone.
+_ON_ALL_RANKS = ("train", "eval", "predict", "demo")
 
 
 @app.callback()
@@ -70,7 +79,7 @@ def _options(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    if context.invoked_subcommand in _SHARED or not {"RANK", "SLURM_STEP_ID"} & os.environ.keys():
+    if context.invoked_subcommand in _ON_ALL_RANKS or not {"RANK", "SLURM_STEP_ID"} & os.environ.keys():
         return
     from prcl_fast.processes.launch import read_launch
 
@@ -81,18 +90,7 @@ def _options(
 
 def main() -> None:
     """The entry point of the `prcl` script."""
-    try:
-        app()
-    except InputError as error:
-        print(f"prcl: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"prcl: {_one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    sys.exit(run(app, "prcl"))
 
 
 if __name__ == "__main__":

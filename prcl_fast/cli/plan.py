@@ -1,13 +1,14 @@
-"""`prcl plan CONFIG [key.path=value ...]`: what a run will take, before it starts."""
+"""`prcl plan CONFIG [key.path=value ...]`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from prcl_fast.cli.arguments import ConfigFile, Overrides
 
 if TYPE_CHECKING:
     from prcl_fast.config.paper import Difference
@@ -16,19 +17,16 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: bytes, seconds, images.")
     ] = False,
 ) -> None:
-    """Say before a run what it will take: memory, time, the largest batch, and what differs from the paper.
+    """Estimate a run before it starts: memory, time, the largest batch, and differences from the paper.
 
-    Some real steps on random images are timed on this device, for at most about a minute. The data set need
-    not be there, and nothing is written.
+    A few real steps on random images are timed on this device, for at most about a minute. The data set is
+    not needed, and nothing is written.
     """
     from prcl_fast.config import load_config
     from prcl_fast.planning.plan import make_plan
@@ -52,23 +50,23 @@ def _print(plan: Plan) -> None:
     title = f"Memory with {plan.memory.one_pass.labeled} + {plan.memory.one_pass.unlabeled} images a pass"
     print_table(title, ["", "MiB"], _memory_rows(plan.memory), right=(1,))
     if plan.time is None:
-        typer.echo("Time: not measured, for not even the smallest batch fits")
+        typer.echo("Time: not measured, because even the smallest batch does not fit")
     else:
         print_table("Time", ["", "images", ""], _time_rows(plan, plan.time), right=(1, 2))
-        typer.echo("random images: without loading data, evaluation and checkpoints")
+        typer.echo("measured on random images: without loading data, evaluation and checkpoints")
         if plan.time.rough:
-            typer.echo("a rough figure: more steps, or larger ones, would have taken too long to measure")
+            typer.echo("a rough estimate: more or larger steps would have taken too long to measure")
     for line in _batch_lines(plan):
         typer.echo(line)
     if plan.paper is None:
-        typer.echo("paper: has no such data set, so there is nothing to compare with")
+        typer.echo("paper: has no such data set, so no settings are compared")
     elif not plan.differences:
         typer.echo(f"{plan.paper} paper: no setting differs")
     else:
         rows = [(d.key, d.here, d.there, _origin(d, plan.paper), d.meaning) for d in plan.differences]
         title = (
-            f"Differences from PRCL in the {plan.paper} paper; public code: its text has no value, its "
-            "authors' code has; ours: neither has"
+            f"Differences from PRCL in the {plan.paper} paper; public code: the value is from its authors' "
+            "code, not from its text; ours: from neither"
         )
         print_table(title, ["key", "here", "there", "source", "what it means"], rows)
     for note in plan.notes:
@@ -117,7 +115,7 @@ def _time_rows(plan: Plan, time: TimePlan) -> list[tuple[str, str, str]]:
 def _batch_lines(plan: Plan) -> list[str]:
     memory = plan.memory
     if memory.free is None:
-        return ["batch: this system does not say how much memory is free"]
+        return ["batch: the free memory of this system is not known"]
     lines = []
     if memory.fits:
         lines.append(f"batch: fits, {_share(memory.total, memory.free)} of the free memory")
@@ -129,17 +127,15 @@ def _batch_lines(plan: Plan) -> list[str]:
         lines.append(f"largest pass that fits: {_micro(plan.largest)}")
     if plan.paper_batch is not None:
         there = plan.paper_batch
-        lines.append(
-            f"for a batch of {there.labeled} + {there.unlabeled}, as compared with below: {_remedy(there)}"
-        )
+        lines.append(f"for the paper's batch of {there.labeled} + {there.unlabeled}: {_remedy(there)}")
     return lines
 
 
 def _remedy(remedy: Remedy) -> str:
     if remedy.accumulate is None:
         return (
-            f"no train.accumulate is enough, {_micro(remedy.micro)} is too much; a smaller data.crop or "
-            "model.backbone, or train.amp=bf16, takes less"
+            f"no train.accumulate is enough: {_micro(remedy.micro)} do not fit; a smaller data.crop or "
+            "model.backbone, or train.amp=bf16, needs less"
         )
     return f"{' '.join(remedy.overrides)} ({_micro(remedy.micro)} a pass)"
 

@@ -7,22 +7,23 @@ from typing import Annotated
 
 import typer
 
+from prcl_fast.cli.arguments import Device, NetworkName, RunOrCheckpoint
+
 
 def predict_command(
-    run: Annotated[Path, typer.Argument(help="Run folder (its best.pt, else last.pt) or checkpoint file.")],
+    run: RunOrCheckpoint,
     images: Annotated[
-        list[Path], typer.Argument(help="Image files, and folders whose image files are taken (one level).")
+        list[Path],
+        typer.Argument(help="Image files, and folders of image files (not their subfolders)."),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")],
-    network: Annotated[
-        str | None, typer.Option(help="teacher or student; the run's main network where not given.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    network: NetworkName = None,
+    device: Device = "auto",
     raw: Annotated[
         bool, typer.Option("--raw", help="Also write sigma^2 as NAME_variance.npy, float32.")
     ] = False,
 ) -> None:
-    """Segment images at their own size.
+    """Segment images at their original size.
 
     Writes NAME.png (class ids), NAME_overlay.png and, with a probability head, NAME_variance.png.
     """

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.config import load_config
 from prcl_fast.console import print_table
-from prcl_fast.errors import InputError
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
@@ -20,48 +20,35 @@ if TYPE_CHECKING:
 
 
 def profile_command(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps that are timed.")] = 20,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="Number of timed steps.")] = 20,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write profile.json, step_time.png and trace.json.gz there."),
+        typer.Option(metavar="DIR", help="Folder for profile.json, step_time.png and trace.json.gz."),
     ] = None,
 ) -> None:
-    """Measure where a training step's time and memory go; nothing of the run itself is written.
+    """Measure the time and memory of each part of a training step. Writes nothing into the run's output.
 
     The trace opens in https://ui.perfetto.dev and in chrome://tracing.
     """
     from prcl_fast.analysis.step_time import draw_step_time
     from prcl_fast.analysis.style import save_figure
-    from prcl_fast.files.writing import write_text
+    from prcl_fast.files.writing import make_folder, write_text
     from prcl_fast.planning.step_profile import profile
 
     loaded = load_config(config, overrides or [])
     trace = None
     if out is not None:
-        _check_folder(out)
+        make_folder(out, "--out")
         trace = out / "trace.json.gz"
     found = profile(loaded, steps, trace=trace, say=lambda text: print(text, file=sys.stderr, flush=True))
     _print(found)
     _print_decoding(found.decoding, loaded, found.step_ms)
     if out is not None:
-        try:
-            write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
-        except OSError as error:
-            raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from None
+        write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
         save_figure(draw_step_time({config.stem: found.parts_ms}), out / "step_time.png")
         print(f"written: {out}/profile.json, step_time.png, trace.json.gz", file=sys.stderr)
-
-
-def _check_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {out} cannot be made: {error.strerror or error}") from None
 
 
 def _print(found: Profile) -> None:
@@ -95,6 +82,6 @@ def _print_decoding(cost: DecodeCost, config: Config, step_ms: float) -> None:
         images["unlabeled"] = config.train.batch_unlabeled
     needed = workers_needed(cost, images, step_ms / 1e3)
     print(
-        f"decoding: {', '.join(shown)}; data.workers {needed} keeps up with this step, or data.cache, "
-        f"which decodes once; the configuration has workers {config.data.workers}, cache {config.data.cache}"
+        f"decoding: {', '.join(shown)}; data.workers={needed} keeps up with this step, or data.cache, "
+        f"which decodes once; configured: workers {config.data.workers}, cache {config.data.cache}"
     )

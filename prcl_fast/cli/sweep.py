@@ -33,20 +33,21 @@ def sweep_command(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs at a time on the CPU (1); with CUDA one a GPU, at most so many."),
+        typer.Option(min=1, help="Parallel runs; by default 1 on the CPU and one on each GPU."),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Only runs like 'prcl/*/seed_0'; may be repeated."),
+        typer.Option(metavar="PATTERN", help="Only matching runs, such as 'prcl/*/seed_0'; may be repeated."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and their states.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Only make the table of what is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their states.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Write the table without training.")] = False,
 ) -> None:
-    """Train the runs of a table, the product of axes and seeds; started again, it goes on.
+    """Train all runs of a sweep, the product of its axes and seeds, and write their table.
 
-    Finished runs are left as they are, unfinished ones go on. A run that fails does not stop the others. The
-    table, with mean and standard deviation over seeds, goes to standard output and to table.md, .csv, .json
-    and .png in the sweep's folder; the last line on standard output is one JSON object.
+    The same command resumes a sweep: finished runs are kept, unfinished ones continue. A run that fails does
+    not stop the others. The table, with mean and standard deviation over seeds, goes to standard output and
+    to table.md, .csv, .json and .png in the sweep's folder. The last line on standard output is one JSON
+    object.
     """
     sweep = read_sweep(file, overrides or [])
     chosen = _chosen(sweep, only or [])
@@ -65,15 +66,14 @@ def sweep_command(
     if not table:
         unfinished = [run for run in chosen if not result.states[run.name].done]
         if unfinished:
-            _say_repeated(chosen)
+            _note_repeated(chosen)
         failed = _train(sweep, unfinished, len(chosen) - len(unfinished), jobs)
         result = read_table(sweep)
     path = write_table(result)
     left = [run.name for run in chosen if run.name not in result.results and run.name not in failed]
     if left and not table:
         raise RunError(
-            f"stopped: {len(left)} of {len(chosen)} runs are not finished; the same command goes on "
-            "from there"
+            f"stopped: {len(left)} of {len(chosen)} runs are not finished; the same command resumes them"
         )
     _show(result)
     summary = {"output": str(sweep.output), "runs": len(sweep.runs), "done": len(result.results)}
@@ -85,7 +85,7 @@ def sweep_command(
 
 
 def _chosen(sweep: Sweep, patterns: Sequence[str]) -> list[SweepRun]:
-    """The runs whose names match any of `patterns`; all without one."""
+    """The runs whose names match any of `patterns`; all runs if there is no pattern."""
     for pattern in patterns:
         if not fnmatch.filter([run.name for run in sweep.runs], pattern):
             raise InputError(f"--only: {pattern!r} matches no run; one is {sweep.runs[0].name}")
@@ -97,7 +97,7 @@ def _chosen(sweep: Sweep, patterns: Sequence[str]) -> list[SweepRun]:
 
 
 def _train(sweep: Sweep, runs: Sequence[SweepRun], done: int, jobs: int | None) -> dict[str, str]:
-    """Trains `runs` and keeps the table up to date; the reasons of those that failed, by their names."""
+    """Trains `runs` and keeps the table up to date; returns why runs failed, by their names."""
     from prcl_fast.sweep.progress import SweepProgress
     from prcl_fast.sweep.run import Ended, Started, Working, check_files, places, train_runs
     from prcl_fast.sweep.table import read_table, write_table
@@ -125,8 +125,8 @@ def _train(sweep: Sweep, runs: Sequence[SweepRun], done: int, jobs: int | None) 
     return failed
 
 
-def _say_repeated(runs: Sequence[SweepRun]) -> None:
-    """A note where an axis changes nothing: its runs would be the same."""
+def _note_repeated(runs: Sequence[SweepRun]) -> None:
+    """Prints a note if an axis changes nothing, so that runs are identical."""
     from prcl_fast.config import config_fingerprint
 
     first: dict[str, SweepRun] = {}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.config import Config, load_config
 
 if TYPE_CHECKING:
@@ -15,16 +13,13 @@ if TYPE_CHECKING:
 
 
 def train_command(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the file's."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
 ) -> None:
-    """Train and evaluate one run; started again, it goes on.
+    """Train and evaluate one run; the same command resumes it.
 
-    A run that finds its own unfinished state in its output goes on from it. Progress goes to standard error;
-    the last line on standard output is one JSON object.
+    A run whose output folder holds its own checkpoint continues from it. Progress goes to standard error; the
+    last line on standard output is one JSON object.
     """
     from prcl_fast.processes.session import session
 
@@ -41,7 +36,7 @@ def train_command(
 
 
 def train(config: Config, run: Session[Any]) -> dict[str, Any]:
-    """Runs `config` to its end, with its figures; returns the summary. Raises RunError, InputError."""
+    """Trains `config` to its end and draws its figures; returns the summary. Raises RunError, InputError."""
     from prcl_fast.analysis.figures import write_figures
     from prcl_fast.engine.trainer import Trainer
     from prcl_fast.processes.collectives import rank

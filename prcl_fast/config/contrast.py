@@ -1,4 +1,4 @@
-"""Settings of the probabilistic contrast: one set of names, ranges and defaults for module and YAML."""
+"""Settings of the probabilistic contrast: names, ranges and defaults for the module and for YAML files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from prcl_fast.config.messages import first_message
 from prcl_fast.config.types import Count, Fraction, NonNegative, Positive, Section
 
-# The authors' public code's, for a mean over normalised mu, which it leaves at chance; and this project's.
+# 100 is the public code's value, and leaves normalised scores at chance level; 0.5 is this project's.
 _TAU, _COSINE_TAU = 100.0, 0.5
 
 
@@ -22,51 +22,70 @@ class ContrastConfig(Section):
     """
 
     representation: Literal["probabilistic", "deterministic"] = Field(
-        "probabilistic", description="Gaussians, or points: a variance of 1/2 everywhere, cosine similarity."
+        "probabilistic",
+        description="probabilistic: Gaussians with a predicted variance; deterministic: points, compared by "
+        "cosine similarity.",
     )
     prototype: Literal["local", "ema", "global"] = Field(
-        "global", description="Positive of an anchor: eq. (4), EMA of eq. (16), or GDP, eq. (9)."
+        "global",
+        description="Prototype that is the positive of an anchor. local: of the batch, eq. (4); ema: moving "
+        "average over batches, eq. (16); global: global distribution prototype (GDP) of all batches so far, "
+        "eq. (9).",
     )
-    prototype_ema: Fraction = Field(0.99, description="alpha of prototype: ema, eq. (16).")
+    prototype_ema: Fraction = Field(
+        0.99,
+        description="Decay alpha of the moving averages of eq. (16): prototypes of kind ema, and "
+        "virtual_spread class.",
+    )
     virtual_negatives: int = Field(
-        4, ge=0, description="Virtual negatives of each class that has a GDP, eq. (10); 0: none."
+        4, ge=0, description="Virtual negatives drawn from each class's global prototype, eq. (10); 0: none."
     )
     virtual_spread: Literal["prototype", "class"] = Field(
         "prototype",
-        description="What beta multiplies: the GDP's sigma^2, as eq. (10) prints it, or the running standard "
-        "deviation of the class's mu.",
+        description="Spread s of virtual negatives mu + beta * s * noise. prototype: the variance sigma^2 "
+        "of the global prototype, as eq. (10) prints it; class: the running standard deviation of the "
+        "class's means mu.",
     )
-    beta: NonNegative = Field(1.0, description="Virtual radius, eq. (10).")
+    beta: NonNegative = Field(1.0, description="Radius beta of the virtual negatives, eq. (10).")
     memory_bank: int = Field(
         0,
         ge=0,
-        description="Representations of recent batches kept per class, in place of virtual negatives; "
-        "0: none.",
+        description="Representations of earlier batches kept per class, as further negatives in place of "
+        "virtual ones; 0: no memory bank.",
     )
-    bank_negatives: Count = Field(4, description="Negatives per class drawn from the memory bank.")
-    delta_s: Fraction = Field(0.8, description="Confidence below which a valid pixel is hard.")
+    bank_negatives: Count = Field(4, description="Negatives drawn from the memory bank per class and step.")
+    delta_s: Fraction = Field(
+        0.8, description="Confidence, from 0 to 1, below which a pixel is hard; anchors are hard pixels."
+    )
     tau: Positive | None = Field(
         None,
-        description="Temperature of the contrast, eq. (15); null: 100, or 0.5 for cosine similarities.",
+        description="Temperature of the contrast, eq. (15); null: 100 for probabilistic, 0.5 for "
+        "deterministic representations.",
     )
-    reduction: Literal["sum", "mean"] = Field("sum", description="The score over the dimensions, eq. (3).")
-    normalize: bool = Field(False, description="L2-normalise mu inside the score, as the authors' code does.")
-    anchors: Count = Field(256, description="Anchors per class.")
+    reduction: Literal["sum", "mean"] = Field(
+        "sum", description="Score of eq. (3): sum or mean over the dimensions."
+    )
+    normalize: bool = Field(
+        False, description="L2-normalise the means mu inside the score, as the authors' public code does."
+    )
+    anchors: Count = Field(256, description="Anchors per class and step.")
     negatives: Count = Field(512, description="Real negatives per anchor.")
     negative_classes: Literal["prototype", "local", "uniform"] = Field(
         "prototype",
-        description="Whose scores the classes of real negatives are drawn by: the anchors' positives', the "
-        "batch's own prototypes', or nobody's, all alike.",
+        description="Scores by which the classes of real negatives are drawn. prototype: of the anchors' "
+        "positives; local: of the batch's prototypes; uniform: all other classes alike.",
     )
-    share: Count = Field(
-        1, description="Anchors of a class that share one set of negatives: 16 or 32 is faster, and unbiased."
+    anchors_per_set: Count = Field(
+        1,
+        description="Anchors of a class that use the same set of negatives; must divide anchors. 16 or 32 "
+        "is faster; the expectation of the loss stays, its variance grows.",
     )
 
     def changed(self, options: Mapping[str, Any]) -> ContrastConfig:
         """These settings with some of them changed.
 
         Raises:
-            ValueError: an option that is unknown, or out of its range.
+            ValueError: an option is unknown or out of its range.
         """
         if not options:
             return self
@@ -78,7 +97,7 @@ class ContrastConfig(Section):
 
     @property
     def temperature(self) -> float:
-        """tau, or what its null stands for."""
+        """tau, or the value that its null stands for."""
         if self.tau is not None:
             return self.tau
         return _COSINE_TAU if self.representation == "deterministic" else _TAU
@@ -94,6 +113,6 @@ class ContrastConfig(Section):
                 "memory_bank: takes the place of virtual_negatives, which must be 0, and needs "
                 "representation probabilistic"
             )
-        if self.anchors % self.share:
-            raise ValueError(f"share: must divide anchors ({self.anchors})")
+        if self.anchors % self.anchors_per_set:
+            raise ValueError(f"anchors_per_set: must divide anchors ({self.anchors})")
         return self

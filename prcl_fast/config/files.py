@@ -1,4 +1,4 @@
-"""Configuration files as plain trees: YAML, `base:` inheritance, overrides; the schema is not known here."""
+"""Configuration files as plain trees: YAML, `base:` inheritance, overrides. Independent of the schema."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from prcl_fast.files.reading import read_text
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
-MAX_NODES = 10_000  # a palette and a label map of 256 entries together are some 2,000
+MAX_NODES = 10_000  # a palette and a label map of 256 entries have about 2,000 together
 
 # C0, C1, line and paragraph separators, and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
-# The keys whose values are paths, relative to the file in which they stand.
+# Keys of paths that are relative to the file that contains them.
 PATH_KEYS = (
     ("data", "root"),
     ("data", "labeled"),
@@ -33,7 +33,7 @@ PATH_KEYS = (
     ("data", "cache_dir"),
     ("model", "weights"),
 )
-# Those whose values are folders that runs write, as `output`: relative to the working directory.
+# Keys of run folders, relative to the working directory, as `output` is.
 RUN_KEYS = (("method", "prototypes_from"),)
 
 
@@ -43,7 +43,7 @@ def say_on_stderr(line: str) -> None:
 
 
 def read_tree(path: Path, say: Callable[[str], None] | None = say_on_stderr) -> dict[str, Any]:
-    """The tree of a YAML file merged over its chain of `base:` files.
+    """The tree of a YAML file, merged over its chain of `base:` files.
 
     A file that does not exist, but is bundled, is read from the package as if it lay at `path`.
 
@@ -84,10 +84,10 @@ def _read(path: Path, above: tuple[Path, ...], say: Callable[[str], None] | None
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number, as every other language has it, and a repeated key is an error.
+    """Safe YAML in which 1e-4 is a number and a repeated key is an error.
 
-    Whatever it reads is small: bounded in depth and, with every alias written out, in nodes; numbers of 64
-    bits, text of one line. Every refusal is a yaml.YAMLError.
+    Its trees are bounded: depth, number of nodes with all aliases expanded, numbers of 64 bits, texts of one
+    line. Every refusal is a yaml.YAMLError.
     """
 
     def __init__(self, stream: str) -> None:
@@ -135,7 +135,7 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep=deep)
         except yaml.YAMLError:
             raise
-        # Text that is not what its tag says fails in as many ways as there are tags.
+        # Text that does not fit its tag raises a different exception for each tag.
         except Exception:
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
@@ -179,10 +179,9 @@ def anchored(value: str, folder: Path) -> str:
 
 
 def plain_path(path: Path) -> Path:
-    """The same place, absolute and without `..`: one spelling for the files that lie in different folders.
+    """The path made absolute and free of `..`, so that each place has one spelling.
 
-    Symbolic links stay as they are written, except where a `..` follows one: that leads to the parent of its
-    target.
+    Symbolic links stay, except before a `..`, which leads to the parent of the link's target.
     """
     root, *parts = path.absolute().parts
     plain = Path(root)
@@ -198,7 +197,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        # Another kind of method or data set starts anew: keys of the former kind would be unknown to it.
+        # Another method starts anew: it may not know the keys of the former one.
         switches = isinstance(value, dict) and isinstance(below, dict) and _switches(key, below, value)
         if isinstance(value, dict) and isinstance(below, dict) and not switches and key != "label_map":
             merged[key] = _merge(below, value)
@@ -240,7 +239,7 @@ def set_value(tree: dict[str, Any], path: str, value: Any, where: str) -> None:
             raise InputError(f"{where}: {key} is a value, not a section")
         holder = below
     if keys == ["method", "name"] and holder.get("name", value) != value:
-        holder.clear()  # another method starts anew: the former one's keys would be unknown to it
+        holder.clear()  # another method starts anew: it may not know the keys of the former one
     holder[keys[-1]] = value
 
 

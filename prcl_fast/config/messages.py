@@ -1,4 +1,4 @@
-"""Validation errors in the user's words: one line that names the key as it was written."""
+"""Messages of validation errors: one line that names the key as the user wrote it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from prcl_fast.config.renamed import new_name
+
 _SHOWN = 160
 
 
 def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[BaseModel]) -> str:
-    """One line for the first mistake: unknown keys first, for they often cause the others."""
+    """One line about the first error, and the number of further ones; unknown keys come first.
+
+    An unknown key often causes the other errors, such as a required key that is missing.
+    """
     mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     mistake = mistakes[0]
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
@@ -26,6 +31,9 @@ def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[Ba
     where = _cut(".".join(location))
     if mistake["type"] == "extra_forbidden":
         known = _known_keys(mistake["loc"][:-1], root)
+        renamed = new_name(location, known)
+        if renamed is not None:
+            return f"key {where} is now named {renamed}{more}"
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
         return f"unknown key {where}; {hint}{more}"
@@ -45,7 +53,7 @@ def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[Ba
 
 
 def shortened(value: object) -> str:
-    """`repr(value)` in one line, cut to a length that fits there."""
+    """`repr(value)` in one line, shortened to 160 characters."""
     return _cut(" ".join(repr(value).split()))
 
 
@@ -54,7 +62,7 @@ def _cut(text: str) -> str:
 
 
 def _location(loc: Sequence[int | str], tree: Mapping[str, Any]) -> list[str]:
-    """The key path as the user wrote it, without the names that pydantic adds for members of a union."""
+    """The key path as the user wrote it, without the tags that pydantic adds for members of a union."""
     location: list[str] = []
     node: Any = tree
     for part in loc:
@@ -71,7 +79,7 @@ def _location(loc: Sequence[int | str], tree: Mapping[str, Any]) -> list[str]:
 
 
 def _known_keys(loc: Sequence[int | str], root: type[BaseModel]) -> list[str]:
-    """The field names of the section at a pydantic location (union members appear in it by tag or type)."""
+    """The field names of the section at a pydantic location, which names union members by tag or type."""
     kind: Any = root
     for part in loc:
         if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:

@@ -1,8 +1,8 @@
-"""The sections `method` of a configuration, one for each method; the names follow the papers."""
+"""The section `method` of a configuration: one class for each method, with the papers' names."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,97 +10,158 @@ from prcl_fast.config.contrast import ContrastConfig
 from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Positive, Section
 
 
-class SupervisedConfig(Section):
-    """Only the labeled images: L_s, eq. (13)."""
+class MethodSection(Section):
+    """Base of the sections `method`: answers that other rooms need from every method.
+
+    The answers here are those of a method that learns from labeled images alone.
+    """
+
+    needs_unlabeled: ClassVar[bool] = False
+
+    @property
+    def mixing(self) -> str:
+        """Kind of mixing of the unlabeled images."""
+        return "none"
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether mixing pastes from a second unlabeled image of the same pass."""
+        return self.mixing in ("cutmix", "classmix")
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Supervised iterations at the start, before unlabeled images take part."""
+        return 0
+
+    def check_dim(self, dim: int) -> None:
+        """Raises ValueError where the method cannot have `model.dim` channels."""
+
+
+class SupervisedConfig(MethodSection):
+    """Supervised training on the labeled images alone: L_s, eq. (13)."""
 
     name: Literal["supervised"]
 
 
-class UnlabeledConfig(Section):
-    """What every method has that learns from unlabeled images, too."""
+class UnlabeledConfig(MethodSection):
+    """Settings common to all methods that learn from unlabeled images."""
 
     mix: Literal["none", "cutout", "cutmix", "classmix"] = Field(
-        "classmix", description="What is pasted into, or cut out of, the unlabeled images."
+        "classmix",
+        description="Mixing of the unlabeled images. cutmix: a box of another image is pasted in; classmix: "
+        "the pixels of half of another image's classes are pasted in; cutout: a box is erased; none: no "
+        "mixing.",
     )
     warmup: int = Field(
-        0, ge=0, description="Supervised iterations at the start, before unlabeled images take part."
+        0, ge=0, description="Supervised iterations at the start, before the unlabeled images are used."
     )
+    needs_unlabeled: ClassVar[bool] = True
+
+    @property
+    def mixing(self) -> str:
+        """`mix`."""
+        return self.mix
+
+    @property
+    def warmup_iterations(self) -> int:
+        """`warmup`."""
+        return self.warmup
 
 
 class ConsistencyConfig(UnlabeledConfig):
-    """What every method with a teacher and pseudo-labels has."""
+    """Settings common to all methods with an EMA teacher and pseudo-labels."""
 
-    delta_u: Fraction = Field(0.97, description="Confidence above which a pixel counts for omega.")
+    delta_u: Fraction = Field(
+        0.97,
+        description="Confidence, from 0 to 1, above which a pseudo-label counts as confident (see omega).",
+    )
     omega: Literal["batch", "image", "pixel"] = Field(
         "batch",
-        description="Weight of L_u. batch: the batch's share of confident pixels, IJCV eq. (14); pixel: mean "
-        "over the confident pixels times their share, which is 1 for a confident pixel and 0 for others, "
-        "AAAI eq. (11); image: each image's share, the PRCL authors' public code.",
+        description="Weight of the unlabeled loss L_u. batch: the fraction of confident pixels in the "
+        "batch, for every pixel (IJCV paper, eq. 14); pixel: 1 for confident pixels and 0 for all others "
+        "(AAAI paper, eq. 11); image: the fraction of confident pixels in each image (the PRCL authors' "
+        "public code).",
     )
-    ema: Fraction = Field(0.99, description="Largest decay of the teacher's exponential moving average.")
+    ema: Fraction = Field(
+        0.99, description="Decay of the teacher's exponential moving average; it is lower in the first steps."
+    )
     forward: Literal["concatenated", "separate"] = Field(
-        "concatenated", description="Labeled and unlabeled images in one student pass, or in two."
+        "concatenated",
+        description="concatenated: one student pass over labeled and unlabeled images, with common "
+        "batch-norm statistics; separate: one pass for each.",
     )
 
 
 class MeanTeacherConfig(ConsistencyConfig):
-    """Consistency with an EMA teacher: Mean Teacher with mix none; else ClassMix, CutMix or CutOut."""
+    """Consistency with an EMA teacher: Mean Teacher for mix none, else ClassMix, CutMix or CutOut."""
 
     name: Literal["mean_teacher"]
 
 
 class PRCLConfig(ConsistencyConfig, ContrastConfig):
-    """Probabilistic representation contrastive learning, both papers' switches."""
+    """Probabilistic representation contrastive learning, with the options of both papers."""
 
     name: Literal["prcl"]
     initial_variance: Annotated[float, Field(gt=1e-6, lt=1)] = Field(
         0.5,
-        description="sigma^2 that the probability head starts around. 0.5, a bias of 0, is large beside "
-        "normalised means, whose components have squares of 1 / model.dim.",
+        description="Variance sigma^2 that the probability head predicts at the start of training, between "
+        "1e-6 and 1. The squared components of L2-normalised means are much smaller, about 1 / model.dim.",
     )
-    delta_w: Fraction = Field(0.7, description="Confidence from which a pixel is valid.")
+    delta_w: Fraction = Field(
+        0.7, description="Confidence, from 0 to 1, from which an unlabeled pixel takes part in the contrast."
+    )
     confidence: Literal["student", "teacher"] = Field(
-        "student", description="Whose probability of the pixel's class picks hard pixels."
+        "student",
+        description="Network whose confidence decides which unlabeled pixels are hard (below delta_s).",
     )
-    lambda_c: NonNegative = Field(1.0, description="Initial weight of the contrast, eq. (12).")
-    alpha: float = Field(-5.0, le=0, description="Decay of that weight, eq. (12); 0 holds it constant.")
+    lambda_c: NonNegative = Field(1.0, description="Weight of the contrastive loss at the start, eq. (12).")
+    alpha: float = Field(
+        -5.0,
+        le=0,
+        description="Decay of the contrast's weight, lambda_c * exp(alpha * (iteration / iterations)^2), "
+        "eq. (12); 0 keeps it constant.",
+    )
 
 
 class PCRConfig(ConsistencyConfig):
-    """Consistency of a linear and a prototype-based predictor [Xu et al., NeurIPS 2022]."""
+    """Consistency of a linear and a prototype-based predictor (Xu et al., NeurIPS 2022)."""
 
     name: Literal["pcr"]
-    mix: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
-    delta_u: Fraction = Field(0.8, description="Confidence above which a pseudo-label counts.")
+    mix: Literal["none", "cutout", "cutmix", "classmix"] = Field(
+        "cutmix", description="Mixing of the unlabeled images, as in mean_teacher."
+    )
+    delta_u: Fraction = Field(0.8, description="Confidence, from 0 to 1, above which a pseudo-label counts.")
     omega: Literal["batch", "image", "pixel"] = Field(
-        "pixel", description="Weight of the losses on unlabeled pixels, as in mean_teacher."
+        "pixel", description="Weight of the losses on unlabeled images, as in mean_teacher."
     )
     predictor: Literal["both", "prototype"] = Field(
         "both",
-        description="Linear and prototype predictor; or the latter alone, which then also labels the "
-        "unlabeled images, table 4. (The linear one alone is mean_teacher.)",
+        description="both: linear and prototype-based predictor; prototype: the prototype-based one alone, "
+        "which then also makes the pseudo-labels (table 4). For the linear one alone, use mean_teacher.",
     )
     features: Literal["decoder", "aspp"] = Field(
         "decoder",
-        description="What prototypes are made of: what the classifier reads, eq. (3) and Algorithm 2, or "
-        "ASPP's output, section 4.1.",
+        description="Features of the prototypes. decoder: the classifier's input (eq. 3 and Algorithm 2); "
+        "aspp: the output of the ASPP (section 4.1).",
     )
-    prototypes: int = Field(4, ge=1, le=64, description="K, prototypes per class.")
+    prototypes: int = Field(4, ge=1, le=64, description="Prototypes per class, K.")
     prototypes_from: PathString | None = Field(
         None,
-        description="Run folder or checkpoint of method supervised, whose features make the first "
-        "prototypes, Algorithm 2, relative to the working directory; null: the warm-up's features do.",
+        description="Run folder or checkpoint of a supervised run whose features give the first prototypes "
+        "(Algorithm 2), relative to the working directory; null: the features at the end of the warm-up.",
     )
-    temperature: Positive = Field(0.1, description="T of the prototype predictor, eq. (2).")
-    prototype_ema: Fraction = Field(0.99, description="alpha of the prototypes' running average, eq. (11).")
+    temperature: Positive = Field(0.1, description="Temperature T of the prototype-based predictor, eq. (2).")
+    prototype_ema: Fraction = Field(
+        0.99, description="Decay alpha of the prototypes' moving average, eq. (11)."
+    )
     lambda_prototype: NonNegative = Field(
-        1.0, description="Weight of the prototype predictor's losses beside the linear one's."
+        1.0, description="Weight of the prototype-based predictor's losses; the linear one's have weight 1."
     )
     warmup: int = Field(
         1000,
         ge=0,
-        description="Supervised iterations of the linear predictor at the start; without prototypes_from "
-        "at least 1, for K-means over their features makes the prototypes.",
+        description="Supervised iterations of the linear predictor at the start. Without prototypes_from at "
+        "least 1: K-means over the features at their end gives the first prototypes.",
     )
 
     @model_validator(mode="after")
@@ -110,42 +171,72 @@ class PCRConfig(ConsistencyConfig):
         return self
 
 
-class CPSConfig(UnlabeledConfig):
-    """Cross pseudo supervision of two networks [Chen et al., CVPR 2021]."""
+class CrossSupervisionConfig(UnlabeledConfig):
+    """Base of the methods in which two networks learn from each other's pseudo-labels."""
+
+    mix: Literal["none", "cutmix"] = Field(
+        "cutmix", description="Mixing of the unlabeled images: a box of another image is pasted in, or none."
+    )
+
+
+class CPSConfig(CrossSupervisionConfig):
+    """Cross pseudo supervision of two networks (Chen et al., CVPR 2021)."""
 
     name: Literal["cps"]
-    mix: Literal["none", "cutmix"] = "cutmix"
-    lambda_cps: NonNegative = Field(1.5, description="Weight of the cross supervision.")
+    lambda_cps: NonNegative = Field(1.5, description="Weight lambda of the cross supervision.")
 
 
-class PPSConfig(UnlabeledConfig):
-    """Prototypical contrast and cross supervision of two networks [Chen and Lian, ACM MM 2022]."""
+class PPSConfig(CrossSupervisionConfig):
+    """Prototypical contrast and cross supervision of two networks (Chen and Lian, ACM MM 2022)."""
 
     name: Literal["pps"]
-    mix: Literal["none", "cutmix"] = "cutmix"
-    prototypes: int = Field(5, ge=1, le=64, description="n, prototypes, or queries, per class.")
-    layers: int = Field(6, ge=1, le=12, description="Layers of the transformer decoder: MaskFormer's 6.")
-    heads: Count = Field(8, description="Attention heads of the transformer decoder: MaskFormer's 8.")
+    prototypes: int = Field(5, ge=1, le=64, description="Prototypes (queries) per class, n.")
+    layers: int = Field(6, ge=1, le=12, description="Layers of the transformer decoder; 6 as in MaskFormer.")
+    heads: Count = Field(
+        8,
+        description="Attention heads of the transformer decoder; 8 as in MaskFormer. They must divide "
+        "model.dim.",
+    )
     shared: Literal["decoder", "queries"] = Field(
         "decoder",
-        description="What both networks have in common: transformer decoder and queries, or the queries "
-        "alone. The caption of figure 2 can be read either way.",
+        description="Parameters common to both networks: the whole transformer decoder, or its queries "
+        "alone. Figure 2 of the paper allows either reading.",
     )
     assignment: Literal["softmax", "odds"] = Field(
         "softmax",
-        description="f of eq. (9), of the sum S of a class's scores: odds is the text's softmax(e^S), with "
-        "e^S's tangent beyond S = 3; softmax(S) reads the softmax as what normalises the odds e^S.",
+        description="Function f of eq. (9) that turns a class's summed scores S into probabilities. "
+        "softmax: softmax(S); odds: softmax(e^S) as the paper prints it, with the tangent of e^S beyond S = "
+        "3.",
     )
-    projection_dim: Count = Field(64, description="Dimension of F_p, which eq. (7) contrasts; ours.")
-    anchors: int = Field(256, ge=2, description="n of eq. (7), pixels drawn of each prototype; ours.")
-    negatives: Count = Field(512, description="r of eq. (7), negatives of each prototype; ours.")
-    tau: Positive = Field(0.1, description="Temperature of eq. (7); ours.")
+    projection_dim: Count = Field(
+        64, description="Dimension of the projected features F_p of eq. (7); not given in the paper."
+    )
+    anchors: int = Field(
+        256, ge=2, description="Pixels drawn for each prototype, n of eq. (7); not given in the paper."
+    )
+    negatives: Count = Field(
+        512, description="Negatives of each prototype, r of eq. (7); not given in the paper."
+    )
+    tau: Positive = Field(0.1, description="Temperature of eq. (7); not given in the paper.")
     normalize: bool = Field(
-        True, description="L2-normalise the pixels of eq. (7); the text has their plain dot products."
+        True, description="L2-normalise the features of eq. (7); the paper has plain dot products."
     )
-    lambda_contrast: NonNegative = Field(0.5, description="lambda_1, weight of L_contra, eq. (7).")
-    lambda_cross: NonNegative = Field(1.5, description="lambda_2, weight of L_sp, eq. (6).")
-    lambda_activation: NonNegative = Field(0.01, description="lambda_3, weight of L_r, eq. (11).")
+    lambda_contrast: NonNegative = Field(
+        0.5, description="Weight lambda_1 of the contrast L_contra, eq. (7)."
+    )
+    lambda_cross: NonNegative = Field(
+        1.5, description="Weight lambda_2 of the cross supervision L_sp, eq. (6)."
+    )
+    lambda_activation: NonNegative = Field(
+        0.01, description="Weight lambda_3 of the prototype activation loss L_r, eq. (11)."
+    )
+
+    def check_dim(self, dim: int) -> None:
+        """Heads share the channels evenly; a position's sines and cosines need four each."""
+        if dim % self.heads:
+            raise ValueError(f"method.heads: must divide model.dim {dim}, got {self.heads}")
+        if dim % 4:
+            raise ValueError(f"model.dim: must be a multiple of 4 for method pps, got {dim}")
 
 
 MethodConfig = Annotated[

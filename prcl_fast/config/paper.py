@@ -1,7 +1,7 @@
 """The settings of the two PRCL papers, and how a configuration differs from them.
 
-A value is the "paper"'s where its text gives it (the section stands beside it), else the "public code"'s of
-the same authors, else "ours": this project's. IJCV is Xie et al., "PRCL: Probabilistic Representation
+A value comes from the "paper" if its text gives it, with the section; else from the same authors' "public
+code"; else it is "ours", this project's choice. IJCV is Xie et al., "PRCL: Probabilistic Representation
 Contrastive Learning for Semi-Supervised Semantic Segmentation"; AAAI is Xie et al., "Boosting Semi-Supervised
 Semantic Segmentation with Probabilistic Representations", AAAI 2023.
 """
@@ -15,33 +15,33 @@ from prcl_fast.config.methods import PRCLConfig
 from prcl_fast.config.schema import Config
 
 Paper = Literal["IJCV", "AAAI"]
-Source = Literal["paper", "public code", "ours"]
+Origin = Literal["paper", "public code", "ours"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting that is not the paper's."""
+    """One setting that differs from the paper."""
 
     key: str
     here: str
     there: str
-    source: Source  # of the value there
-    section: str  # of the paper, for source paper; else ""
+    source: Origin  # of the paper's value
+    section: str  # of the paper, if the source is the paper; else ""
     meaning: str
 
 
 @dataclass(frozen=True)
 class _Fact:
-    """`section` is where the paper gives the value; without one it is of `source`."""
+    """A value of the paper, found in `section`; without a section it comes from `source`."""
 
     key: str
     value: Any
     section: str
     meaning: str
-    source: Source = "public code"
+    source: Origin = "public code"
 
     @property
-    def origin(self) -> tuple[Source, str]:
+    def origin(self) -> tuple[Origin, str]:
         return ("paper", self.section) if self.section else (self.source, "")
 
 
@@ -52,11 +52,11 @@ class _Schedule:
     crop: list[int]
     batch: tuple[int, int]  # labeled and unlabeled images of a step
     iterations: int
-    section: str  # where the paper gives crop, images a step and iterations; "": the public code does
-    split: Source  # who says how many of the images are labeled
+    section: str  # of the paper, for crop, images per step and iterations; "": from the public code
+    split: Origin  # of the number of labeled images among them
 
 
-# The IJCV paper gives the images of a step together.
+# The IJCV paper gives labeled and unlabeled images of a step in one number.
 _SCHEDULES: dict[tuple[Paper, str], _Schedule] = {
     ("IJCV", "voc"): _Schedule([512, 512], (8, 8), 80000, "4.1", "ours"),
     ("IJCV", "cityscapes"): _Schedule([768, 768], (8, 8), 160000, "4.1", "ours"),
@@ -65,10 +65,10 @@ _SCHEDULES: dict[tuple[Paper, str], _Schedule] = {
 }
 _ABLATION = _Schedule([512, 512], (4, 4), 40000, "4.1", "ours")  # IJCV, on VOC
 
-# Neither text has these. No stem is listed: both papers have the plain one beside baselines, and the deep one
-# beside the state of the art.
+# Values that neither text gives. The stem is not listed: both papers use the plain one against baselines and
+# the deep one against the state of the art.
 _EITHER = (
-    _Fact("model.output_stride", 16, "", "8 has finer maps, and takes more memory and time"),
+    _Fact("model.output_stride", 16, "", "8 gives finer maps for more memory and time"),
     _Fact("model.width", 256, "", "another capacity of decoder and heads"),
     _Fact("model.dim", 256, "", "another dimension D of the representation"),
     _Fact("optim.momentum", 0.9, "", "another optimiser"),
@@ -77,14 +77,14 @@ _EITHER = (
     _Fact("method.ema", 0.99, "", "the teacher follows at another speed"),
 )
 _EITHER_PRCL = (
-    _Fact("method.anchors", 256, "", "anchors of a class: how exact its mean is"),
+    _Fact("method.anchors", 256, "", "anchors of a class: variance of the loss"),
     _Fact("method.tau", 100.0, "", "another sharpness of the contrast"),
     _Fact("method.lambda_c", 1.0, "", "another weight of the contrast"),
 )
 _SCHEDULER = "another decay of the weight of the contrast, eq. (12)"
-_SHARED = "anchors share negatives: the same expectation, more variance"
+_SHARED = "anchors share negatives: same expectation, more variance"
 _HARD = "which valid pixels are hard enough for anchors"
-_STUDENT = "whose confidence picks the hard pixels; student is what the public code does"
+_STUDENT = "whose confidence picks the hard pixels; student as in the public code"
 _FACTS: dict[Paper, tuple[_Fact, ...]] = {
     "IJCV": (
         _Fact("model.backbone", "resnet101", "4.2", "another capacity: figures cannot be compared"),
@@ -113,40 +113,41 @@ _PRCL_FACTS: dict[Paper, tuple[_Fact, ...]] = {
         _Fact("method.prototype", "global", "3.3", "local: without GDP; ema: Baseline+, eq. (16)"),
         _Fact("method.prototype_ema", 0.99, "4.2", "another speed of Baseline+'s prototypes, eq. (16)"),
         _Fact("method.virtual_negatives", 4, "5.3", "0: without virtual negatives"),
-        _Fact("method.virtual_spread", "prototype", "eq. (10)", "the spread of a class's mu, for sigma^2"),
+        _Fact("method.virtual_spread", "prototype", "eq. (10)", "class: the spread of mu, not sigma^2"),
         _Fact("method.memory_bank", 0, "5.3", "table 7's rows MB"),
         _Fact("method.negative_classes", "prototype", "3.5", "whose similarity draws negatives' classes"),
         _Fact("method.beta", 1.0, "5.3", "another radius, eq. (10); table 7 has its best at 0.8"),
         _Fact("method.alpha", -5.0, "", _SCHEDULER),
-        _Fact("method.reduction", "sum", "eq. (3)", "mean is what the public code does"),
-        _Fact("method.normalize", False, "eq. (3)", "true is what the public code does"),
+        _Fact("method.reduction", "sum", "eq. (3)", "mean as in the public code"),
+        _Fact("method.normalize", False, "eq. (3)", "true as in the public code"),
         _Fact("method.confidence", "teacher", "3.1, 3.5", _STUDENT),
         _Fact("method.negatives", 512, "", "negatives of an anchor"),
-        _Fact("method.share", 1, "", _SHARED),
+        _Fact("method.anchors_per_set", 1, "", _SHARED),
         *_EITHER_PRCL,
     ),
     "AAAI": (
         _Fact("method.delta_w", 0.7, "table 4", "which pixels are valid for the contrast"),
         _Fact("method.delta_s", 0.8, "table 4", _HARD),
         _Fact("method.alpha", -5.0, "", f"{_SCHEDULER}; 0 in tables 4 and 6"),
-        _Fact("method.reduction", "sum", "eq. (9)", "mean is what the public code does"),
-        _Fact("method.normalize", False, "eq. (9)", "true is what the public code does"),
+        _Fact("method.reduction", "sum", "eq. (9)", "mean as in the public code"),
+        _Fact("method.normalize", False, "eq. (9)", "true as in the public code"),
         _Fact(
             "method.confidence", "student", "", "whose confidence picks the hard pixels; no network is named"
         ),
         _Fact("method.negatives", 512, "table 6", "negatives of an anchor"),
-        _Fact("method.share", 1, "sampling strategy", _SHARED),
+        _Fact("method.anchors_per_set", 1, "sampling strategy", _SHARED),
         *_EITHER_PRCL,
     ),
 }
 
 
 def paper_of(config: Config) -> Paper | None:
-    """The paper that a configuration is compared with, None for data sets that are not theirs.
+    """The paper with which a configuration is compared; None for data sets of neither paper.
 
-    PRCL with distributions is AAAI's where it has prototypes of the batch and no virtual negatives; in the
-    schedule of the IJCV paper's ablations the same is that paper's PR. Whatever else is compared with PRCL is
-    AAAI's where it has the crop of its schedule.
+    Probabilistic PRCL belongs to IJCV. Only with prototypes of the batch alone, no virtual negatives and no
+    memory bank does it belong to AAAI, unless it has the schedule of the IJCV paper's ablations.
+    Deterministic contrast and all other methods belong to AAAI if they have the crop of its schedule, else to
+    IJCV.
     """
     if ("IJCV", config.data.kind) not in _SCHEDULES:
         return None
@@ -158,13 +159,13 @@ def paper_of(config: Config) -> Paper | None:
 
 
 def paper_batch(config: Config) -> tuple[int, int] | None:
-    """The paper's labeled and unlabeled images of a step, None for data sets that are not the papers'."""
+    """The paper's labeled and unlabeled images per step; None for data sets of neither paper."""
     paper = paper_of(config)
     return None if paper is None else _schedule_of(config, paper).batch
 
 
 def paper_differences(config: Config) -> list[Difference]:
-    """What differs from the paper of `paper_of`; empty for data sets not theirs."""
+    """The differences from the paper of `paper_of`; none for data sets of neither paper."""
     paper = paper_of(config)
     if paper is None:
         return []
@@ -180,7 +181,7 @@ def paper_differences(config: Config) -> list[Difference]:
 
 
 def _value_of(config: Config, fact: _Fact) -> Any:
-    """What the run takes for a fact's key, where null has a meaning; the fact's own where there is no key."""
+    """The run's value of a key, with nulls resolved; the paper's value if the method lacks the key."""
     section, key = fact.key.split(".")
     if key == "probability_lr":
         return config.probability_lr
@@ -200,9 +201,9 @@ def _schedule_of(config: Config, paper: Paper) -> _Schedule:
 
 
 def _schedule(config: Config, there: _Schedule) -> list[Difference]:
-    """Crop, batch, accumulation and iterations, which mean something together."""
+    """Differences in crop, batch, accumulation and iterations."""
     train, crop = config.train, config.data.crop
-    given: tuple[Source, str] = ("paper", there.section) if there.section else ("public code", "")
+    given: tuple[Origin, str] = ("paper", there.section) if there.section else ("public code", "")
     found = []
     if crop != there.crop:
         share = crop[0] * crop[1] / (there.crop[0] * there.crop[1])
@@ -212,23 +213,25 @@ def _schedule(config: Config, there: _Schedule) -> list[Difference]:
     if batch != there.batch:
         key, values = "train.batch_labeled + unlabeled", (_pair(batch), _pair(there.batch))
         if sum(batch) == sum(there.batch):
-            found.append(Difference(key, *values, there.split, "", "as many images, another share of labels"))
+            found.append(
+                Difference(key, *values, there.split, "", "as many images, another fraction of labeled ones")
+            )
         else:
             change = "noisier" if sum(batch) < sum(there.batch) else "smoother"
-            meaning = f"{change} gradients, and batch-norm statistics over other numbers of images"
+            meaning = f"{change} gradients, and batch-norm statistics over another number of images"
             if there.split == "ours":
-                meaning += f"; the text says {sum(there.batch)}, and not how many of them are labeled"
+                meaning += f"; the paper gives {sum(there.batch)}, and not how many of them are labeled"
             found.append(Difference(key, *values, *given, meaning))
     if train.accumulate > 1:
         passes = _pair((batch[0] // train.accumulate, batch[1] // train.accumulate))
         meaning = (
-            f"gradients as of the whole batch, but batch norm sees {passes} images a pass, and mixing "
-            "partners and negatives come from one pass"
+            f"gradients of the whole batch, but batch norm sees {passes} images per pass, and mixing "
+            "partners and negatives come from the same pass"
         )
         found.append(Difference("train.accumulate", str(train.accumulate), "1", "ours", "", meaning))
     if train.iterations != there.iterations:
         images = sum(batch) * train.iterations / (sum(there.batch) * there.iterations)
-        meaning = f"with the batch, {images:.3g} times the images"
+        meaning = f"together with the batch, {images:.3g} times the images"
         values = str(train.iterations), str(there.iterations)
         found.append(Difference("train.iterations", *values, *given, meaning))
     return found
@@ -238,7 +241,7 @@ def _method(config: Config) -> list[Difference]:
     name = config.method.name
     if name == "prcl":
         return []
-    meaning = "no contrast of probabilistic representations: a method to compare PRCL with"
+    meaning = "no contrast of probabilistic representations; a method for comparison"
     return [Difference("method.name", name, "prcl", "paper", "3", meaning)]
 
 

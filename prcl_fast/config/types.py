@@ -1,4 +1,4 @@
-"""What the sections of a configuration are made of: strictness and ranges."""
+"""Types of configuration values, and the base class of all sections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values are never coerced in silence."""
+    """A part of the configuration. Unknown keys are errors, and values are never converted silently."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 

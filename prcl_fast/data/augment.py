@@ -1,7 +1,7 @@
-"""Weak (geometric) and strong (photometric) augmentation of a batch, on the device that holds it.
+"""Weak (geometric) and strong (photometric) augmentation of a batch, on the batch's device.
 
-All shapes are fixed and nothing is read back to the host: the random choices come as small tensors
-(`prcl_fast.data.draws`), and each function applies them to the whole batch at once.
+All shapes are fixed and nothing is read back to the host. The random choices are small tensors
+(`prcl_fast.data.draws`); each function applies them to the whole batch at once.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from prcl_fast.data.source import IGNORE
 def weak_augment(
     pixels: Tensor, sizes: Tensor, draws: WeakDraws, crop: Sequence[int], fill: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales, crops and flips images and labels alike, in one gather from the native pixels.
+    """Scales, crops and flips images and labels together, in one gather from the native pixels.
 
     Images are interpolated bilinearly with half-pixel centres, without a low-pass filter when shrinking; edge
-    pixels extend to the image's border, and nothing from outside it enters. Labels take the nearest pixel.
-    Positions are computed in integers: without scaling, crops and flips return the native values exactly, and
-    every device takes the same pixels.
+    pixels extend to the image's border. Labels take the nearest pixel. Positions are integers: every device
+    reads the same pixels, and crops and flips without scaling return the native values exactly.
 
     Args:
-        pixels: [B, H, W, 4] uint8, contiguous: red, green, blue and label, images of different sizes padded
-            below and on the right.
+        pixels: [B, H, W, 4] uint8, contiguous: red, green, blue, label; smaller images are padded below and
+            on the right.
         sizes: [B, 2] int64, each image's height and width.
         crop: h, w of the result.
-        fill: the colour in [0, 1] outside the image.
+        fill: colour of crop pixels outside the image, in [0, 1].
 
     Returns:
         image [B, 3, h, w] float32 in [0, 1], channels_last; label [B, h, w] uint8, 255 outside the image;
@@ -44,7 +43,7 @@ def weak_augment(
     inside = rows.inside[:, :, None] & columns.inside[:, None, :]
 
     # A pixel with its label is one 32-bit word: a gather moves all four channels at once. They stay together
-    # until the end, for contiguous arithmetic on four is faster than on three of them.
+    # until the end, since contiguous arithmetic on four channels is faster than on three of four.
     words = pixels.view(torch.int32).flatten(1)
     width = pixels.shape[2]
     column_weight = columns.weight[:, :, None].expand(-1, -1, 4).flatten(1)  # [B, 4 w]
@@ -68,17 +67,17 @@ def weak_augment(
 
 
 class _Taps(NamedTuple):
-    """Where the n positions along an axis of the crop lie in the native image; all [B, n], or [B, 2, n]."""
+    """Native pixels of n positions along an axis of the crop; each tensor is [B, n] or [B, 2, n]."""
 
     lower: Tensor  # int64: the two neighbours to blend ...
     upper: Tensor
-    weight: Tensor  # float32: ... and the share of the upper one
+    weight: Tensor  # float32: ... and the weight of the upper one
     nearest: Tensor  # int64
     inside: Tensor  # bool
 
 
 def _taps(sizes: Tensor, draws: WeakDraws, crop: Sequence[int]) -> _Taps:
-    """Of rows and columns at once, n = max(h, w), which costs half as many small operations.
+    """Taps of rows and columns together, n = max(h, w), with half as many small operations.
 
     Position k of the scaled axis has its centre at (k + 1/2) native / scaled on the native axis.
     """
@@ -100,7 +99,7 @@ def strong_augment(image: Tensor, draws: StrongDraws) -> Tensor:
 
     Colour is one affine map per image, clamped to [0, 1] once at its end. Differences from the usual chain of
     image operations: the order is brightness, contrast, saturation, hue for every image; no clamping between
-    them; hue turns the chroma plane of YIQ. Where the draws say "off", the values stay as they are, exactly.
+    them; hue turns the chroma plane of YIQ. An image without any of these keeps its exact values.
 
     Args:
         image: [B, 3, h, w] float32 in [0, 1].
@@ -119,9 +118,9 @@ def strong_augment(image: Tensor, draws: StrongDraws) -> Tensor:
 
 
 def _blur(image: Tensor, kernel: Tensor) -> Tensor:
-    """Blurs image b, [B, 3, h, w], by kernel b, [B, K], along both axes, averaging inside the image only.
+    """Blurs each image of [B, 3, h, w] with its kernel of [B, K] along both axes, inside the image only.
 
-    As products with banded matrices: a kernel per image makes a convolution with 3 B groups, and that is
+    Computed as products with banded matrices; a convolution with one kernel per image has 3 B groups and is
     several times slower on a CPU.
     """
     with torch.autocast(image.device.type, enabled=False):

@@ -1,11 +1,12 @@
-"""One image with its label as it goes into a batch or a cache."""
+"""Decoding of an image and its label into one array, for batches and caches."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from prcl_fast.data.source import IGNORE, Source
-from prcl_fast.data.sources.file_source import FileSource
 from prcl_fast.errors import InputError
 
 
@@ -13,13 +14,13 @@ def decode(source: Source, name: str, labeled: bool) -> np.ndarray:
     """An image and its label, uint8 [H, W, 4], contiguous: red, green, blue, label (255 where there is none).
 
     Raises:
-        InputError: whatever goes wrong, in one line that names the file, or the image if it has none.
+        InputError: any failure of the source, in one line that names the file, else the image id.
     """
-    image = _read(source, name, "image")
+    image = _read(source.image, name)
     pixels = np.empty((*image.shape[:2], 4), dtype=np.uint8)
     pixels[..., :3] = image
     if labeled:
-        label = _read(source, name, "label")
+        label = _read(source.label, name)
         if label.shape != image.shape[:2]:
             sizes = [" x ".join(map(str, array.shape[:2])) for array in (image, label)]
             raise InputError(f"{name}: the image is {sizes[0]} pixels, its label {sizes[1]}")
@@ -29,14 +30,11 @@ def decode(source: Source, name: str, labeled: bool) -> np.ndarray:
     return pixels
 
 
-def _read(source: Source, name: str, what: str) -> np.ndarray:
+def _read(read: Callable[[str], np.ndarray], name: str) -> np.ndarray:
     try:
-        return source.image(name) if what == "image" else source.label(name)
+        return read(name)
     except InputError:
         raise
     except Exception as error:
-        where = name
-        if isinstance(source, FileSource):
-            where = str(source.images[name] if what == "image" else source.labels[name].path)
         text = " ".join(str(error).split())
-        raise InputError(f"{where}: cannot be decoded: {type(error).__name__}: {text}") from error
+        raise InputError(f"{name}: cannot be decoded: {type(error).__name__}: {text}") from error

@@ -1,15 +1,10 @@
-"""Random numbers of the data pipeline, drawn on the host, and what augmentation and mixing make of them.
-
-Every number is a function of (seed, purpose, step): a counter-based generator is started anew for each use,
-so nothing has to be saved to resume, and a step can be drawn without the steps before it.
-"""
+"""Random choices of augmentation and mixing, made on the host from uniform numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import torch
@@ -23,45 +18,24 @@ _COLOR_NUMBERS = (
 )
 STRONG_NUMBERS = _COLOR_NUMBERS + 256  # uniform numbers per image that `strong_draws` takes
 
-# A box of CutMix or CutOut covers this share of the crop (French et al., "Semi-supervised semantic
+# Fraction of the crop that a box of CutMix or CutOut covers (French et al., "Semi-supervised semantic
 # segmentation needs strong, varied perturbations", BMVC 2020).
 BOX_AREA = (0.25, 0.5)
 
-# The chroma plane of a colour x is I(x), Q(x) of NTSC's YIQ; Y(x) = GREY . x is its grey.
+# Rows: luma Y (grey) and chroma I, Q of NTSC's YIQ.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 GREY = tuple(_YIQ[0])
-# What takes a colour to its grey, to its distance from it, and to that distance a quarter turn further.
+# Maps of a colour to its grey, to its chroma, and to its chroma turned by a quarter circle.
 _TO_GREY = np.tile(_YIQ[0], (3, 1))
 _TO_CHROMA = np.eye(3) - _TO_GREY
 _QUARTER_TURN = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _YIQ
-
-
-class Purpose(IntEnum):
-    """What random numbers are for: each purpose has its own streams."""
-
-    ORDER_LABELED = 0
-    ORDER_UNLABELED = 1
-    WEAK_LABELED = 2
-    WEAK_UNLABELED = 3
-    STRONG = 4
-    RANK = 6
-    SCENE = 7
-
-
-def generator(seed: int, purpose: Purpose, *, step: int = 0, stream: int = 0) -> np.random.Generator:
-    """NumPy's Philox-4x64-10, keyed by (seed, purpose, stream) and with its counter at (step, 0).
-
-    The counter's upper half holds the step, so that the numbers of two steps never overlap.
-    """
-    key = np.array([seed % 2**64, purpose | (stream << 8)], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=step << 128))
 
 
 @dataclass(frozen=True)
 class WeakDraws:
     """Geometry of a batch's weak augmentation: scaling, then a crop, then a flip.
 
-    The crop is in pixels of the scaled image; a negative start places the image that far inside the crop.
+    The crop is in pixels of the scaled image. A negative start places the image that far inside the crop.
     """
 
     scaled: Tensor  # [B, 2] int64: height and width of the scaled image
@@ -69,11 +43,11 @@ class WeakDraws:
     flip: Tensor  # [B] bool: mirror the crop from left to right
 
     def to(self, device: torch.device) -> WeakDraws:
-        """The same on another device; asynchronous from pinned memory."""
+        """A copy on another device; asynchronous from pinned memory."""
         return WeakDraws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
     def pin_memory(self) -> WeakDraws:
-        """The same in page-locked memory."""
+        """A copy in page-locked memory."""
         return WeakDraws(*(value.pin_memory() for value in vars(self).values()))
 
 
@@ -82,28 +56,28 @@ class StrongDraws:
     """Random choices of a batch's strong augmentation and mixing."""
 
     color: Tensor  # [B, 3, 3] float32: the linear part of brightness, contrast, saturation, hue and grey
-    lift: Tensor  # [B] float32: share of the image's mean grey that contrast adds to every channel
+    lift: Tensor  # [B] float32: multiple of the image's mean grey that contrast adds to every channel
     blur: Tensor  # [B, K] float32: one-dimensional kernel, K odd, sums to 1
     box: Tensor  # [B, 4] int64: top, bottom, left, right of the box of CutMix and CutOut, ends excluded
-    class_score: Tensor  # [B, 256] float32 in [0, 1): ClassMix takes the partner's classes of smallest score
-    partner: Tensor  # [B] int64: which image of the batch is mixed in; itself only if B = 1
+    class_score: Tensor  # [B, 256] float32 in [0, 1): ClassMix pastes the partner's classes of lowest score
+    partner: Tensor  # [B] int64: image of the batch that is mixed in; the image itself only if B = 1
 
     def to(self, device: torch.device) -> StrongDraws:
-        """The same on another device; asynchronous from pinned memory."""
+        """A copy on another device; asynchronous from pinned memory."""
         return StrongDraws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
     def pin_memory(self) -> StrongDraws:
-        """The same in page-locked memory."""
+        """A copy in page-locked memory."""
         return StrongDraws(*(value.pin_memory() for value in vars(self).values()))
 
 
 def weak_draws(
     uniform: np.ndarray, sizes: np.ndarray, crop: Sequence[int], augment: AugmentConfig
 ) -> WeakDraws:
-    """The geometry of each image.
+    """Scale, crop and flip of each image.
 
-    The scale is uniform in `augment.scale`, the crop's place uniform over the scaled image; along an axis
-    where the scaled image is smaller than the crop, the image's place in the crop is uniform.
+    The scale is uniform in `augment.scale`, the position of the crop uniform over the scaled image. Along an
+    axis on which the scaled image is smaller than the crop, its position inside the crop is uniform.
 
     Args:
         uniform: [B, WEAK_NUMBERS] float64 in [0, 1): scale, row, column, flip.
@@ -138,10 +112,9 @@ def strong_draws(uniform: np.ndarray, crop: Sequence[int], augment: AugmentConfi
 
 
 def _partners(count: int) -> np.ndarray:
-    """int64 [count]: neighbours are each other's partners; of an odd number, the last three take turns.
+    """int64 [count]: partners in pairs of neighbours; with an odd count the last three form a cycle.
 
-    The order of the images is random, and so is the partner; and pairs stay together in whatever even parts a
-    batch is shared out.
+    The partner is random because the order of the images is. A batch divided into even parts keeps its pairs.
     """
     partner = np.arange(count) ^ 1
     if count % 2:
@@ -151,11 +124,11 @@ def _partners(count: int) -> np.ndarray:
 
 
 def _color(uniform: np.ndarray, augment: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness, contrast, saturation and hue in this order as one affine map x -> M x + lift * mean grey.
+    """Brightness, contrast, saturation and hue, in this order, as one affine map x -> M x + lift * mean grey.
 
-    Brightness scales the colour, contrast scales its distance from the image's mean grey, saturation its
-    distance from its own grey, and hue turns that distance about the grey axis of YIQ. The last two leave
-    greys as they are, so all four compose exactly. Random grey is saturation 0.
+    Brightness scales the colour, contrast its distance from the image's mean grey, saturation its distance
+    from its own grey; hue turns the latter about the grey axis of YIQ. Saturation and hue map greys to
+    themselves, so that all four compose exactly. Random grey is saturation 0.
     """
     jitter = uniform[:, 0] < augment.jitter
 
@@ -174,7 +147,7 @@ def _color(uniform: np.ndarray, augment: AugmentConfig) -> tuple[np.ndarray, np.
 
 
 def _blur(uniform: np.ndarray, augment: AugmentConfig) -> np.ndarray:
-    """Sampled Gaussians [B, K], cut at three times the largest sigma; a single 1 where there is no blur."""
+    """Sampled Gaussians [B, K], cut off at three times the largest sigma; for no blur, a single 1."""
     low, high = augment.blur_sigma
     radius = math.ceil(3 * high) if augment.blur > 0 else 0
     sigma = low + (high - low) * uniform[:, 7:8]
@@ -185,7 +158,7 @@ def _blur(uniform: np.ndarray, augment: AugmentConfig) -> np.ndarray:
 
 
 def _box(uniform: np.ndarray, crop: Sequence[int]) -> np.ndarray:
-    """Boxes [B, 4]: area uniform in BOX_AREA, aspect log-uniform, place uniform and inside the crop."""
+    """Boxes [B, 4] inside the crop: area uniform in BOX_AREA, aspect ratio log-uniform, position uniform."""
     low, high = BOX_AREA
     area = low + (high - low) * uniform[:, 8]
     height_share = area ** uniform[:, 9]

@@ -19,21 +19,21 @@ def mix(
     draws: StrongDraws,
     kind: Literal["none", "cutout", "cutmix", "classmix"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Replaces a region of every image, its pseudo-label and its confidence, the same region for all three.
+    """Replaces the same region of every image, of its pseudo-label and of its confidence.
 
     - cutout erases a box: the image's mean colour, label 255, confidence 0.
     - cutmix pastes a box of the partner [French et al., BMVC 2020].
     - classmix pastes the partner's pixels of half of the classes present in it, rounded up [Olsson et al.,
       WACV 2021]; 255 is no class and is never pasted.
 
-    Every pixel of the result is the image's or its partner's, unchanged. No shape depends on the values, and
-    nothing is read back to the host.
+    Every other pixel of the result is the image's, unchanged. Shapes do not depend on values, and nothing is
+    read back to the host.
 
     Args:
         image: [B, 3, h, w] floating point.
         label: [B, h, w] uint8.
         confidence: [B, h, w] floating point.
-        draws: for a batch of B images of h x w pixels; the partner is the image itself only where B = 1.
+        draws: for B images of h x w pixels.
     """
     if kind == "none":
         return image, label, confidence
@@ -66,7 +66,7 @@ def _in_box(box: Tensor, height: int, width: int) -> Tensor:
 
 
 def _in_half_of_the_classes(label: Tensor, score: Tensor) -> Tensor:
-    """Where the label [B, h, w] is among the half of its image's classes with the smallest score [B, 256]."""
+    """Mask [B, h, w] of the pixels whose class is in the half of the image's classes with lowest score."""
     flat = label.flatten(1).long()
     present = torch.zeros_like(score, dtype=torch.bool).scatter_(1, flat, True)
     present[:, IGNORE] = False

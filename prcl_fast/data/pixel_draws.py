@@ -1,4 +1,4 @@
-"""Pixels drawn from images, as many of each class."""
+"""Random pixels of images, in equal number of each class."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prcl_fast.data.sources.labels import IGNORE
+from prcl_fast.data.source import IGNORE
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnPixels:
-    """P pixels of some images in the order of the images, each of h x w places."""
+    """P pixels of images of h x w pixels, in the order of the images."""
 
     image: np.ndarray  # int64 [P], position in the list of images
     row: np.ndarray  # int64 [P], 0 .. h-1
     column: np.ndarray  # int64 [P], 0 .. w-1
-    group: np.ndarray  # int64 [P], the class by which a pixel was drawn
-    truth: np.ndarray | None  # int64 [P], its true class; None where no label was read
+    group: np.ndarray  # int64 [P], class for which a pixel was drawn
+    truth: np.ndarray | None  # int64 [P], true class; None if no label was read
 
 
 def draw_pixels(maps: Iterable[tuple[np.ndarray, np.ndarray | None]], count: int, seed: int) -> DrawnPixels:
     """At most `count` pixels of each class, uniformly from all images, without replacement.
 
-    Every pixel has a random number, a function of (seed, image, place), and a class takes its pixels of the
-    smallest numbers. Equal class maps therefore give equal pixels, whatever network is looked at. Kept are
+    Every pixel has a random number, a function of (seed, image, position). A class takes its pixels with the
+    smallest numbers. Equal class maps therefore give equal pixels, whichever network made them. Memory holds
     `count` pixels of each class, however many images there are.
 
     Args:
-        maps: for each image the classes [h, w] to draw by and, where known, the true ones; IGNORE is never
-            drawn.
+        maps: for each image the classes [h, w] for which to draw, and the true classes, if known. IGNORE is
+            never drawn.
     """
     kept: dict[int, np.ndarray] = {}  # class -> float64 [n, 5]: number, image, row, column, truth
     labeled = False
@@ -41,7 +41,7 @@ def draw_pixels(maps: Iterable[tuple[np.ndarray, np.ndarray | None]], count: int
             if name == IGNORE:
                 continue
             before = kept.get(int(name), np.empty((0, 5)))
-            # Once a class has all that it takes, few pixels of an image are still among the smallest.
+            # Once a class is complete, few pixels of an image are below its largest number.
             limit = before[-1, 0] if len(before) == count else 1.0
             rows, columns = np.nonzero((group == name) & (numbers < limit))
             true = truth[rows, columns] if truth is not None else np.full(len(rows), IGNORE)

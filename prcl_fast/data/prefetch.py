@@ -1,4 +1,4 @@
-"""Batches on their way to the device: on CUDA, one ahead of the consumer and on a stream of their own."""
+"""Prefetching to the device: on CUDA, one batch ahead of the consumer and on a stream of its own."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ Started = TypeVar("Started")
 Result = TypeVar("Result")
 
 
-def on_device(
+def prefetched(
     items: Iterator[Item], place: Callable[[Item], Result], device: torch.device
 ) -> Generator[Result, None, None]:
-    """place(item) for every item, in order; `place` copies an item to the device and works on it there.
+    """place(item) for every item, in order; `place` copies an item to the device and augments it there.
 
     On CUDA, `place` runs on a stream of its own, for item k + 1 before result k is handed out, so that the
-    copies from pinned memory and the augmentation overlap with what the consumer does with result k. The
+    copies from pinned memory and the augmentation overlap with the consumer's work on result k. The
     consumer's current stream waits for its result, and may use it as if it had been made there.
+
+    On a CPU, `place` runs when its result is asked for.
     """
     if device.type != "cuda":
         yield from map(place, items)
@@ -38,7 +40,7 @@ def on_device(
         consumer = torch.cuda.current_stream(device)
         consumer.wait_event(placed)
         for tensor in tensors_of(result):
-            # The memory belongs to the other stream, which must not use it again before the consumer is done.
+            # The memory belongs to `stream`, which must not reuse it before the consumer is done.
             tensor.record_stream(consumer)
         return result
 
@@ -65,14 +67,14 @@ def one_ahead(
             failure, more = error, False
         if not ahead:
             break
-        # No name holds on to a result: its memory is free as soon as the consumer lets go of it.
+        # No name refers to a result: its memory is free as soon as the consumer drops it.
         yield finish(ahead.popleft())
     if failure is not None:
         raise failure
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in a dataclass and the dataclasses in it."""
+    """All tensors of a dataclass and of the dataclasses in it, in the order of the fields."""
     if isinstance(value, Tensor):
         yield value
     elif is_dataclass(value):

@@ -1,24 +1,34 @@
-"""What the trainer and the evaluation need of a data set."""
+"""The protocol of a data set: images, labels and splits by image id."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from prcl_fast.config import DataConfig
-from prcl_fast.data.sources.cityscapes import build_cityscapes
-from prcl_fast.data.sources.folder import build_folder
-from prcl_fast.data.sources.labels import IGNORE
-from prcl_fast.data.sources.splits import SUBSETS, Split
-from prcl_fast.data.sources.voc import build_voc
+IGNORE = 255  # the class id of a pixel that is not labeled
+SUBSETS = ("labeled", "unlabeled", "val")
 
-__all__ = ["IGNORE", "SUBSETS", "Source", "Split", "build_source"]
+
+@dataclass(frozen=True)
+class Split:
+    """The image ids of a subset, in order.
+
+    Attributes:
+        family: syntax of the split file, and the name of the public list if it is one.
+        names: ids without repetition.
+        fingerprint: 12 hex digits of SHA-256 over the ids joined by newlines; depends on their order.
+    """
+
+    family: str
+    names: tuple[str, ...]
+    fingerprint: str
 
 
 class Source(Protocol):
-    """A data set: images and labels by id."""
+    """A data set."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -30,7 +40,7 @@ class Source(Protocol):
 
     @property
     def splits(self) -> Mapping[str, Split]:
-        """The subsets "labeled", "unlabeled" (empty where there is none) and "val"."""
+        """The subsets "labeled", "unlabeled" (may be empty) and "val"."""
 
     def image(self, name: str) -> np.ndarray:
         """uint8 [H, W, 3], RGB. Raises InputError that names the file."""
@@ -39,21 +49,7 @@ class Source(Protocol):
         """Class ids uint8 [H, W], 255 where not labeled. Raises InputError that names the file."""
 
     def pixel_state(self, name: str, labeled: bool) -> str:
-        """Changes whenever `image(name)`, or `label(name)` if `labeled`, may have changed: the key of caches.
+        """A text that differs whenever `image(name)`, or `label(name)` if `labeled`, may differ.
 
-        Raises InputError that names the file.
+        Caches use it as key. Raises InputError that names the file.
         """
-
-
-def build_source(data: DataConfig) -> Source:
-    """The data set of a configuration, with every image of its splits and every label needed found on disk.
-
-    Raises:
-        InputError: naming the split file and its line, the folder or the key at fault.
-    """
-    if data.kind == "synthetic":
-        # Imported here because the generated data set builds on this module.
-        from prcl_fast.data.sources.synthetic import SyntheticSource
-
-        return SyntheticSource(data)
-    return {"voc": build_voc, "cityscapes": build_cityscapes, "folder": build_folder}[data.kind](data)

@@ -1,4 +1,4 @@
-"""Worker processes that make micro-steps, and what becomes of them when they fail."""
+"""Worker processes: decode micro-steps ahead, and report a worker that died."""
 
 from __future__ import annotations
 
@@ -12,29 +12,27 @@ from types import TracebackType
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from prcl_fast.data.micro_steps import Loaded, MicroSteps, Mistake
+from prcl_fast.data.micro_steps import DecodedBatch, DecodingFailure, MicroSteps, named_images
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.step_parts import part
 
-_NAMES_SHOWN = 16
-
 
 class WorkerDiedError(RunError):
-    """A worker process ended before its work did: killed, or out of memory. The message is one line."""
+    """A worker process ended too early: killed, or out of memory. The message is one line."""
 
 
-def loaded_micro_steps(
+def decoded_micro_steps(
     steps: MicroSteps, start: int, workers: int, *, pin: bool
-) -> Generator[Loaded, None, None]:
+) -> Generator[DecodedBatch, None, None]:
     """Micro-steps number start, start + 1, ... without end; `close()` ends the worker processes.
 
     Args:
-        workers: processes that make them; 0 makes them here, when they are asked for.
+        workers: processes that decode; 0 decodes in this process, when an item is asked for.
         pin: in page-locked memory, for asynchronous copies to a CUDA device.
 
     Raises:
         InputError: an image that cannot be read.
-        WorkerDiedError: naming the images of the micro-step that the worker was at.
+        WorkerDiedError: naming the images that the worker was decoding.
     """
     watched = _Watched(steps, workers)
     loader = DataLoader(
@@ -45,35 +43,36 @@ def loaded_micro_steps(
         pin_memory=pin,
         worker_init_fn=_start_worker if workers else None,
     )
-    with _HandlerOfChildrenKept():
+    with _SigchldHandlerKept():
         iterator = iter(loader)
     try:
         while True:
             try:
                 with part("data wait"):
-                    loaded = next(iterator)
-            except (RuntimeError, OSError, EOFError) as error:  # the latter: from a hand-over cut short
+                    decoded = next(iterator)
+            # EOFError: the worker died while it sent an item.
+            except (RuntimeError, OSError, EOFError) as error:
                 died = watched.death(getattr(iterator, "_workers", []))
                 if died is None:
                     raise
                 raise WorkerDiedError(died) from error
-            if isinstance(loaded, Mistake):
-                raise InputError(loaded.message)
-            yield loaded
+            if isinstance(decoded, DecodingFailure):
+                raise InputError(decoded.message)
+            yield decoded
     finally:
         if workers:
-            # Not left to the iterator's end: the traceback of an error may keep it alive.
+            # Explicitly: the traceback of an error may keep the iterator alive.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-class _Watched(Dataset[Loaded | Mistake]):
-    """Micro-steps that leave word in shared memory of which one each worker is at."""
+class _Watched(Dataset[DecodedBatch | DecodingFailure]):
+    """Micro-steps; shared memory holds the number of the one that each worker is decoding."""
 
     def __init__(self, steps: MicroSteps, workers: int) -> None:
         self.steps = steps
         self.at = torch.full((workers,), -1).share_memory_()
 
-    def __getitem__(self, micro_step: int) -> Loaded | Mistake:
+    def __getitem__(self, micro_step: int) -> DecodedBatch | DecodingFailure:
         worker = get_worker_info()
         if worker is not None:
             self.at[worker.id] = micro_step
@@ -83,25 +82,23 @@ class _Watched(Dataset[Loaded | Mistake]):
         """One line about the first worker that has ended, or None."""
         for worker, micro_step in zip(workers, self.at.tolist(), strict=False):
             code = worker.exitcode
-            if not code:  # None while it runs; 0 after an end in order
+            if not code:  # None while it runs; 0 after a normal end
                 continue
             how = f"ended with exit status {code}"
             if code < 0:
                 how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
             where = "before its first micro-step"
             if micro_step >= 0:
-                names = self.steps.names(micro_step)
-                more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-                where = f"at micro-step {micro_step} (images {', '.join(names[:_NAMES_SHOWN])}{more})"
+                where = f"at micro-step {micro_step} ({named_images(self.steps.names(micro_step))})"
             return f"data.workers: a worker {how} {where}; if memory ran out, lower data.workers"
         return None
 
 
-class _HandlerOfChildrenKept:
+class _SigchldHandlerKept:
     """Undoes the loader's SIGCHLD handler.
 
-    That one raises wherever the main process happens to be when a worker dies, mostly inside a training step.
-    Without it, the loader finds the death when the worker's next micro-step is due.
+    That handler raises at an arbitrary place of the main process when a worker dies, mostly inside a training
+    step. Without it, the loader finds the death when the worker's next micro-step is due.
     """
 
     def __enter__(self) -> None:
@@ -121,8 +118,8 @@ class _CountFrom(Sampler[int]):
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach every process of a job. The main process alone reacts: it may
-    # have to save its state, and must not lose its workers meanwhile.
+    # Ctrl-C and a scheduler's SIGTERM reach every process of a job. Only the main process reacts: it may have
+    # to save its state, and needs its workers until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _print_unless_disconnected
@@ -132,6 +129,6 @@ def _start_worker(_: int) -> None:
 def _print_unless_disconnected(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    # The thread that hands tensors over reports here when Ctrl-C stopped the main process from taking one.
+    # The thread that sends tensors fails here when Ctrl-C ended the main process before it received them.
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)

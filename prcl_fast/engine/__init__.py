@@ -1,1 +1,1 @@
-"""The loop around a method: training, evaluation, checkpoints, logs."""
+"""Training loop, optimiser step, evaluation and prediction."""

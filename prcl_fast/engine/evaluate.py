@@ -1,4 +1,4 @@
-"""Evaluation: the confusion matrix of every network on a split, the IoU that follows from it, and sigma^2."""
+"""Evaluation on a split: confusion matrix, IoU, and sigma^2 as a detector of errors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from prcl_fast.engine.uncertainty import BINS, ErrorDetector, Uncertainty, histo
 from prcl_fast.errors import InputError
 from prcl_fast.processes.collectives import rank, summed, world_size
 
-# Images of equal size share a batch if they lie in one run of this many batches. Processes take such runs in
-# turn, so that every batch, and each rounding in it, is the same for every number of processes.
+# Images of equal size share a batch if they lie in one run of this many batches. Ranks take such runs in
+# turn, so that every batch, and each rounding in it, is the same for every number of ranks.
 _BATCHES_IN_RUN = 4
 
 
@@ -75,20 +75,22 @@ def evaluate(
     Modes: `whole` takes every image at its own size; `center` cuts the centre of image and label to
     `settings.crop` (a smaller side stays as it is); `sliding` averages over windows of `settings.window`
     that cover the image, the last ones shifted inside. Logits are upsampled bilinearly with aligned corners
-    to the evaluated size before the argmax. Images of equal size share a batch, in an order that depends on
-    nothing but the split. With several processes, which must all call this, each takes its share, every image
-    counts once, and all get the sums: the same networks and settings give the same counts in training, later,
-    and on any number of processes.
+    to the evaluated size before the argmax. Images of equal size share a batch, in an order that depends only
+    on the split.
+
+    A collective: every rank must call it. Each rank evaluates some of the images, every image counts once,
+    and all ranks get the sums. The same networks and settings give the same counts during training, after it,
+    and on any number of ranks.
 
     Args:
         networks: name -> network as `SegmentationNetwork`, on `device`; their training modes are restored.
         subset: a key of `source.splits`.
         amp: "off", "bf16" or "fp16": autocast, as in `train.amp`.
-        progress: called with (images done, images in all) of this process.
+        progress: called with (images done, images in all) of this rank.
 
     Raises:
         InputError: an empty subset, a label that does not fit its image, a network of other classes than
-            the data, or what the source says of a file.
+            the data, or a file that the source cannot read.
     """
     if not source.splits[subset].names:
         raise InputError(f"data.{subset}: no image to evaluate on")
@@ -131,22 +133,22 @@ def evaluate(
 
 
 def format_table(results: Mapping[str, Evaluation], classes: Sequence[str]) -> Table:
-    """A table of IoU in percent: a row per class with its share of the pixels, a column per network."""
+    """A table of IoU in percent: a row per class with its percentage of the pixels, a column per network."""
     first = next(iter(results.values())).confusion
-    share = 100 * first.sum(axis=1) / max(1, first.sum())
+    pixels = 100 * first.sum(axis=1) / max(1, first.sum())
     table = Table("class", *_right("pixels %"), *_right(*(f"{name} IoU %" for name in results)))
     columns = [100 * result.iou for result in results.values()]
     for index, name in enumerate(classes):
         values = (column[index] for column in columns)
         cells = ("-" if np.isnan(value) else f"{value:.2f}" for value in values)
-        table.add_row(name, f"{share[index]:.2f}", *cells, end_section=index == len(classes) - 1)
+        table.add_row(name, f"{pixels[index]:.2f}", *cells, end_section=index == len(classes) - 1)
     table.add_row("mean", "", *(f"{result.miou:.2f}" for result in results.values()), style="bold")
     return table
 
 
 def _confusion(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
     """int64 [C, C] from [B, H, W] each, ignored pixels left out."""
-    # Ignored pixels go to a bin of their own: a boolean index would cost a synchronisation more.
+    # Ignored pixels get a bin of their own: a boolean index would cost one more synchronisation.
     cell = torch.where(truth == IGNORE, classes * classes, truth.long() * classes + prediction)
     counts = torch.bincount(cell.flatten(), minlength=classes * classes + 1)
     return counts[:-1].view(classes, classes)
@@ -179,7 +181,7 @@ def _stack(members: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
 def _decoded(
     source: Source, names: Sequence[str], settings: EvalConfig, workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Image and label of every name in order, decoded ahead by threads: the decoders release the GIL."""
+    """Image and label of every name in order, decoded ahead by threads; the decoders release the GIL."""
 
     def load(name: str) -> tuple[np.ndarray, np.ndarray]:
         image, label = source.image(name), source.label(name)

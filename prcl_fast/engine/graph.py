@@ -1,4 +1,4 @@
-"""The whole step as one CUDA graph: a single launch in place of thousands."""
+"""A step as one CUDA graph: a single launch in place of thousands."""
 
 from __future__ import annotations
 
@@ -10,36 +10,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prcl_fast.config import Config
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.prefetch import tensors_of
-from prcl_fast.errors import RunError
-from prcl_fast.processes.collectives import world_size
+from prcl_fast.errors import InputError, RunError
+from prcl_fast.processes.collectives import backend, world_size
 
 _WARM_UP = 3
-# DistributedDataParallel lays out its buckets in the first two steps, and the host waits for its times in the
+# DistributedDataParallel lays out its buckets in the first two steps and reads its timings on the host in the
 # first ten. PyTorch's notes on CUDA graphs ask for eleven.
 _WARM_UP_OF_SEVERAL = 11
 
 
+def check_capture(config: Config, device: torch.device) -> None:
+    """Raises InputError where a run's step does not support `train.graph` or `train.sync_check`."""
+    train, world = config.train, world_size()
+    for key in ("graph", "sync_check"):
+        if not getattr(train, key):
+            continue
+        if device.type != "cuda":
+            raise InputError(f"train.{key}: needs a CUDA device; this run is on {device}")
+        if world > 1 and config.method.warmup_iterations > 0:
+            # DistributedDataParallel asks the device for the parameters that a warm-up leaves out.
+            raise InputError(
+                f"train.{key}: with a warm-up, the step of {world} processes waits for the device; set "
+                f"method.warmup=0 or train.{key}=false"
+            )
+    if train.graph and world > 1 and backend("cuda") != "nccl":
+        raise InputError(
+            f"train.graph: a graph can hold only the collectives of NCCL; these {world} processes use "
+            f"{backend('cuda')}, set it to false"
+        )
+    if train.graph and world > 1 and train.stall_timeout is None:
+        raise InputError(
+            f"train.stall_timeout: must be set where train.graph captures the step of {world} processes: "
+            "nothing else ends a process that waits for a lost one"
+        )
+
+
 def warm_up_steps() -> int:
-    """Real steps before a capture: libraries make handles, compilers code, the optimiser its state."""
+    """Eager steps before a capture: libraries make handles, compilers code, the optimiser its state."""
     return _WARM_UP if world_size() == 1 else _WARM_UP_OF_SEVERAL
 
 
+@contextlib.contextmanager
+def host_syncs_refused(refused: bool) -> Iterator[None]:
+    """Makes a host synchronisation inside the block an error if `refused`."""
+    if not refused:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class GraphCaptureError(RunError):
-    """The step does something that a CUDA graph cannot hold; the message says what PyTorch says of it."""
+    """The step does something that a CUDA graph cannot hold; the message quotes PyTorch's reason."""
 
 
 class CapturedStep:
     """Runs `step` eagerly a few times, then captures it and replays it on batches of the same shapes.
 
-    Each batch is copied into the tensors that the graph reads; the tensors that the step returns and those
-    that its method remembers are the graph's own, written anew by every replay.
+    Each batch is copied into the graph's input tensors. The tensors that the step returns and those that its
+    method stores belong to the graph: every replay overwrites them.
 
     Args:
-        step: a function of micro-batches that changes nothing but tensors on the device, in place.
-        stream: of the eager steps and of the capture. What holds on to the gradients' accumulation, as
-            DistributedDataParallel does from its start, must have been made on it.
+        step: a function of micro-batches that changes only tensors on the device, in place.
+        stream: of the eager steps and of the capture. A DistributedDataParallel, which holds the gradients'
+            accumulators from its start, must have been made on it.
     """
 
     def __init__(
@@ -56,11 +96,11 @@ class CapturedStep:
 
         Raises:
             GraphCaptureError: the step cannot be captured.
-            ValueError: a batch has another shape than those before.
+            ValueError: a batch has another shape than the captured one.
         """
         self._calls += 1
         if self._calls <= warm_up_steps():
-            with on_stream(self._stream):  # so that the gradients' accumulation belongs to it
+            with on_stream(self._stream):  # it owns the gradients' accumulators
                 return self._step(batches)
         if self._graph is None:
             self._inputs = [cloned(batch) for batch in batches]
@@ -71,9 +111,9 @@ class CapturedStep:
         return self._outputs
 
     def forget(self) -> None:
-        """Begins anew: the next calls are eager again, then the step is captured as it has become.
+        """Drops the graph: the next calls are eager again, then the step is captured anew.
 
-        A process group must not be left before: NCCL waits for the end of every graph that holds its
+        Must be called before the process group is left: NCCL waits for the end of every graph that holds its
         collectives.
         """
         self._graph, self._calls = None, 0
@@ -81,11 +121,11 @@ class CapturedStep:
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may go on: the loader's pins memory, NCCL's asks what has ended.
+            # Calls of other threads are allowed: the loader's pins memory, NCCL's watchdog queries events.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self._step(self._inputs)
         except RuntimeError as error:
-            # Ending a capture that has failed is an error of its own, which hides the first.
+            # Leaving a failed capture raises another error, whose context is the first one.
             reason = " ".join(str(error.__context__ or error).split())[:300]
             raise GraphCaptureError(
                 f"train.graph: this configuration's step cannot be captured: {reason}; set train.graph=false"
@@ -95,7 +135,7 @@ class CapturedStep:
 
 @contextlib.contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Runs the block on `stream`, between what the current one did before and does after; None: as it is."""
+    """Runs the block on `stream`, ordered with the current stream; None: on the current one."""
     if stream is None:
         yield
         return
@@ -107,7 +147,7 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 def cloned(batch: Batch) -> Batch:
-    """A batch with tensors of its own, of the same memory formats."""
+    """A copy of the batch, in the same memory formats."""
     return _mapped(batch, torch.clone)
 
 

@@ -1,4 +1,4 @@
-"""What a step that is not finite may do: nothing to the weights, and either end the run or be left out."""
+"""The guard against NaN and infinity: find the term, protect the buffers, end the run or skip the step."""
 
 from __future__ import annotations
 
@@ -8,49 +8,64 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prcl_fast.data.micro_steps import named_images
 from prcl_fast.errors import RunError
 
 GRADIENT = "gradient"
-_NAMED = 16  # images
+_MOST_SKIPPED = 10  # steps in a row: as many end the run
 _NEVER = torch.iinfo(torch.int64).max
 
 
 class NonFiniteLossError(RunError):
-    """A loss or the gradient became NaN or infinite; the message names the term and the iteration."""
+    """A loss or the gradient is NaN or infinite; the message names the term and the iteration."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first term that was not finite, and its iteration; how many such steps there were."""
+    """The first term that was not finite, its iteration, and the number of such steps."""
 
     term: str  # "gradient", or "term " and the name of a loss
     iteration: int
-    steps: int
-    in_a_row: int  # the last ones
+    steps: int  # since the start of the command
+    in_a_row: int  # of these, up to the last step
 
-    def describe(self, seed: int, images: Sequence[str]) -> str:
-        """What happened, and what replays it: the seed and the step's images."""
-        return f"the {self.term} was not finite at iteration {self.iteration} (seed {seed}, {named(images)})"
+    def skipped(self, on_nonfinite: str, seed: int, images: Sequence[str]) -> str:
+        """A line about the skipped steps. With the seed and the images, the first one can be replayed.
 
+        Args:
+            on_nonfinite: "stop" or "skip", as in `train.on_nonfinite`.
+            images: of the first step.
 
-def named(images: Sequence[str]) -> str:
-    """The first of some images, for a message."""
-    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
-    return f"images {', '.join(images[:_NAMED])}{more}"
+        Raises:
+            NonFiniteLossError: the run must end: `on_nonfinite` is "stop", or too many were skipped in a row.
+        """
+        found = (
+            f"the {self.term} was not finite at iteration {self.iteration} (seed {seed}, "
+            f"{named_images(images)})"
+        )
+        if on_nonfinite == "stop":
+            raise NonFiniteLossError(
+                f"{found}; the last checkpoint is from before it, and the same command replays it from "
+                "there. A smaller optim.lr, a larger method.tau or train.amp=bf16 instead of fp16 often "
+                "helps; train.on_nonfinite=skip leaves such steps out."
+            )
+        if self.in_a_row >= _MOST_SKIPPED:
+            raise NonFiniteLossError(f"{found}, as were {self.in_a_row} steps in a row: the run is stopped")
+        return f"{found}: left out, {self.steps} such steps since the start of this command"
 
 
 class FiniteGuard:
-    """Remembers on the device, for each term, the first iteration at which it was not finite.
+    """Stores on the device, for each term, the first iteration at which it was not finite.
 
     Attributes:
         bad: float32 scalar, 1 if any term of the last step was not finite, else 0.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        """`names` of the terms that `watch` will be given."""
+        """`names` of the terms, in the order in which `watch` takes them."""
         self._names = tuple(names)
         self._first = torch.full((len(names),), _NEVER, device=device)
-        self.bad = torch.zeros((), dtype=torch.float32, device=device)  # what fused optimisers take
+        self.bad = torch.zeros((), dtype=torch.float32, device=device)  # the type of fused optimisers
         self._steps = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -64,9 +79,9 @@ class FiniteGuard:
         self._in_a_row.add_(1).mul_(bad)
 
     def take(self) -> Failure | None:
-        """What was not finite since the last call, None if nothing was. Reads from the device."""
+        """The failure since the last call, None if all was finite. Reads from the device."""
         first = dict(zip(self._names, self._first.tolist(), strict=True))
-        # Terms rather than the total, and the gradient, that they spoilt.
+        # A term makes the total and the gradient NaN, too: of the same iteration, name the term.
         name = min(first, key=lambda name: (first[name], name in ("loss", GRADIENT), name == GRADIENT))
         if first[name] == _NEVER:
             return None
@@ -76,7 +91,7 @@ class FiniteGuard:
 
 
 class BufferSnapshot:
-    """The buffers of a module as they were before a step: batch statistics, prototypes, their counts."""
+    """A copy of a module's buffers from before a step: batch statistics, prototypes, their counts."""
 
     def __init__(self, module: nn.Module) -> None:
         self._buffers = list(module.buffers())
@@ -84,11 +99,11 @@ class BufferSnapshot:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Remembers the present values."""
+        """Copies the present values."""
         torch._foreach_copy_(self._saved, self._buffers)
 
     @torch.no_grad()
     def restore_if(self, bad: Tensor) -> None:
-        """Puts the remembered values back where `bad` is not 0; the host need not know."""
+        """Restores the copied values if `bad` is not 0, without a host synchronisation."""
         for buffer, saved in zip(self._buffers, self._saved, strict=True):
             torch.where(bad != 0, saved, buffer, out=buffer)

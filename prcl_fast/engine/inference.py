@@ -1,6 +1,6 @@
-"""Dense maps at image size from a network: whole images, sliding windows, several scales, mirrored.
+"""Inference at image size: whole images, sliding windows, several scales, mirrored.
 
-`evaluate` and `predict` both look at images through these functions, so their digits agree.
+`evaluate` and `predict` both use these functions, so their results agree to the last digit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prcl_fast.ops import pseudo_label
 
 
 def inference_settings(settings: EvalConfig, data: DataConfig) -> EvalConfig:
-    """The settings with `crop` and `window` spelled out: both are `data.crop` where null."""
+    """The settings with `data.crop` in place of a null `crop` or `window`."""
     return settings.model_copy(
         update={"crop": settings.crop or data.crop, "window": settings.window or data.crop}
     )
@@ -29,10 +29,10 @@ def inference_settings(settings: EvalConfig, data: DataConfig) -> EvalConfig:
 
 @contextlib.contextmanager
 def inference(networks: Iterable[nn.Module], device: torch.device, amp: str) -> Iterator[None]:
-    """Eval mode, no gradients, no compilation, repeatable convolutions; all is as it was afterwards.
+    """Eval mode, no gradients, no compilation, deterministic convolutions; restores all of it at the end.
 
-    A compiled network would be compiled anew for each image size, and round otherwise than the same network
-    loaded from its checkpoint.
+    A compiled network would be compiled anew for each image size, and would round differently from the same
+    network loaded from its checkpoint.
 
     Args:
         amp: "off", "bf16" or "fp16", as in `train.amp`.
@@ -43,7 +43,7 @@ def inference(networks: Iterable[nn.Module], device: torch.device, amp: str) -> 
     try:
         for module, _ in modes:
             module.training = False
-        # The benchmark would measure anew for each image size, and may choose another algorithm next time.
+        # The benchmark measures anew for each image size, and can choose another algorithm each time.
         cudnn.benchmark, cudnn.deterministic = False, True
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -58,7 +58,7 @@ def inference(networks: Iterable[nn.Module], device: torch.device, amp: str) -> 
 
 
 class Segmentation(NamedTuple):
-    """The class of every pixel."""
+    """The class of every pixel, with its confidence and sigma^2."""
 
     label: Tensor  # uint8 [B, H, W]
     confidence: Tensor  # float32 [B, H, W], the largest class probability
@@ -67,9 +67,9 @@ class Segmentation(NamedTuple):
 
 
 def segmentation_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Segmentation:
-    """The class with the highest score of `logits_of`, pixel by pixel, and sigma^2, averaged as scores are.
+    """The class with the highest score of `logits_of` at each pixel, and sigma^2, averaged like the scores.
 
-    One view of the whole image, the common case, never has scores at the image's size.
+    With one view of the whole image, the common case, no scores at the image's size are stored.
 
     Args:
         network, image, settings: as in `logits_of`.
@@ -99,8 +99,8 @@ def logits_of(network: nn.Module, image: Tensor, settings: EvalConfig) -> Tensor
     Args:
         network: as `SegmentationNetwork`; its logits may be smaller than the image.
         image: [B, 3, H, W] float32, normalised.
-        settings: with `window` set where `mode` is sliding, see `inference_settings`. Mode center is the
-            business of whoever has the labels: here it is the same as whole.
+        settings: with `window` set where `mode` is sliding, see `inference_settings`. Mode center counts as
+            whole here: `evaluate` crops image and label before.
 
     Returns:
         [B, C, H, W] float32: logits with `average: logits`, probabilities with `average: softmax`.
@@ -143,19 +143,19 @@ def has_variance(network: nn.Module) -> bool:
 
 
 def _variance(network: nn.Module, output: NetworkOutput, size: tuple[int, int]) -> Tensor | None:
-    """sigma^2 of every pixel, its mean over D, [B, 1, *size]: of the pass that gave `output`."""
+    """sigma^2 of every pixel, its mean over D, [B, 1, *size], from the features in `output`."""
     if not has_variance(network):
         return None
-    # The means of the distributions, which a pass with representations would make too, are not needed.
+    # A pass with representations would also compute their means, which are not needed.
     var: Tensor = network.probability(output.features)  # type: ignore[operator]
     return _upsample(var.float().mean(dim=1, keepdim=True), size)
 
 
 def window_starts(size: int, window: int, stride: float) -> list[int]:
-    """First pixels of the windows along one axis: they cover it all, the last one is shifted inside.
+    """First pixels of the windows along one axis; they cover it, the last one is shifted inside.
 
     Args:
-        stride: distance of neighbours as a share of the window.
+        stride: distance of neighbours as a fraction of the window.
     """
     if size <= window:
         return [0]
@@ -222,7 +222,7 @@ def _sliding(
 
 
 def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, corners aligned, in float32; under autocast a network's maps come in half precision."""
+    """Bilinear, corners aligned, in float32; under autocast, a network's maps have half precision."""
     maps = maps.float()
     if maps.shape[2:] == size:
         return maps

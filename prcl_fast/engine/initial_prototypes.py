@@ -1,4 +1,4 @@
-"""The first prototypes of PCR from a network trained before on the labeled images alone.
+"""The first prototypes of PCR, from a network trained on the labeled images alone.
 
 Source: Algorithm 2 of Xu et al., "Semi-supervised Semantic Segmentation with Prototype-based Consistency
 Regularization" (NeurIPS 2022).
@@ -29,19 +29,19 @@ from prcl_fast.processes.collectives import rank, summed, world_size
 from prcl_fast.runs.checkpoint import LoadedRun, last_checkpoints, load_run
 
 _KEY = "method.prototypes_from"
-# What decides which features a network has.
+# The keys of `model` that determine a network's features.
 _ARCHITECTURE = ("backbone", "stem", "output_stride", "base_width", "width")
 
 
 def trained_network(config: Config, classes: Sequence[str], device: torch.device) -> LoadedRun | None:
     """The run of Algorithm 2, step 1, that `method.prototypes_from` names; None where none is needed.
 
-    That is: by another method, without the key, and by a run that has a checkpoint of its own, and with it
-    its prototypes. Of a run folder it is last.pt, which must be of the last iteration.
+    None is needed by another method, without the key, and by a run with a checkpoint of its own, which holds
+    its prototypes. A run folder stands for its last.pt, which must be of the last iteration.
 
     Raises:
-        InputError: a run or checkpoint that is not there or damaged, unfinished, of another method than
-            supervised, other classes, another architecture, or other labeled images.
+        InputError: the run or checkpoint is missing, damaged or unfinished, or has another method than
+            supervised, other classes, another architecture or other labeled images.
     """
     method = config.method
     if not isinstance(method, PCRConfig) or method.prototypes_from is None or _has_begun(config.output):
@@ -60,8 +60,8 @@ def trained_network(config: Config, classes: Sequence[str], device: torch.device
         )
     if folder and run.iteration < its.train.iterations:
         raise InputError(
-            f"{where}: has come to iteration {run.iteration} of {its.train.iterations}; let it end first, "
-            "or name the checkpoint file"
+            f"{where}: is at iteration {run.iteration} of {its.train.iterations}; let it end first, or name "
+            "the checkpoint file"
         )
     if run.classes != tuple(classes):
         raise InputError(
@@ -93,14 +93,15 @@ def initialize_prototypes(
     """Algorithm 2, steps 2 and 3: K-means over features of labeled pixels as `run`'s network has them.
 
     The paper interpolates the features to the image's size and samples "a certain amount" of pixels of each
-    class. Here up to `SAMPLES` pixels a class are drawn from all labeled images at their own size first, and
-    the features are interpolated where those are: the same features in [C, SAMPLES, D] numbers, whatever the
-    number and size of the images. Every process must call this; each sees its share of the images.
+    class. Here up to `SAMPLES` pixels a class are drawn first, from all labeled images at their own size, and
+    the features are interpolated at these pixels only. This gives the same features in [C, SAMPLES, D]
+    numbers, whatever the number and size of the images. A collective: every rank must call it, and each
+    reads some of the images.
 
     Args:
-        method: of kind PCR; its prototypes are set.
-        say: told where they come from.
-        alive: told of every image, what is done.
+        method: a PCR, whose prototypes are set.
+        say: takes a line about the origin of the prototypes.
+        alive: takes a text after every image.
 
     Raises:
         InputError: an image or label that cannot be read, or features that are not finite.
@@ -109,7 +110,7 @@ def initialize_prototypes(
     network = next(iter(run.networks.values()))
     names = source.splits["labeled"].names
     drawn = draw_pixels(((source.label(name), None) for name in names), SAMPLES, config.seed)
-    # Which of its class's pixels each one is.
+    # The number of each pixel among those of its class.
     slot = np.zeros(len(drawn.group), dtype=np.int64)
     for name in np.unique(drawn.group):
         own = drawn.group == name
@@ -162,12 +163,12 @@ def _features_at(
 def _has_begun(output: Path) -> bool:
     try:
         return bool(last_checkpoints(output))
-    except OSError:  # what is wrong with it is said where the run's checkpoint is read
+    except OSError:  # reported where the run's checkpoint is read
         return False
 
 
 def _other_labels(theirs: Config, own: Config) -> bool:
-    """Whether both lists of labeled images are there and name different ones."""
+    """Whether both lists of labeled images exist and name different images."""
     there, here = theirs.data.labeled, own.data.labeled
     if there is None or here is None or plain_path(there) == plain_path(here) or not there.is_file():
         return False

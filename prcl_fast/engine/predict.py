@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES, read_image, save_index_png
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.errors import InputError
-from prcl_fast.files.writing import replacing
+from prcl_fast.files.writing import make_folder, replacing
 from prcl_fast.processes.collectives import rank, world_size
 from prcl_fast.runs.checkpoint import LoadedRun
 
@@ -29,7 +28,7 @@ VARIANCE_COLOURS = "viridis"
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a network says of one image."""
+    """The prediction of a network for one image."""
 
     label: np.ndarray  # uint8 [H, W]
     confidence: np.ndarray  # float32 [H, W], the largest class probability
@@ -38,7 +37,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Written:
-    """The files of one image, and the range of the variance that its map shows."""
+    """The files of one image, and the range of variance in its map."""
 
     image: Path
     files: tuple[Path, ...]
@@ -80,15 +79,15 @@ def predict_files(
     probability head, `NAME_variance.png`: viridis from the image's smallest to its largest mean sigma^2, both
     stored in the PNG as text "variance_min" and "variance_max". `raw` adds `NAME_variance.npy`, float32.
 
-    With several processes, each takes its share of the images.
+    Each rank predicts some of the images.
 
     Args:
         network: a key of `run.networks`; None takes the first.
-        progress: called with (images done, images in all) of this process.
+        progress: called with (images done, images in all) of this rank.
 
     Raises:
-        InputError: no such network or file, an unreadable image, two inputs or an input and an output of
-            one name, or an output that cannot be written. Names are checked before anything is written.
+        InputError: no such network or file, an unreadable image, two inputs of one name, an output that would
+            replace an input, or one that cannot be written. Names are checked before anything is written.
     """
     name = next(iter(run.networks)) if network is None else network
     if name not in run.networks:
@@ -105,10 +104,7 @@ def predict_files(
             if done < len(images):
                 ahead = pool.submit(read_image, images[done])
             prediction = predict_image(run.networks[name], image, run.config, device)
-            try:
-                written = write_prediction(out, path, image, prediction, run.palette, raw=raw)
-            except OSError as error:
-                raise InputError(f"out: {out} cannot be written: {error.strerror or error}") from None
+            written = write_prediction(out, path, image, prediction, run.palette, raw=raw)
             if progress is not None:
                 progress(done, len(images))
             yield written
@@ -143,7 +139,7 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
 def write_prediction(
     out: Path, path: Path, image: np.ndarray, prediction: Prediction, palette: np.ndarray, *, raw: bool
 ) -> Written:
-    """Writes the files of one image, each whole or not at all. Raises OSError."""
+    """Writes the files of one image, each whole or not at all. Raises WriteError."""
     index, overlay, variance, numbers = _outputs(out, path)
     save_index_png(index, prediction.label, palette)
     blend = (image.astype(np.uint16) + palette[prediction.label] + 1) // 2
@@ -155,7 +151,7 @@ def write_prediction(
     _save_png(variance, colour_variance(prediction.variance, low, high), texts)
     if not raw:
         return Written(path, (index, overlay, variance), (low, high))
-    with replacing(numbers) as temporary, temporary.open("wb") as file:
+    with replacing(numbers) as file:
         np.save(file, prediction.variance)
     return Written(path, (index, overlay, variance, numbers), (low, high))
 
@@ -186,17 +182,12 @@ def _check_outputs(images: Sequence[Path], out: Path) -> None:
             if output.resolve() in inputs:
                 raise InputError(f"{path}: its output {output} would replace an input; choose another --out")
             owner[output] = path
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: {out} cannot be made: {error.strerror}") from None
+    make_folder(out, "out")
 
 
 def _save_png(path: Path, pixels: np.ndarray, texts: dict[str, str]) -> None:
     info = PngInfo()
     for key, text in texts.items():
         info.add_text(key, text)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    with replacing(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)

@@ -14,10 +14,9 @@ from prcl_fast.memory_format import memory_format_of
 class FusedSGD(torch.optim.SGD):
     """torch.optim.SGD with `fused=True`; its state and settings are the same.
 
-    PyTorch's fused step on a CPU copies what is not contiguous there and back, and where a weight, its
-    gradient and its momentum lie in memory in different orders, it pairs wrong numbers. Here it sees all
-    three as contiguous rows in the weight's order. Dampening, Nesterov momentum and `maximize` are not
-    offered.
+    PyTorch's fused step on a CPU copies tensors that are not contiguous, and pairs wrong elements where a
+    weight, its gradient and its momentum have different memory formats. Here it sees all three as contiguous
+    rows in the weight's order. Dampening, Nesterov momentum and `maximize` are not supported.
 
     Args:
         groups: parameter groups, each with its `lr`, a number or a scalar tensor.
@@ -38,7 +37,7 @@ class FusedSGD(torch.optim.SGD):
                 [_in_memory_order(self._momentum(parameter)) for parameter in params],
                 has_sparse_grad=False,
                 fused=True,
-                # GradScaler and the guard against losses that are not finite leave these here.
+                # Set by GradScaler and by TrainStep.
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
                 weight_decay=group["weight_decay"],
@@ -50,7 +49,7 @@ class FusedSGD(torch.optim.SGD):
             )
 
     def _momentum(self, parameter: Tensor) -> Tensor:
-        """The parameter's momentum, zeros at first, in the parameter's memory format from here on."""
+        """The parameter's momentum, zeros at first, in the parameter's memory format."""
         state = self.state[parameter]
         found = state.get("momentum_buffer")
         state["momentum_buffer"] = (
@@ -61,14 +60,14 @@ class FusedSGD(torch.optim.SGD):
 
 
 def _as_it_lies(x: Tensor, parameter: Tensor) -> Tensor:
-    """`x` in the memory format of `parameter`; itself where it is in that already."""
+    """`x` in the memory format of `parameter`; `x` itself where it has that format."""
     if parameter.dim() != 4:
         return x.contiguous()
     return x.contiguous(memory_format=memory_format_of(parameter))
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
-    """`x` with its dimensions in the order in which they lie in memory: contiguous."""
+    """A contiguous view of `x`, its dimensions in the order of its strides."""
     if x.dim() != 4 or memory_format_of(x) is torch.contiguous_format:
         return x
     return x.permute(0, 2, 3, 1)

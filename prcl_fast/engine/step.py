@@ -1,4 +1,4 @@
-"""One optimiser step with all that it changes on the device: nothing in it makes the host wait."""
+"""The optimiser step: forward, backward, update, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prcl_fast.device import autocast
 from prcl_fast.engine.guard import GRADIENT, BufferSnapshot, Failure, FiniteGuard
 from prcl_fast.engine.sgd import FusedSGD
 from prcl_fast.losses import poly_lr
-from prcl_fast.methods import Method, Step
+from prcl_fast.methods import Method, StepIndex
 from prcl_fast.processes.collectives import start_sum, summed, world_size
 from prcl_fast.step_parts import part
 
@@ -32,15 +32,15 @@ _BUFFER_SYNC = (
 
 
 class TrainStep:
-    """Losses and gradients of some micro-batches, the optimiser's step and what the method does after it.
+    """Losses and gradients of some micro-batches, the optimiser's step, and the method's `after_step`.
 
     The iteration, the learning rates, the gradient scale and the sums of the losses are tensors on the
-    device. A loss or gradient that is not finite never reaches the weights: the optimiser leaves them as they
-    are, and `failure` says so when it is asked. With `train.on_nonfinite: skip` the batch statistics and
-    prototypes are put back as well, so that training can go on.
+    device. A loss or gradient that is not finite never reaches the weights: the optimiser skips the step, and
+    `failure` reports it. With `train.on_nonfinite: skip`, the batch statistics and prototypes are restored as
+    well, so that training can go on.
 
-    With several processes, gradients are averaged by DistributedDataParallel, in the last of the
-    micro-batches, and what a step returns is the mean over the processes; so all of them agree on its end.
+    With several ranks, DistributedDataParallel averages the gradients, in the last of the micro-batches. The
+    losses that a step returns are means over the ranks, so that all ranks see the same failures.
 
     Attributes:
         iteration: int64 scalar, the number of steps done.
@@ -61,14 +61,14 @@ class TrainStep:
         self._guard: FiniteGuard | None = None
         self._gradient_norm = torch.zeros((), device=device)
         self._snapshot = BufferSnapshot(method) if config.train.on_nonfinite == "skip" else None
-        self._losses: Callable[[Batch, Step], dict[str, Tensor]] = method
+        self._losses: Callable[[Batch, StepIndex], dict[str, Tensor]] = method
         if world_size() > 1:
             no_sync_of_buffers: dict[str, Any] = {_BUFFER_SYNC: False}  # see _average_batch_statistics
             self._losses = DistributedDataParallel(
                 method,
                 gradient_as_bucket_view=True,
-                # A warm-up leaves heads out. And on the CPU, without it, buckets are laid out anew after the
-                # first step: sums over more than two processes would then be rounded otherwise than in a run
+                # A warm-up leaves heads out. On the CPU, without this option, buckets are laid out anew after
+                # the first step: sums over more than two ranks would then be rounded differently in a run
                 # that was resumed there.
                 find_unused_parameters=method.warmup > 0 or device.type == "cpu",
                 **no_sync_of_buffers,
@@ -77,7 +77,7 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One step over `train.accumulate` micro-batches; the named losses, averaged over them."""
         config = self.config
-        step = Step(self.iteration, config.train.iterations)
+        step = StepIndex(self.iteration, config.train.iterations)
         decay = poly_lr(1.0, step.iteration, step.total, power=config.optim.power)
         for lr, base in zip(self._lr, self._base_lr, strict=True):
             lr.copy_(base * decay)
@@ -97,7 +97,7 @@ class TrainStep:
         self.iteration += 1
         return means
 
-    def _accumulate(self, batches: Sequence[Batch], step: Step) -> dict[str, Tensor]:
+    def _accumulate(self, batches: Sequence[Batch], step: StepIndex) -> dict[str, Tensor]:
         """The gradients of the micro-batches' mean loss, and the means of the named losses."""
         sums: dict[str, Tensor] = {}
         for batch in batches:
@@ -109,14 +109,14 @@ class TrainStep:
                     losses = self._losses(batch, step)
                 sums = {name: sums.get(name, 0) + value.detach().float() for name, value in losses.items()}
                 if last:
-                    # Travels beside the backward pass.
+                    # The all-reduce overlaps with the backward pass.
                     means = start_sum(torch.stack(list(sums.values())) / (len(batches) * world_size()))
                 with part("backward"):
                     self.scaler.scale(losses["loss"] / len(batches)).backward()
         return dict(zip(sums, means().unbind(), strict=True))
 
     def _watch(self, means: dict[str, Tensor]) -> None:
-        """Adds the step to the sums and tells the optimiser to leave out what is not finite."""
+        """Adds the step to the sums, and makes the optimiser skip it if it is not finite."""
         fp16 = self.scaler.is_enabled()
         values = torch.stack(list(means.values()))
         if self._guard is None or self._sums is None:
@@ -129,8 +129,8 @@ class TrainStep:
         )
         gradient = self._gradient_norm
         if fp16:
-            # Scaled gradients overflow now and then: the scaler finds that, and leaves the step out. One that
-            # overflows though it was made smaller is no fault of the scale's.
+            # Scaled gradients overflow now and then: the scaler skips such steps by itself. With a scale
+            # below 1, an overflow is a failure of the gradient, not of the scale.
             scale = self.scaler._scale
             assert scale is not None
             gradient = torch.where(scale < 1, gradient, 0.0)
@@ -139,11 +139,11 @@ class TrainStep:
             self.optimizer.found_inf = self._guard.bad  # type: ignore[attr-defined]
 
     def failure(self) -> Failure | None:
-        """What was not finite since the last call, None if nothing was. Reads from the device."""
+        """The failure since the last call, None if all was finite. Reads from the device."""
         return None if self._guard is None else self._guard.take()
 
     def take_record(self) -> dict[str, Any]:
-        """Each loss averaged over the steps since the last call, and the last step's rate and gradient norm.
+        """Each loss averaged over the steps since the last call, the last learning rate and gradient norm.
 
         Reads from the device.
         """
@@ -167,7 +167,7 @@ class TrainStep:
 
 
 def _average_batch_statistics(method: Method) -> None:
-    """Gives all processes the mean of their running means and variances: their networks stay equal."""
+    """Averages running means and variances over the ranks, so that their networks stay equal."""
     buffers = [
         buffer
         for module in method.modules()
@@ -180,7 +180,7 @@ def _average_batch_statistics(method: Method) -> None:
 
 
 class LossSums:
-    """Sums of named scalars over the steps in which all are finite, kept on their device."""
+    """Sums of named scalars over the steps in which all are finite, on the device."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self._names = names
@@ -194,7 +194,7 @@ class LossSums:
         self._steps += finite
 
     def take(self) -> dict[str, float]:
-        """The means since the last call, nan if there was none; reads from the device and starts anew."""
+        """The means since the last call, nan after no step; resets the sums. Reads from the device."""
         means = (self._sum / self._steps).tolist()
         self._sum.zero_()
         self._steps.zero_()

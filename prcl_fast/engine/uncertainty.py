@@ -1,4 +1,4 @@
-"""What sigma^2 is worth: how well it tells wrong pixels from right ones, and whether it was learned."""
+"""Quality of sigma^2: its AUROC as a detector of wrong pixels, and whether it was learned."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ _DROPPED_BITS = 11
 _FIRST = int(np.float32(2.0**-20).view(np.int32)) >> _DROPPED_BITS
 BINS = (int(np.float32(1.0).view(np.int32)) >> _DROPPED_BITS) - _FIRST + 1
 
-# Below this share sigma^2 counts as what it was: its start tells the pixels apart as well as it does itself.
+# 1 - r^2 below which sigma^2 counts as unlearned: the initial head orders the pixels as well as it does.
 MOVED = 0.05
 
 
 def histogram_by_error(truth: Tensor, prediction: Tensor, values: Tensor) -> Tensor:
-    """int64 [2, BINS]: values of the right pixels and of the wrong ones, pixels without label left out.
+    """int64 [2, BINS]: values of the right pixels and of the wrong ones, without the ignored pixels.
 
     Args:
         truth, prediction: uint8 [B, H, W].
         values: float32 [B, H, W] from 0 to 1; those below 2^-20 count as equal.
     """
     bins = ((values.contiguous().view(torch.int32) >> _DROPPED_BITS) - _FIRST).clamp_(0, BINS - 1)
-    # Ignored pixels go to a bin of their own: a boolean index would cost a synchronisation more.
+    # Ignored pixels get a bin of their own: a boolean index would cost one more synchronisation.
     cell = torch.where(truth == IGNORE, 2 * BINS, bins + BINS * (truth != prediction))
     return torch.bincount(cell.flatten(), minlength=2 * BINS + 1)[:-1].view(2, BINS)
 
 
 @dataclass(frozen=True, eq=False)
 class ErrorDetector:
-    """The pixels of one network by a value that should be large where it is wrong."""
+    """Histogram of a value that should be large where a network is wrong."""
 
     histogram: np.ndarray  # int64 [2, BINS], row 0 right pixels, row 1 wrong ones
 
     @property
     def auroc(self) -> float:
-        """The probability that a wrong pixel has a larger value than a right one, equal ones counted half.
+        """The probability that a wrong pixel has a larger value than a right one; ties count half.
 
-        0.5 says nothing, 1 tells them apart; nan where all pixels are right, or all wrong.
+        0.5 is chance, 1 a perfect detector; nan where all pixels are right, or all wrong.
         """
         right, wrong = self.histogram.astype(np.float64)
         pairs = right.sum() * wrong.sum()
@@ -60,7 +60,7 @@ class ErrorDetector:
 
     @property
     def means(self) -> tuple[float, float]:
-        """The mean value of the right pixels and of the wrong ones, to 0.03%; nan where there are none."""
+        """The mean value of the right and of the wrong pixels, to 0.03%; nan where there are none."""
         edges = (np.arange(BINS, dtype=np.int32) + _FIRST) << _DROPPED_BITS
         middle = (edges + (1 << (_DROPPED_BITS - 1))).view(np.float32).astype(np.float64)
         right, wrong = ((row * middle).sum() / row.sum() if row.any() else np.nan for row in self.histogram)
@@ -69,13 +69,13 @@ class ErrorDetector:
 
 @dataclass(frozen=True, eq=False)
 class Uncertainty:
-    """What finds the wrong pixels of a network with a probability head."""
+    """Two detectors of the wrong pixels of a network with a probability head."""
 
     variance: ErrorDetector  # sigma^2, its mean over the dimensions
     confidence: ErrorDetector  # 1 - the largest class probability, which every network has
 
     def summary(self) -> dict[str, float]:
-        """The figures under the names that logs give them; empty where all pixels are right, or all wrong."""
+        """The figures under their names in the log; empty where all pixels are right, or all wrong."""
         if math.isnan(self.variance.auroc):
             return {}
         right, wrong = self.variance.means
@@ -88,26 +88,26 @@ class Uncertainty:
 
 
 class HeadMovement:
-    """How much of sigma^2 a probability head has learned since this was made.
+    """How much a probability head has learned since this object was made.
 
-    Mean and deviation of sigma^2 cannot tell: the batch norm of the head's last layer holds them where its
-    gain and bias say, whatever the weights before it are. Nor can the length of their way: many small turns
-    that agree change the mean over D far more than each dimension. So the starting head is kept, and both
-    look at the same features.
+    Mean and deviation of sigma^2 do not show it: the gain and bias of the head's last batch norm fix them,
+    whatever the weights before it are. Nor does the distance of the weights: many small changes that agree
+    move the mean over D far more than each dimension. So a copy of the initial head is kept, and both heads
+    see the same features.
 
     Args:
-        head: at the start of the run, before its batch norms meet those of other processes.
+        head: at the start of the run, before its batch norms are synchronised.
     """
 
     def __init__(self, head: ProbabilityHead) -> None:
         self._head = head
-        # Batch statistics for both: the running ones of the start belong to features that are gone.
+        # Both use batch statistics: the running ones of the start belong to features that no longer exist.
         self._start, self._now = (copy.deepcopy(head).requires_grad_(False).train() for _ in range(2))
         self._sums: Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within the block, what the head is given is looked at."""
+        """Compares both heads on every input of the head within the block."""
         self._now.load_state_dict(self._head.state_dict())
         self._sums = torch.zeros(6, dtype=torch.float64, device=self._head.beta.device)
         hook = self._head.register_forward_hook(self._look)
@@ -117,11 +117,11 @@ class HeadMovement:
             hook.remove()
 
     def moved(self) -> float:
-        """1 - r^2, r the correlation of sigma^2 (its mean over D) with that of the starting head.
+        """1 - r^2, where r correlates sigma^2 (its mean over D) with that of the initial head.
 
-        Over all pixels that the head was given in the last `watching`. The share of its variation that the
-        start does not explain: 0 at the start, 1 for an unrelated head, nan where one of both is constant.
-        Waits for the device; every process must call it.
+        This is the fraction of its variation that the initial head does not explain, over all pixels of the
+        last `watching`: 0 at the start, 1 for an unrelated head, nan where either is constant. Reads from the
+        device. A collective: every rank must call it.
         """
         assert self._sums is not None
         n, a, b, aa, bb, ab = summed(self._sums.clone()).tolist()
@@ -139,16 +139,16 @@ class HeadMovement:
 
 
 def explain_unlearned(moved: float, rate: float) -> str | None:
-    """A sentence for a sigma^2 that is still the random one it was; None for one that has moved.
+    """A note where sigma^2 is still that of the random initial head; None where it was learned.
 
     Args:
-        moved: see `HeadMovement`; below `MOVED` the head counts as still.
-        rate: its learning rate.
+        moved: of `HeadMovement.moved`; below `MOVED`, sigma^2 counts as unlearned.
+        rate: learning rate of the head.
     """
     if not moved < MOVED:
         return None
     return (
         f"sigma^2 is not learned: {100 * (1 - moved):.4g}% of its variation over pixels, more than "
-        f"{100 * (1 - MOVED):.0f}%, is what the first, random weights of the probability head make of the "
-        f"features, and so is its AUROC; raise optim.probability_lr, now {rate:.2g}"
+        f"{100 * (1 - MOVED):.0f}%, comes from the random initial weights of the probability head, and so "
+        f"does its AUROC; raise optim.probability_lr, now {rate:.2g}"
     )

@@ -1,4 +1,4 @@
-"""Files that users name, opened only where they are plain files and no longer than they may be."""
+"""Reading files that users name: plain files only, and no longer than their kind may be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from prcl_fast.errors import InputError
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -17,14 +18,19 @@ _KINDS = {
 }
 
 
+def special_kind(mode: int) -> str | None:
+    """The kind of a special file by its mode, such as "a pipe"; None for a plain file."""
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no plain file")
+
+
 def check_regular(path: str | Path, what: str) -> int:
-    """The size in bytes of a plain file, found without opening it: to open a pipe is to wait for its writer.
+    """The size in bytes of a plain file, found without opening it: opening a pipe waits for its writer.
 
     Args:
         what: the kind of file for messages, such as "split file".
 
     Raises:
-        InputError: naming the file: missing, out of reach, or a folder, pipe, socket or device.
+        InputError: naming the file: missing, not accessible, or a folder, pipe, socket or device.
     """
     try:
         state = os.stat(path)
@@ -32,10 +38,10 @@ def check_regular(path: str | Path, what: str) -> int:
         raise InputError(f"{path}: no such {what}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # no name of a file: a NUL in it, or half of a surrogate pair
+    except ValueError as error:  # no possible file name: it has a NUL, or half of a surrogate pair
         raise InputError(f"{str(path)!r}: cannot be read: {error}") from None
-    if not stat.S_ISREG(state.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(state.st_mode), "no plain file")
+    kind = special_kind(state.st_mode)
+    if kind is not None:
         raise InputError(f"{path}: cannot be read as a {what}: it is {kind}")
     return state.st_size
 
@@ -55,7 +61,7 @@ def read_text(path: Path, what: str, max_bytes: int) -> str:
         raise InputError(f"{path}: {size} bytes; a {what} has at most {max_bytes}")
     try:
         with open(path, "rb") as file:
-            content = file.read(max_bytes)  # some systems say 0 of files that have no end
+            content = file.read(max_bytes)  # some endless files report a size of 0
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     try:

@@ -1,4 +1,4 @@
-"""What a file of tensors claims to hold, checked before PyTorch unpacks it."""
+"""Files of tensors: the directory of the archive is checked before PyTorch unpacks it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _ENCRYPTED = 0x1
 
 
 def check_torch_file(path: str | Path, what: str = "weights file") -> None:
-    """Refuses a file whose unpacking may take more memory than the file is long.
+    """Refuses a file that may take more memory to unpack than the file is long.
 
-    PyTorch stores the entries of its ZIP archives as they are, so a compressed entry was not written by it.
-    Files in PyTorch's older form are no archives; only their being plain files is checked.
+    PyTorch stores the entries of its ZIP archives uncompressed, so it did not write a compressed entry.
+    Files of PyTorch's older format are no archives; they must only be plain files.
 
     Args:
         what: the kind of file for messages.
 
     Raises:
         InputError: naming the file: missing, no plain file, a damaged archive, an entry that is compressed,
-            encrypted or there twice, or entries that claim more bytes than the file has.
+            encrypted or repeated, or entries that claim more bytes than the file has.
     """
     size = check_regular(path, what)
     try:
@@ -34,7 +34,7 @@ def check_torch_file(path: str | Path, what: str = "weights file") -> None:
                 entries = archive.infolist()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    # The directory of a damaged archive fails in many ways: counts, offsets, names, versions, extra fields.
+    # A damaged directory fails in many ways: counts, offsets, names, versions, extra fields.
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"{path}: not a readable {what}: {reason}") from None
@@ -44,7 +44,7 @@ def check_torch_file(path: str | Path, what: str = "weights file") -> None:
 
 
 def _fault(entries: list[zipfile.ZipInfo], size: int) -> str | None:
-    # Two readers of one archive may look for its directory in two places if bytes stand before the archive.
+    # With bytes before the archive, two readers may find its directory in two places.
     if min((entry.header_offset for entry in entries), default=0) != 0:
         return "its archive does not begin at the first byte"
     names = set()

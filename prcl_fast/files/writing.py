@@ -1,105 +1,204 @@
-"""Files that a killed process, a full disk or a power cut leaves whole: the former or the new ones."""
+"""Writing files: whole or not at all, never through a link, and one error that names the file.
+
+A file is written under a temporary name beside its own, .NAME.prcl-RANDOM.tmp, and then takes its own name.
+Nobody can put a link under the temporary name: it is random, and the system creates no file where one exists.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
-import threading
+import re
+import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from prcl_fast.errors import RunError
+from prcl_fast.errors import InputError, WriteError
+from prcl_fast.files.reading import special_kind
 
-# One name and not one a process: the next writer overwrites what a killed one has left.
-TEMPORARY = ".tmp"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+# To open a pipe would wait for its reader.
+_PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK
+_TEMPORARY = re.compile(r"\.(.+)\.prcl-[0-9a-f]{16}\.tmp")
 
 
 @contextlib.contextmanager
-def staged(path: Path, data: Any) -> Iterator[None]:
-    """Writes `data` (bytes-like) beside `path`; it becomes `path` when the block ends.
+def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """A new file, open for writing, that becomes `path` when the block ends.
 
-    When the block begins, the bytes are on the disk, under `path`'s name + ".tmp". The folder is not made.
-    After an error `path` is as it was and the temporary file is gone. Raises OSError.
+    At every moment `path` holds its former or its new bytes, also while several processes write it. A link,
+    pipe or device under that name is replaced, and its target left alone. An error in the block leaves `path`
+    as it was and removes the new file.
+
+    Args:
+        durable: for files of a run. Bytes and name are on the disk when the block has ended. The folder must
+            exist, because a run whose folder was deleted must not make it again; otherwise parent folders are
+            made.
+
+    Raises:
+        WriteError: `path` cannot be written, or an OSError left the block.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
+    temporary = _temporary(path)
+    with write_errors(path):
+        if not durable:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(temporary, _NEW, 0o666), "wb")
+        try:
+            yield file
+            if durable:
+                sync(file)
+            file.close()
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                file.close()
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        if durable:
+            _sync_folder(path.parent)
 
 
-def write_whole(path: Path, data: Any) -> None:
-    """Writes `data` (bytes-like) so that `path` holds its former or its new bytes. Raises OSError."""
-    with staged(path, data):
-        pass
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder that becomes `path`, missing or an empty folder, when the block ends.
+
+    Parent folders are made. An error in the block removes the new folder.
+
+    Raises:
+        WriteError: `path` cannot be written, or an OSError left the block.
+    """
+    temporary = _temporary(path)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: Any, *, durable: bool = False) -> None:
+    """Writes `data` (bytes-like) as `replacing` does. Raises WriteError."""
+    with replacing(path, durable=durable) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Writes UTF-8 text as `replacing` does, with the line ends as given. Raises WriteError."""
+    write_bytes(path, text.encode(), durable=durable)
 
 
 def append(path: Path, data: bytes) -> None:
-    """Adds `data` to the end of `path`, without waiting for the disk. Raises OSError.
+    """Adds `data` to the end of `path`, without waiting for the disk.
 
-    The file is opened anew each time: a folder that was deleted meanwhile is noticed.
+    The file is opened for each call, so that a folder deleted meanwhile is noticed.
+
+    Raises:
+        WriteError: `path` cannot be written, or is no plain file.
     """
-    with path.open("ab", buffering=0) as file:
+    with open_append(path) as file, write_errors(path):
         while data:
             data = data[file.write(data) :]
 
 
+def open_append(path: Path) -> io.FileIO:
+    """The plain file `path`, made if need be, open for writing at its end. Raises WriteError."""
+    with write_errors(path):
+        return io.FileIO(_open_plain(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def sync(file: BinaryIO) -> None:
+    """Returns when what was written to an open file is on the disk. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def sync_file(path: Path) -> None:
-    """Returns when what was written to `path` is on the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Returns when what was written to the plain file `path` is on the disk. Raises WriteError."""
+    with write_errors(path):
+        descriptor = _open_plain(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
-    """Returns when the names in `folder` are on the disk. Raises OSError."""
+def make_folder(folder: Path, key: str) -> None:
+    """Makes a folder and its parents where they are missing. Raises InputError that begins with `key`."""
     try:
-        sync_file(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems keep names only by themselves
-            raise
+        raise InputError(f"{key}: {folder} cannot be written: {error.strerror or error}") from None
 
 
-def cannot_write(path: Path, error: OSError) -> RunError:
-    """The end of a run that could not write `path`."""
-    return RunError(f"{path}: cannot be written: {error.strerror or error}")
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes the temporary files that killed writers have left in `folder`, of all files or of `name` alone.
 
+    The caller must be the only process that writes them.
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; what was written there becomes `path`, or is removed on an error.
-
-    Parent folders are made. Safe between threads and processes: each has its own temporary name.
+    Raises:
+        WriteError: `folder` cannot be read, or a file not removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with write_errors(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found and name in (None, found[1]) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Makes an OSError of the block a WriteError that names `path`."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text, whole or not at all, with the line ends as given."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(text.encode())
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written: {error.strerror or error}", error.errno) from None
 
 
 def user_cache() -> Path:
-    """`prcl_fast` in $XDG_CACHE_HOME, or in ~/.cache; it may not be there yet."""
+    """`prcl_fast` in $XDG_CACHE_HOME, or in ~/.cache; it may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "prcl_fast"
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.prcl-{secrets.token_hex(8)}.tmp"
+
+
+def _open_plain(path: Path, flags: int) -> int:
+    """A descriptor of a plain file. Raises WriteError where something else has the name, and OSError."""
+    with contextlib.suppress(OSError):  # the open below reports a missing file or folder
+        _refuse_special(path, os.lstat(path))
+    descriptor = os.open(path, flags | _PLAIN, 0o666)
+    try:
+        _refuse_special(path, os.fstat(descriptor))  # the name may have changed hands
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_special(path: Path, state: os.stat_result) -> None:
+    kind = special_kind(state.st_mode)
+    if kind is not None:
+        raise WriteError(f"{path}: cannot be written: it is {kind}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Returns when the names in `folder` are on the disk. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no such call for folders
+            raise
+    finally:
+        os.close(descriptor)

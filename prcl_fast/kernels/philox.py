@@ -1,4 +1,4 @@
-"""The draws of `prcl_fast.reference.philox` inside a kernel: the rules are written there."""
+"""The generator of `prcl_fast.reference.philox` inside a Triton kernel; the rules are written there."""
 
 from __future__ import annotations
 

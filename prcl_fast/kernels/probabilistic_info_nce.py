@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prcl_fast.kernels.launch import INTERPRETED, at_least, device_of, grid_of, log2, reciprocal
+from prcl_fast.reference.mutual_likelihood_score import MIN_VARIANCE
 from prcl_fast.reference.norm import MIN_NORM
 
-_MIN_SUM = tl.constexpr(1e-12)  # s_i + s_j is clamped here; its gradient is zero where it was
+_MIN_VARIANCE = tl.constexpr(MIN_VARIANCE)  # of s_i + s_j: clamped here, without a gradient where it was
 _MIN_NORM = tl.constexpr(MIN_NORM)
 _LOG_2 = tl.constexpr(0.6931471805599453)
 _ROWS = 16 if INTERPRETED else 4
@@ -79,7 +80,7 @@ def _anchor_kernel(
             inverse_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(mu_i * mu_i, 0)), _MIN_NORM)
         mu_i *= inverse_norm
     # All variances are positive: if the anchor's are above the clamp, no sum is at it.
-    if tl.min(s_i, 0) > _MIN_SUM:
+    if tl.min(s_i, 0) > _MIN_VARIANCE:
         positive, t_p, slope_p, peak, total, sum_mu, sum_var = _candidates(
             mu, var, negative_index, positive_mean, positive_variance, virtual_mu, virtual_var, virtual_known,
             norms, mu_i, s_i, row, c, counts, num_classes, anchors_per_group, num_negatives, num_virtual,
@@ -168,13 +169,13 @@ def _pairs(
         norm = tl.sqrt(tl.sum(mu_j * mu_j, 1))
         mu_j *= (1.0 / tl.maximum(norm, _MIN_NORM))[:, None]
     s = s_i[None, :] + s_j
-    clamped = at_least(s, _MIN_SUM) if MAY_CLAMP else s
+    clamped = at_least(s, _MIN_VARIANCE) if MAY_CLAMP else s
     d = mu_j - mu_i[None, :]
     r = reciprocal(clamped)
     t = d * r
     slope = t * t - r
     if MAY_CLAMP:
-        slope = tl.where(s <= _MIN_SUM, 0.0, slope)
+        slope = tl.where(s <= _MIN_VARIANCE, 0.0, slope)
     score = tl.sum(d * t + log2(clamped) * _LOG_2, 1) * (-0.5 / _LOG_2 * scale)
     return score, t, slope
 

@@ -100,10 +100,10 @@ def prototype_statistics(
     var: Tensor,
     label: Tensor,
     valid: Tensor,
-    order: Tensor | None,
-    start: Tensor | None,
     num_classes: int,
     with_norms: bool,
+    order: Tensor | None,
+    start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Precision and weighted mean [C, D] float32, count [C] int64, inverse norm [B, h, w] float32 or [0].
 

@@ -25,13 +25,13 @@ _BLOCK = 512
 )
 def _label_kernel(
     logits, label, confidence, num_classes, height, width, area_out, width_out, scale_y, scale_x,
-    stride_b, stride_c, stride_y, stride_x, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    stride_b, stride_c, stride_y, stride_x, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < area_out
     at_00, at_01, at_10, at_11, fraction_y, fraction_x = corners(
-        tl.where(inside, pixel, 0), height, width, width_out, scale_y, scale_x, stride_y, stride_x, ALIGN
+        tl.where(inside, pixel, 0), height, width, width_out, scale_y, scale_x, stride_y, stride_x
     )
     plane = logits + image * stride_b
     largest = bilinear(plane, at_00, at_01, at_10, at_11, fraction_y, fraction_x)
@@ -50,7 +50,7 @@ def _label_kernel(
     tl.store(confidence + at, 1.0 / total, mask=inside)
 
 
-def pseudo_label(logits: Tensor, height: int, width: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+def pseudo_label(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Argmax (uint8) and maximum (float32) of the softmax of the upsampled logits, [B, H, W] each."""
     batch, num_classes, height_in, width_in = logits.shape
     label = torch.empty(batch, height, width, dtype=torch.uint8, device=logits.device)
@@ -59,7 +59,7 @@ def pseudo_label(logits: Tensor, height: int, width: int, align_corners: bool) -
     with device_of(logits):
         _label_kernel[grid](
             logits, label, confidence, num_classes, height_in, width_in, height * width, width,
-            axis_scale(height_in, height, align_corners), axis_scale(width_in, width, align_corners),
-            *logits.stride(), ALIGN=align_corners, BLOCK=_BLOCK,
+            axis_scale(height_in, height), axis_scale(width_in, width),
+            *logits.stride(), BLOCK=_BLOCK,
         )  # fmt: skip
     return label, confidence

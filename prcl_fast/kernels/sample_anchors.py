@@ -9,9 +9,9 @@ from torch import Tensor
 
 from prcl_fast.kernels.launch import device_of, grid_of
 from prcl_fast.kernels.philox import bounded, philox_words
-from prcl_fast.reference.philox import Purpose
+from prcl_fast.reference.philox import ANCHORS
 
-_PURPOSE = tl.constexpr(int(Purpose.ANCHORS))
+_PURPOSE = tl.constexpr(ANCHORS)
 _BLOCK = 256
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from prcl_fast.kernels.launch import device_of, grid_of
 from prcl_fast.kernels.philox import bounded, philox_words
-from prcl_fast.reference.philox import Purpose
+from prcl_fast.reference.philox import NEGATIVES
 
-_PURPOSE = tl.constexpr(int(Purpose.NEGATIVES))
+_PURPOSE = tl.constexpr(NEGATIVES)
 _ONE = tl.constexpr(1 << 31)
 _COMPARISONS = 4096  # of one program at a time: draws times classes
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prcl_fast.kernels.interpolation import axis_scale, first_output, position_of, taps
+from prcl_fast.kernels.interpolation import axis_scale, first_output, taps
 from prcl_fast.kernels.launch import INTERPRETED, device_of, grid_of
 
 _ROWS = 8
@@ -33,14 +33,14 @@ def _between(row, left, right, fraction, mask):
 def _upsample_kernel(
     x, out, channels, height, width, height_out, width_out, groups, tiles, scale_y, scale_x,
     stride_b, stride_c, stride_y, stride_x, out_stride_b, out_stride_c, out_stride_y, out_stride_x,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) % groups * CHANNELS + tl.arange(0, CHANNELS)
     column = tl.program_id(0) // groups % tiles * COLUMNS + tl.arange(0, COLUMNS)
     image = (tl.program_id(0) // groups // tiles).to(tl.int64)
     first = tl.program_id(1) * ROWS
     inside = (column < width_out)[:, None] & (c < channels)[None, :]
-    low_x, high_x, fraction_x = taps(column, width, scale_x, ALIGN)
+    low_x, high_x, fraction_x = taps(column, width, scale_x)
     plane = x + image * stride_b
     of_channel = c.to(tl.int64)[None, :] * stride_c
     left = of_channel + low_x.to(tl.int64)[:, None] * stride_x
@@ -51,7 +51,7 @@ def _upsample_kernel(
     held = -1
     out_row = out + image * out_stride_b + first.to(tl.int64) * out_stride_y + to
     for step in range(0, tl.minimum(height_out - first, ROWS)):
-        low, high, fraction = taps(first + step, height, scale_y, ALIGN)
+        low, high, fraction = taps(first + step, height, scale_y)
         if low != held:
             top = _between(plane + low.to(tl.int64) * stride_y, left, right, fraction_x[:, None], inside)
             bottom = _between(plane + high.to(tl.int64) * stride_y, left, right, fraction_x[:, None], inside)
@@ -66,7 +66,7 @@ def _gather_kernel(
     grad, out, channels, height, width, height_out, width_out, groups, tiles,
     steps_y, steps_x, scale_y, scale_x,
     stride_b, stride_c, stride_y, stride_x, out_stride_b, out_stride_c, out_stride_y, out_stride_x,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) % groups * CHANNELS + tl.arange(0, CHANNELS)
     column = tl.program_id(0) // groups % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -74,26 +74,26 @@ def _gather_kernel(
     first = tl.program_id(1) * ROWS
     owned = column < width
     real = (c < channels)[None, :]
-    begin_x = first_output(column - 1, width, width_out, steps_x, scale_x, ALIGN)
-    end_x = tl.where(owned, first_output(column + 1, width, width_out, steps_x, scale_x, ALIGN), 0)
+    begin_x = first_output(column - 1, width, width_out, steps_x, scale_x)
+    end_x = tl.where(owned, first_output(column + 1, width, width_out, steps_x, scale_x), 0)
     most = tl.max(end_x - begin_x, 0)
     to = c.to(tl.int64)[None, :] * out_stride_c + column.to(tl.int64)[:, None] * out_stride_x
     upper = tl.full((COLUMNS, CHANNELS), 0.0, tl.float32)
     halo = tl.maximum(first - 1, 0)
-    begin_y = first_output(halo, height, height_out, steps_y, scale_y, ALIGN)
+    begin_y = first_output(halo, height, height_out, steps_y, scale_y)
     from_row = grad + image * stride_b + begin_y.to(tl.int64) * stride_y + c.to(tl.int64)[None, :] * stride_c
     out_row = out + image * out_stride_b + halo.to(tl.int64) * out_stride_y + to
     for step in range(0, tl.minimum(first + ROWS, height) - halo):
         row = halo + step
         lower = tl.full((COLUMNS, CHANNELS), 0.0, tl.float32)
-        end_y = first_output(row + 1, height, height_out, steps_y, scale_y, ALIGN)
+        end_y = first_output(row + 1, height, height_out, steps_y, scale_y)
         for past in range(0, end_y - begin_y):
             # Below the last input row lies itself.
-            depth = tl.where(row == height - 1, 0.0, position_of(begin_y + past, scale_y, ALIGN) - row)
+            depth = tl.where(row == height - 1, 0.0, (begin_y + past) * scale_y - row)
             total = tl.full((COLUMNS, CHANNELS), 0.0, tl.float32)
             for offset in range(0, most):
                 x = begin_x + offset
-                distance = tl.abs(tl.minimum(position_of(x, scale_x, ALIGN), width - 1.0) - column)
+                distance = tl.abs(tl.minimum(x * scale_x, width - 1.0) - column)
                 weight = tl.maximum(1.0 - distance, 0.0)
                 mask = (x < end_x)[:, None] & real
                 value = tl.load(from_row + x.to(tl.int64)[:, None] * stride_x, mask=mask, other=0.0)
@@ -108,32 +108,30 @@ def _gather_kernel(
         begin_y = end_y
 
 
-def upsample_bilinear(x: Tensor, height: int, width: int, align_corners: bool, channels_last: bool) -> Tensor:
+def upsample_bilinear(x: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
     """[B, C, h, w] -> [B, C, height, width]."""
     out = _map_like(x, height, width, channels_last)
-    scale_y, scale_x = _scales(x, out, align_corners)
+    scale_y, scale_x = _scales(x, out)
     grid, tile = _tiles(out, channels_last)
     with device_of(x):
         _upsample_kernel[grid](
             x, out, *x.shape[1:], height, width, *tile[:2], scale_y, scale_x, *x.stride(), *out.stride(),
-            ALIGN=align_corners, ROWS=_ROWS, COLUMNS=tile[2], CHANNELS=tile[3],
+            ROWS=_ROWS, COLUMNS=tile[2], CHANNELS=tile[3],
         )  # fmt: skip
     return out
 
 
-def upsample_bilinear_backward(
-    grad: Tensor, height: int, width: int, align_corners: bool, channels_last: bool
-) -> Tensor:
+def upsample_bilinear_backward(grad: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
     """[B, C, H, W] -> [B, C, height, width], the adjoint."""
     out = _map_like(grad, height, width, channels_last)
-    scale_y, scale_x = _scales(out, grad, align_corners)
+    scale_y, scale_x = _scales(out, grad)
     grid, tile = _tiles(out, channels_last)
     steps = (size.bit_length() for size in grad.shape[2:])
     with device_of(grad):
         _gather_kernel[grid](
             grad, out, *out.shape[1:], *grad.shape[2:], *tile[:2], *steps, scale_y, scale_x,
             *grad.stride(), *out.stride(),
-            ALIGN=align_corners, ROWS=_ROWS, COLUMNS=tile[2], CHANNELS=tile[3],
+            ROWS=_ROWS, COLUMNS=tile[2], CHANNELS=tile[3],
         )  # fmt: skip
     return out
 
@@ -144,9 +142,9 @@ def _map_like(like: Tensor, height: int, width: int, channels_last: bool) -> Ten
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def _scales(small: Tensor, large: Tensor, align_corners: bool) -> tuple[float, float]:
+def _scales(small: Tensor, large: Tensor) -> tuple[float, float]:
     scale_y, scale_x = (
-        axis_scale(size_in, size_out, align_corners)
+        axis_scale(size_in, size_out)
         for size_in, size_out in zip(small.shape[2:], large.shape[2:], strict=True)
     )
     return scale_y, scale_x

@@ -50,13 +50,13 @@ def _count_kernel(target, counts, pixels, ignore_index, BLOCK: tl.constexpr):
 def _loss_kernel(
     logits, target, weight, losses, log_sums, ignore_index, num_classes, height, width, area_out,
     width_out, scale_y, scale_x, stride_b, stride_c, stride_y, stride_x, weight_stride_b, weight_stride_pixel,
-    NEEDS_GRAD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < area_out
     at_00, at_01, at_10, at_11, fraction_y, fraction_x = corners(
-        tl.where(inside, pixel, 0), height, width, width_out, scale_y, scale_x, stride_y, stride_x, ALIGN
+        tl.where(inside, pixel, 0), height, width, width_out, scale_y, scale_x, stride_y, stride_x
     )
     wanted = tl.load(target + image * area_out + pixel, mask=inside, other=0).to(tl.int64)
     kept = inside & (wanted != ignore_index)
@@ -81,19 +81,19 @@ def _loss_kernel(
 
 
 @triton.jit
-def _axis_kernel(starts, lows, fractions, size_in, size_out, scale, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+def _axis_kernel(starts, lows, fractions, size_in, size_out, scale, BLOCK: tl.constexpr):
     """Tables of one axis: each output's lower neighbour and fraction, and where each input's outputs begin.
 
     starts[k], k = 0 .. size_in, is the first output whose lower neighbour is input k or a later one.
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    low, _high, fraction = taps(k, size_in, scale, ALIGN)
+    low, _high, fraction = taps(k, size_in, scale)
     tl.store(lows + k, low, mask=k < size_out)
     tl.store(fractions + k, fraction, mask=k < size_out)
     before = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, size_out, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        low_i, _, _ = taps(i, size_in, scale, ALIGN)
+        low_i, _, _ = taps(i, size_in, scale)
         before += tl.sum(((low_i[None, :] < k[:, None]) & (i < size_out)[None, :]).to(tl.int32), 1)
     tl.store(starts + k, before, mask=k <= size_in)
 
@@ -224,7 +224,6 @@ def upsample_cross_entropy(
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
-    align_corners: bool,
     mean: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -233,8 +232,8 @@ def upsample_cross_entropy(
     height_out, width_out = target.shape[1:]
     area_out = height_out * width_out
     device = logits.device
-    scale_y = axis_scale(height, height_out, align_corners)
-    scale_x = axis_scale(width, width_out, align_corners)
+    scale_y = axis_scale(height, height_out)
+    scale_x = axis_scale(width, width_out)
     if weight is None:
         weight = torch.ones(1, dtype=torch.float32, device=device)
         weight_strides = (0, 0)
@@ -257,11 +256,11 @@ def upsample_cross_entropy(
             _loss_kernel[grid_of(blocks, batch)](
                 logits, target, weight, losses, log_sums, ignore_index, num_classes, height, width,
                 area_out, width_out, scale_y, scale_x, *logits.stride(), *weight_strides,
-                NEEDS_GRAD=needs_grad, ALIGN=align_corners, BLOCK=_BLOCK,
+                NEEDS_GRAD=needs_grad, BLOCK=_BLOCK,
             )  # fmt: skip
         if at_once or needs_grad:
-            starts_y, _, fractions_y = _axis(height, height_out, scale_y, align_corners, device)
-            axis_x = _axis(width, width_out, scale_x, align_corners, device)
+            starts_y, _, fractions_y = _axis(height, height_out, scale_y, device)
+            axis_x = _axis(width, width_out, scale_x, device)
             classes = num_classes if at_once else _CLASSES
             _tile_kernel[grid_of(batch * triton.cdiv(num_classes, classes), *tiles)](
                 logits, target, weight, log_sums, scale, starts_y, fractions_y, *axis_x, losses, grad,
@@ -291,14 +290,10 @@ def _scale(target: Tensor, ignore_index: int, mean: bool) -> Tensor:
     return counts.sum().clamp(min=1).float().reciprocal()
 
 
-def _axis(
-    size_in: int, size_out: int, scale: float, align_corners: bool, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def _axis(size_in: int, size_out: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     starts = torch.empty(size_in + 1, dtype=torch.int32, device=device)
     lows = torch.empty(size_out, dtype=torch.int32, device=device)
     fractions = torch.empty(size_out, dtype=torch.float32, device=device)
     grid = (triton.cdiv(max(size_in + 1, size_out), _AXIS_BLOCK),)
-    _axis_kernel[grid](
-        starts, lows, fractions, size_in, size_out, scale, ALIGN=align_corners, BLOCK=_AXIS_BLOCK
-    )
+    _axis_kernel[grid](starts, lows, fractions, size_in, size_out, scale, BLOCK=_AXIS_BLOCK)
     return starts, lows, fractions

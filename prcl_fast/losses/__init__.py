@@ -1,4 +1,4 @@
-"""The three losses, L_s, L_u and L_c, and how their weight and the learning rate move over training."""
+"""Losses L_s, L_u and L_c, and the schedules of their weight and of the learning rate."""
 
 from prcl_fast.losses.contrast import ProbabilisticContrast
 from prcl_fast.losses.diagnostics import explain_inert, explain_variance

@@ -1,4 +1,4 @@
-"""Local prototypes of a batch, summed over the processes."""
+"""Local prototypes of a batch, all-reduced over the processes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 from prcl_fast.ops import PrototypeStatistics
 from prcl_fast.processes.collectives import start_sum, world_size
 
-# Counts travel as two float32 numbers, so that sums are exact up to 2^36 pixels on 4096 processes.
+# A count is reduced as two float32 numbers: exact up to 2^36 pixels on 4096 processes.
 _HALF = 4096
 
 
 @dataclass(frozen=True)
 class BatchPrototypes:
-    """The batch of all processes."""
+    """Statistics of the batch of all processes."""
 
     statistics: PrototypeStatistics
     hard: Tensor  # [C] int64, hard pixels
-    share: Tensor | None  # [C] float32: this process's hard pixels over the mean of all processes'
-    moments: Tensor | None  # [C, M], what else was summed
+    class_factor: Tensor | None  # [C] float32: this process's hard pixels over the mean of all processes'
+    moments: Tensor | None  # [C, M], the further sums
 
 
 def start_summing(
     local: PrototypeStatistics, hard: Tensor, moments: Tensor | None = None
 ) -> Callable[[], BatchPrototypes]:
-    """Starts one all-reduce of [C, 2D + 4 + M] numbers, which takes the place of gathering feature maps.
+    """Starts one all-reduce of [C, 2D + 4 + M] numbers; no feature map is gathered.
 
     Args:
         local: this process's statistics of C classes in D dimensions.
         hard: [C] int64, this process's hard pixels.
         moments: [C, M] float32, further sums.
     Returns:
-        What waits for the sums.
+        A function that waits for the sums.
     """
     if world_size() == 1:
         return lambda: BatchPrototypes(local, hard, None, moments)
@@ -48,8 +48,8 @@ def start_summing(
     def total() -> BatchPrototypes:
         precision, weighted_mean, low, high, sums = wait().split([dim, dim, 2, 2, further], dim=1)
         count, all_hard = (low.long() + _HALF * high.long()).unbind(1)
-        share = world_size() * hard / all_hard.clamp(min=1)
+        class_factor = world_size() * hard / all_hard.clamp(min=1)
         statistics = PrototypeStatistics(precision, weighted_mean, count)
-        return BatchPrototypes(statistics, all_hard, share, sums if further else None)
+        return BatchPrototypes(statistics, all_hard, class_factor, sums if further else None)
 
     return total

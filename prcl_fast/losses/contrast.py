@@ -1,20 +1,19 @@
-"""The probabilistic contrast L_c: prototypes, sampling, virtual negatives and InfoNCE in one module."""
+"""The probabilistic contrast L_c as one module: prototypes, sampling, virtual negatives, InfoNCE."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.config.contrast import ContrastConfig
 from prcl_fast.losses.batch_prototypes import BatchPrototypes, start_summing
 from prcl_fast.losses.contrast_terms import ANCHORS, ContrastTerms
-from prcl_fast.losses.diagnostics import chance_level
+from prcl_fast.losses.diagnostics import step_diagnostics
 from prcl_fast.losses.feature_bank import FeatureBank
 from prcl_fast.losses.negative_classes import negative_class_probability
-from prcl_fast.losses.virtual_negatives import moments_of_means, variance_of_means, virtual_negatives
+from prcl_fast.losses.virtual_negatives import draw_virtual_negatives, moments_of_means, variance_of_means
 from prcl_fast.ops import (
     PrototypeStatistics,
     class_lists,
@@ -23,45 +22,44 @@ from prcl_fast.ops import (
     sample_anchors,
     sample_negatives,
 )
-from prcl_fast.processes.collectives import world_size
 
-# Variance of every distribution in the deterministic case: two of them add up to one.
+# Of every distribution in the deterministic case: the sum of two variances is then 1.
 _CONSTANT_VARIANCE = 0.5
 
 
 class ProbabilisticContrast(nn.Module):
-    """L_c, eq. (15) of the IJCV paper, with everything that leads to it.
+    """L_c, eq. (15) of the IJCV paper: prototypes, sampling of anchors and negatives, InfoNCE.
 
     A class takes part in a step if it has valid pixels in the batch. Its prototype is the positive of its
     anchors:
 
-    - "global": the merge of the local prototypes of all steps so far, eq. (9); grows ever more certain;
+    - "global": the merge of the local prototypes of all steps so far, eq. (9); its precision only grows;
     - "ema": an exponential moving average of the local prototypes' means and variances, eq. (16);
-    - "local": this batch's, eq. (4).
+    - "local": the prototype of this batch, eq. (4).
 
-    Virtual negatives come from the global prototype of every class that has one, present in the batch or not
-    (section 3.4), whatever the positive is.
+    Virtual negatives are drawn from the global prototype of every class that has one, even if the class is
+    not in the batch (section 3.4), and whatever the positive is.
 
-    The states are buffers. With several processes the prototypes are those of all pixels: the processes add
-    up their statistics, [C, 2D + 4] numbers, and hold the same prototypes bit for bit. Each draws anchors and
-    negatives from its own pixels. What it returns is such that the mean over the processes is the loss: a
-    class's anchors on a process stand for that process's share of the class's hard pixels.
+    The prototypes are buffers. With several processes they are those of all pixels: an all-reduce of the
+    statistics, [C, 2D + 4] numbers, gives all processes bitwise the same prototypes. Each process draws
+    anchors and negatives from its own pixels. The mean of the returned values over the processes is the loss:
+    a class's anchors on a process are weighted by the process's fraction of the class's hard pixels.
 
-    With representation "deterministic" every variance, the prototypes' included, is the constant 0.5, and the
-    score is the sum with L2-normalised means (`reduction` and `normalize` are not looked at): exactly the
-    cosine similarity less one, up to the constant of eq. (3). The loss is the common pixel contrast.
+    With representation "deterministic" every variance, the prototypes' included, is the constant 0.5. The
+    score is then the sum with L2-normalised means, whatever `reduction` and `normalize` say: the cosine
+    similarity minus one, up to the constant of eq. (3). The loss is the usual deterministic pixel contrast.
 
     Args:
         num_classes: C.
         dim: D.
-        settings: all settings; None: those of `ContrastConfig`'s defaults.
+        settings: all settings; None: the defaults of `ContrastConfig`.
         options: fields of `ContrastConfig` that differ from `settings`, as in `ProbabilisticContrast(21, 256,
             tau=50.0)`.
     Raises:
-        ValueError: an argument out of its range, or unknown; the message names it.
+        ValueError: an argument is unknown or out of its range; the message names it.
     """
 
-    # State of the "global" (natural parameters) and the "ema" prototypes; each kind registers its own.
+    # Buffers: natural parameters of the "global", moments of the "ema" prototypes; registered only if used.
     precision: Tensor
     weighted_mean: Tensor
     mean: Tensor
@@ -120,23 +118,23 @@ class ProbabilisticContrast(nn.Module):
 
         Args:
             mu: [B, D, h, w] means, any floating dtype and memory format.
-            var: [B, D, h, w] variances > 0, dtype of mu, or float32 beside bfloat16 or float16. With
-                representation "deterministic" it is not looked at, and may be None.
-            label: [B, h, w] integer, labels and pseudo-labels; outside 0 .. C-1 means "none".
+            var: [B, D, h, w] variances > 0, dtype of mu, or float32 if mu is bfloat16 or float16. With
+                representation "deterministic" it is ignored and may be None.
+            label: [B, h, w] integer, labels and pseudo-labels; values outside 0 .. C-1 are no class.
             valid: [B, h, w] bool, labeled, or with confidence of at least delta_w.
-            confidence: [B, h, w] floating, what is compared with delta_s.
+            confidence: [B, h, w] floating; a valid pixel below delta_s is hard.
             seed: int64 [2] = (seed, step), on mu's device.
         Returns:
-            scalar, float32; a 0 that stays in the graph where no anchor has any negative, real or virtual.
+            scalar, float32; a 0 that stays in the graph if no anchor has any negative, real or virtual.
         Raises:
-            TypeError, ValueError: an argument does not fit; the message names it. That a variance is not
-                positive is found on a CPU only.
+            TypeError, ValueError: an argument does not fit; the message names it. Variances are checked to be
+                positive on the CPU only.
         """
         settings = self.settings
         if self.deterministic:
             var = torch.full_like(mu, _CONSTANT_VARIANCE, requires_grad=False)
         elif var is None:
-            raise TypeError("var must be a tensor; only a deterministic contrast goes without")
+            raise TypeError("var must be a tensor; only representation deterministic takes None")
         self._check(mu, var, label, confidence)
         with torch.autocast(mu.device.type, enabled=False):
             hard = valid & (confidence < settings.delta_s)
@@ -154,7 +152,7 @@ class ProbabilisticContrast(nn.Module):
                     moments = moments_of_means(mu, label, valid, self.num_classes, seed, lists)
                 total = start_summing(local, lists.hard_start.diff().long(), moments)
                 before = self._kept_mean()
-                # Needs no other process: goes on while the numbers travel.
+                # Local to this process: overlaps with the all-reduce.
                 anchors = sample_anchors(
                     label, valid, hard, self.num_classes, settings.anchors, seed, lists=lists
                 )
@@ -173,7 +171,7 @@ class ProbabilisticContrast(nn.Module):
                     label,
                     valid,
                     self.num_classes,
-                    settings.anchors // settings.share,
+                    settings.anchors // settings.anchors_per_set,
                     settings.negatives,
                     seed,
                     lists=lists,
@@ -196,25 +194,27 @@ class ProbabilisticContrast(nn.Module):
                 tau=self.tau,
                 reduction=self.reduction,
                 normalize=self.normalize,
-                class_factor=batch.share,
+                class_factor=batch.class_factor,
                 inverse_norm=inverse_norm,
             )
-        self._record(loss, batch, negatives, known, before)
-        group = torch.arange(min(ANCHORS, settings.anchors), device=mu.device) // settings.share
+        self.diagnostics = step_diagnostics(
+            settings, loss, batch, negatives, known, before, self._kept_mean()
+        )
+        group = torch.arange(min(ANCHORS, settings.anchors), device=mu.device) // settings.anchors_per_set
         self.terms = ContrastTerms(
-            mu.detach(),
-            var.detach(),
-            anchors[:, :ANCHORS].clone(),
-            negatives[:, group],
-            positive,
-            virtual_mu,
-            virtual_var,
-            known,
-            deviation,
-            class_probability,
-            self.tau,
-            self.reduction,
-            self.normalize,
+            mu=mu.detach(),
+            var=var.detach(),
+            anchors=anchors[:, :ANCHORS].clone(),
+            negatives=negatives[:, group],
+            positive=positive,
+            virtual_mu=virtual_mu,
+            virtual_var=virtual_var,
+            virtual_known=known,
+            deviation=deviation,
+            class_probability=class_probability,
+            tau=self.tau,
+            reduction=self.reduction,
+            normalize=self.normalize,
         )
         return loss
 
@@ -226,22 +226,22 @@ class ProbabilisticContrast(nn.Module):
         if mu.dim() == 4 and mu.shape[1] != self.dim:
             raise ValueError(f"mu must have {self.dim} channels; got {mu.shape[1]}")
         if not self.deterministic and var.numel() and _values_are_at_hand(var):
-            # A nan is not refused here: a step that is not finite is the log's to report.
+            # A nan passes: the trainer's guard reports a step that is not finite.
             smallest = float(var.detach().amin())
             if smallest <= 0:
                 raise ValueError(f"var must be positive; its smallest value is {smallest:g}")
 
     def _kept_mean(self) -> Tensor | None:
-        """[C, D]: the means of the positives kept from step to step, nan where there is none yet."""
+        """[C, D]: means of the stored positives, nan for a class without one; None with prototype "local"."""
         if self.settings.prototype == "local":
             return None
         mean = self.mean if self.settings.prototype == "ema" else self.weighted_mean / self.precision
         return torch.where(self.count[:, None] > 0, mean, torch.nan)
 
     def _updated(self, batch: BatchPrototypes) -> PrototypeStatistics:
-        """Merges the batch into the state; returns the positives, with the batch's pixel counts."""
+        """Merges the batch into the stored prototypes; returns the positives, with counts of the batch."""
         local, kind = batch.statistics, self.settings.prototype
-        # One step that is not finite makes its own loss so, but must not spoil the state for good.
+        # A class whose statistics are not finite spoils the loss of this step, but not the stored prototypes.
         finite = torch.isfinite(local.precision) & torch.isfinite(local.weighted_mean)
         known = finite.all(1) & (local.count > 0)
         if self.keeps_global:
@@ -266,13 +266,13 @@ class ProbabilisticContrast(nn.Module):
         return self._as_scored(PrototypeStatistics(precision, precision * mean, local.count))
 
     def _move(self, state: Tensor, new: Tensor, known: Tensor) -> None:
-        """One step of the moving average of eq. (16), which starts at the first value of a class."""
+        """One step of the moving average of eq. (16); the first value of a class starts it."""
         seen = self.count[:, None] > 0
         moved = torch.where(seen, torch.lerp(new, state, self.settings.prototype_ema), new)
         state.copy_(torch.where(known[:, None], moved, state))
 
     def _global(self) -> PrototypeStatistics:
-        """The GDPs, eq. (9), with the pixels of all steps as counts."""
+        """The global prototypes, eq. (9); their counts are the pixels of all steps."""
         mean = PrototypeStatistics(self.precision, self.weighted_mean, self.count).mean.float()
         precision = self.precision.float()
         return PrototypeStatistics(precision, precision * mean, self.count)
@@ -285,50 +285,16 @@ class ProbabilisticContrast(nn.Module):
         return PrototypeStatistics(precision, precision * mean, prototypes.count)
 
     def _virtual_negatives(self, seed: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Eq. (10): [C, V, D], the classes that have some, and centres and deviations, [C, D] each."""
+        """Eq. (10): virtual negatives [C, V, D], classes with some [C], centres and deviations [C, D]."""
         settings, prototypes = self.settings, self._global()
         known = self.count > 0
         spread = self.spread.sqrt() if self.measures_spread else prototypes.variance
-        virtual_mu = virtual_negatives(prototypes, settings.virtual_negatives, settings.beta, seed, spread)
+        virtual_mu = draw_virtual_negatives(
+            prototypes, settings.virtual_negatives, settings.beta, seed, spread
+        )
         return virtual_mu, known, (prototypes.mean, settings.beta * spread)
-
-    @torch.no_grad()
-    def _record(
-        self,
-        loss: Tensor,
-        batch: BatchPrototypes,
-        negatives: Tensor,
-        known: Tensor | None,
-        before: Tensor | None,
-    ) -> None:
-        """Fills `diagnostics` with tensors on the device; nothing waits for them.
-
-        valid_per_class, hard_per_class, anchors_per_class [C]: pixels and distinct draws at most, of all
-        processes; present_classes; negatives: how many this process's anchors were set against, virtual ones
-        apart; virtual_classes: classes that have virtual negatives, or rows in the memory bank; loss;
-        chance_level: the loss if all scores were equal; prototype_shift [C], where prototypes are kept: the
-        distance between a class's L2-normalised one before and after the step, nan where it has none.
-        """
-        settings, present = self.settings, batch.statistics.count > 0
-        points = settings.virtual_negatives or (settings.bank_negatives if self.bank is not None else 0)
-        known = torch.zeros_like(present) if known is None else known
-        self.diagnostics = {
-            "valid_per_class": batch.statistics.count,
-            "hard_per_class": batch.hard,
-            "anchors_per_class": batch.hard.clamp(max=settings.anchors * world_size()),
-            "present_classes": present.sum(),
-            # A class has all of its negatives or none: one look at each is enough.
-            "negatives": (negatives[:, 0, 0] >= 0).sum() * (settings.anchors * settings.negatives),
-            "virtual_classes": known.sum(),
-            "loss": loss.detach(),
-            "chance_level": chance_level(present, batch.hard > 0, known, settings.negatives, points),
-        }
-        after = self._kept_mean()
-        if before is not None and after is not None:
-            shift = F.normalize(after, dim=1) - F.normalize(before, dim=1)
-            self.diagnostics["prototype_shift"] = shift.norm(dim=1)
 
 
 def _values_are_at_hand(x: Tensor) -> bool:
-    """Whether x has values, and the host may look at them without stalling a device."""
+    """Whether the host can read the values of x without waiting for a device."""
     return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""What a step's softmax was made of: mass of positive, real and virtual terms, spread of the negatives."""
+"""Terms of a step's contrast: softmax mass of positives and negatives, spread of virtual negatives."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from prcl_fast.ops import PrototypeStatistics, mutual_likelihood_score
 
-# Anchors of each class that the masses are read at.
+# Anchors of each class over which the masses are averaged.
 ANCHORS = 4
 
 
 @dataclass(frozen=True)
 class ContrastTerms:
-    """The inputs of a step's contrast, kept until the next one, for logging steps to look into.
+    """The inputs of a step's contrast, kept until the next step for the log.
 
     Attributes:
         mu, var: [B, D, h, w].
@@ -24,7 +24,7 @@ class ContrastTerms:
         positive: the anchors' prototypes.
         virtual_mu, virtual_var: [C, V, D]; None: no virtual negatives, a variance of 0.
         virtual_known: [C] bool.
-        deviation: [C, D] each, the virtual negatives' centres and beta s_c of eq. (10); read where known.
+        deviation: centres and deviations beta s_c of eq. (10), [C, D] each; meaningful where known.
         class_probability: [C, C], from which the negatives' classes are drawn.
         tau, reduction, normalize: as in `probabilistic_info_nce`.
     """
@@ -45,9 +45,9 @@ class ContrastTerms:
 
     @torch.no_grad()
     def masses(self) -> dict[str, float]:
-        """Mean softmax mass of the "positive", the "real" and the "virtual" terms of eq. (15), 1 together.
+        """Mean softmax mass of the "positive", "real" and "virtual" terms of eq. (15); they sum to 1.
 
-        Of up to 4 anchors of each class; nan where no class has an anchor. Reads from the device.
+        Over up to 4 anchors of each class; nan if no class has an anchor. Reads from the device.
         """
         sums = torch.zeros(3, dtype=torch.float64)
         count = 0
@@ -70,7 +70,7 @@ class ContrastTerms:
         return dict(zip(("positive", "real", "virtual"), mean.tolist(), strict=True))
 
     def _scores(self, mu: Tensor, var: Tensor, other_mu: Tensor, other_var: Tensor) -> Tensor:
-        """[K, 1, D] and [K or 1, N, D] -> [K, N], over tau."""
+        """Scores of [K, 1, D] with [K or 1, N, D], divided by tau: [K, N]."""
         other_mu, other_var = (
             x.float().expand(len(mu), *x.shape[-2:]).contiguous() for x in (other_mu, other_var)
         )
@@ -93,9 +93,9 @@ class ContrastTerms:
 
     @torch.no_grad()
     def negative_classes(self) -> float:
-        """Effective number of the classes that an anchor's negatives come from: exp of the entropy.
+        """Effective number of classes of an anchor's real negatives: exp of the entropy.
 
-        Mean over the classes that have any; nan without one. Reads from the device.
+        Mean over the classes with negatives; nan without any. Reads from the device.
         """
         p = self.class_probability.double()
         p = p[p.sum(1) > 0]
@@ -103,7 +103,7 @@ class ContrastTerms:
 
     @torch.no_grad()
     def virtual_spread(self) -> float:
-        """Deviation of virtual negatives, |beta s_c|, over their prototype's norm |mu_c|, mean over classes.
+        """Deviation |beta s_c| of virtual negatives over the prototype's norm |mu_c|, mean over classes.
 
         nan without virtual negatives. Reads from the device.
         """

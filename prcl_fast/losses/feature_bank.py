@@ -1,4 +1,4 @@
-"""Memory bank: a ring of each class's most recent pixel features, which every step adds to."""
+"""Memory bank: a ring buffer of each class's most recent pixel features."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from torch import Tensor, nn
 from prcl_fast.ops import ClassLists, Purpose, class_lists, philox_normal, sample_anchors
 from prcl_fast.processes.collectives import rank, start_sum, world_size
 
-# Draws for the bank must not be those of the anchors of the same step.
+# Keep the draws of the bank apart from the anchors' draws of the same step.
 _ADD, _DRAW = 0x42414E4B, 0x44524157
-# Steps that fill a large ring; steps and rows a step of a small one.
+# Steps that fill a large ring; steps that fill a small one, and its rows per step.
 _STEPS, _FEW_STEPS, _FEW_ROWS = 128, 8, 64
 
 
 def rows_a_step(size: int) -> int:
-    """Rows of each class that a step adds to a ring of `size` features: M / 128, or 64 of at most M / 8.
+    """Rows of each class that a step adds to a ring of `size` M: the larger of M / 128 and min(64, M / 8).
 
-    Every valid pixel would be too many: a batch of 16 maps of 129 x 129 has 266 thousand, 0.5 GB of float32
-    means and variances in 256 dimensions. With 65536 features a step adds 512 of a class, with 30000 it adds
-    234. So a class's ring is full after 128 steps with that class (more where it has fewer valid pixels), and
-    from then on holds nothing older than 128 of its steps.
+    All valid pixels would be too many: a batch of 16 maps of 129 x 129 has 266 thousand, 0.5 GB of float32
+    means and variances in 256 dimensions. A ring of 65536 takes 512 rows of a class per step, one of 30000
+    takes 234. A large ring is thus full after 128 steps with the class and then spans its last 128 steps,
+    or more if the class has fewer valid pixels.
     """
     return max(1, size // _STEPS, min(_FEW_ROWS, size // _FEW_STEPS))
 
 
 class FeatureBank(nn.Module):
-    """The last `size` features of every class, drawn `rows` a step from the batch of all processes.
+    """The last `size` features of every class; a step adds `rows` of them, drawn from its batch.
 
-    With several processes each gives its share of the rows, and all hold the same bank, by an all-reduce of
-    [C, R, W + 1] numbers a step.
+    With several processes each contributes an equal number of rows. One all-reduce of [C, R, W + 1] numbers
+    per step gives all processes the same bank.
 
-    The IJCV paper's bank (table 7) keeps mu and sigma^2 of 30000 or 65536 pixels of each class in 256
-    dimensions: `FeatureBank(21, 256, 256, size=65536)`, 2.63 GiB. It stays on the device and is part of every
-    checkpoint.
+    The IJCV paper's bank (table 7) holds mu and sigma^2 of 30000 or 65536 pixels of each class in 256
+    dimensions: `FeatureBank(21, 256, 256, size=65536)` takes 2.63 GiB. The bank stays on the device and is
+    part of every checkpoint.
 
     Args:
         num_classes: C.
         dims: channels of each map that `add` takes; W is their sum.
         size: M, features kept of each class.
-        rows: R <= M, features of each class that a step adds at most, over all processes; at least one of
-            each. None: `rows_a_step`.
+        rows: R <= M, largest number of features of a class that a step adds, over all processes; at least
+            one of each process. None: `rows_a_step`.
     Raises:
-        ValueError: an argument out of its range; the message names it.
+        ValueError: an argument is out of its range; the message names it.
     """
 
-    features: Tensor  # [C, M + 1, W] float32; the last one takes what is not to be kept, as zeros
+    features: Tensor  # [C, M + 1, W] float32; row M takes the writes that are to be discarded
     count: Tensor  # [C] int64, features added so far
 
     def __init__(self, num_classes: int, *dims: int, size: int, rows: int | None = None) -> None:
@@ -61,7 +61,7 @@ class FeatureBank(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the bank takes on its device."""
+        """Size on the device in bytes."""
         return self.features.nbytes + self.count.nbytes
 
     def extra_repr(self) -> str:
@@ -79,18 +79,17 @@ class FeatureBank(nn.Module):
     ) -> None:
         """Adds features of pixels drawn uniformly, with replacement, from each class's valid ones.
 
-        A class with fewer than R valid pixels adds as many rows as it has. A row that is not finite is left
-        out.
+        A class with n < R valid pixels adds n rows. Rows that are not finite are left out.
 
         Args:
-            maps: [B, D_i, h, w] floating, D_i as in `dims`; or the one tensor. A feature is what the maps
-                have at a pixel, one after the other. Only the rows that are drawn are converted.
-            label: [B, h, w] integer; outside 0 .. C-1 means "none".
+            maps: one tensor [B, D_i, h, w], floating, for each of `dims`; a single one may stand alone. A
+                feature is the concatenation of all maps at a pixel.
+            label: [B, h, w] integer; values outside 0 .. C-1 are no class.
             valid: [B, h, w] bool.
             seed: int64 [2] = (seed, step), on the maps' device.
             lists: `class_lists` of the same label and valid.
         Raises:
-            ValueError: the maps are not those of `dims`, or the bank has less room than there are processes.
+            ValueError: the maps do not fit `dims`, or `size` is below the number of processes.
         """
         maps = (maps,) if isinstance(maps, Tensor) else maps
         channels = tuple(x.shape[1] for x in maps)
@@ -122,14 +121,14 @@ class FeatureBank(nn.Module):
 
     @torch.no_grad()
     def draw(self, number: int, seed: Tensor) -> tuple[Tensor, ...]:
-        """Features drawn uniformly, with replacement, from all that a class keeps.
+        """Features drawn uniformly, with replacement, from the ring of each class.
 
         Args:
             number: V, per class.
             seed: int64 [2] = (seed, step), on the bank's device.
         Returns:
             [C, V, D_i] float32 for each of `dims`, zeros for a class without features; then [C] bool, the
-            classes that have some.
+            classes with features.
         """
         normal = philox_normal(seed ^ _DRAW, (self.num_classes, number, 1), Purpose.VIRTUAL_NEGATIVES)
         kept = self.count.clamp(max=self.size)[:, None, None]

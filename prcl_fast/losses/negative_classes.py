@@ -1,4 +1,4 @@
-"""The classes that an anchor's real negatives are drawn from."""
+"""Class distribution of an anchor's real negatives."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def negative_class_probability(
 ) -> Tensor:
     """Softmax of the prototypes' scores over tau, over the other classes present [IJCV, 3.5, strategy 3].
 
-    The text says that negatives are drawn "non-uniformly" by the MLS of the prototypes; that the scores enter
-    by their softmax is the authors' public code's.
+    The paper draws negatives "non-uniformly" by the MLS of the prototypes; the softmax over these scores is
+    that of the authors' public code.
 
     Args:
-        prototypes: of C classes; those with pixels are present.
+        prototypes: of C classes; a class with pixels is present.
         tau: temperature.
         reduction, normalize: as in `mutual_likelihood_score`.
         uniform: whether all scores count as equal.
     Returns:
-        [C, C], row c the distribution of the classes of class c's negatives; zeros where there is none.
+        [C, C]; row c is the distribution of the classes of class c's negatives, zeros if it has none.
     """
     present = prototypes.count > 0
     mean = prototypes.mean

@@ -1,4 +1,4 @@
-"""The prototype-based predictor of PCR: K prototypes for each class, the nearest of them speaks for it."""
+"""The prototype-based predictor of PCR: K prototypes per class; the nearest gives the class score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prcl_fast.processes.collectives import summed
 
 
 class PrototypePredictor(nn.Module):
-    """K prototypes p_ck of every class, class scores from them, and their running average.
+    """K prototypes p_ck of every class, their class scores, and their moving average.
 
     Source: Xu et al., "Semi-supervised Semantic Segmentation with Prototype-based Consistency Regularization"
     (NeurIPS 2022); equation numbers are that paper's. The prototypes carry no gradient. With several
@@ -39,20 +39,20 @@ class PrototypePredictor(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Eq. (2): features [B, D, h, w] -> class scores [B, C, h, w], max over k of cos(f, p_ck) / T.
 
-        A class without prototypes has the lowest score that a class can have, -1 / T.
+        A class without prototypes gets the lowest possible score, -1 / T.
         """
         similarity = self._similarity(features).amax(dim=-1)
         return (torch.where(self.known, similarity, -1.0) / self.temperature).permute(0, 3, 1, 2)
 
     def _similarity(self, features: Tensor) -> Tensor:
-        """[B, h, w, C, K]: cosines with every prototype; this order keeps gradients channels_last."""
+        """Cosine with every prototype, [B, h, w, C, K]; this order keeps gradients channels_last."""
         weight = F.normalize(self.prototypes, dim=-1).flatten(0, 1)[:, :, None, None]
         similarity = F.conv2d(F.normalize(features, dim=1), weight.to(features.dtype))
         return similarity.float().permute(0, 2, 3, 1).unflatten(-1, self.prototypes.shape[:2])
 
     @torch.no_grad()
     def initialize(self, prototypes: Tensor, known: Tensor) -> None:
-        """Sets the prototypes [C, K, D] and which classes [C] have some."""
+        """Sets the prototypes [C, K, D] and the classes [C] that have them."""
         self.prototypes.copy_(prototypes)
         self.known.copy_(known)
 
@@ -60,14 +60,14 @@ class PrototypePredictor(nn.Module):
     def update(self, features: Tensor, label: Tensor, valid: Tensor) -> None:
         """Eq. (11): p_ck moves to alpha p_ck + (1 - alpha) times the mean of the features nearest to it.
 
-        Of a class's valid pixels each belongs to the nearest of the class's own prototypes. A prototype
-        without pixels stays; so does a class that had no prototypes at the start. The equation names one
-        pixel, F[a, b]. One update for each of a batch's thousands of pixels would leave alpha^n, nothing, of
-        the prototype before; so a step makes one update of each prototype.
+        Each valid pixel belongs to the nearest prototype of its class. A prototype without pixels does not
+        move, and a class without prototypes gets none. Eq. (11) is written for one pixel, F[a, b]. An update
+        for each of a batch's n pixels would leave a weight of alpha^n, close to 0, on the former prototype;
+        a step therefore updates each prototype once.
 
         Args:
             features: [B, D, h, w].
-            label: [B, h, w] integer; outside 0 .. C-1 means "none".
+            label: [B, h, w] integer; values outside 0 .. C-1 are no class.
             valid: [B, h, w] bool.
         """
         num_classes, per_class, dim = self.prototypes.shape

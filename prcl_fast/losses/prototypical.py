@@ -1,4 +1,4 @@
-"""The losses on prototypes of PPS: pixels' contrast, class scores, and a class's prototypes one at a time.
+"""Prototype losses of PPS: pixel contrast, class scores, and the choice of one prototype per class.
 
 Source: Chen and Lian, "Semi-supervised Semantic Segmentation via Prototypical Contrastive Learning" (ACM MM
 2022); equation numbers are that paper's.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prcl_fast.ops import Purpose, class_lists, philox_normal, sample_anchors, sample_negatives
 
-# Where `odds_logits` leaves the exponential for its tangent.
+# Score beyond which `odds_logits` follows the tangent of the exponential.
 _BOUND = 3.0
 
 
@@ -37,12 +37,13 @@ def prototypical_contrast(
     num_negatives: int,
     normalize: bool,
 ) -> Contrast:
-    """L_contra, eq. (7): InfoNCE between pixels, which belong together where they share a prototype.
+    """L_contra, eq. (7): InfoNCE between pixels; pixels of the same prototype are positives.
 
-    Of each prototype k, n pixels v_i and r negatives o_j are drawn, with replacement. A negative's prototype
-    is drawn uniformly from the others that have pixels, those of the same class included (the second strategy
-    of section 3.3), then its pixel. The positive v_i' of v_i is the next of the n; where both are the same
-    pixel, the term is left out, for i' is not i. The double sum of (7) is taken as the mean over its terms.
+    For each prototype k, n pixels v_i and r negatives o_j are drawn, with replacement. A negative is drawn in
+    two steps: its prototype, uniformly from all other prototypes with pixels, also those of the same class
+    (second strategy of section 3.3); then its pixel. The positive v_i' of v_i is the next of the n pixels. A
+    term whose two pixels are the same is left out, since i' differs from i. The double sum of eq. (7) is
+    taken as the mean over its terms.
 
     Args:
         projection: F_p [B, D, h, w] floating, of the pixels of both networks.
@@ -52,9 +53,9 @@ def prototypical_contrast(
         seed: int64 [2] = (seed, step), on the projection's device.
         tau: temperature.
         num_anchors, num_negatives: n and r.
-        normalize: L2-normalise pixels, so that v . o is between -1 and 1; the text does not.
+        normalize: L2-normalise the features, so that v . o is between -1 and 1; the paper does not.
     Returns:
-        the loss, a 0 that stays in the graph where no term is left, and the sampling.
+        the loss, a 0 that stays in the graph if there is no term, and the sampling.
     """
     with torch.no_grad():
         lists = class_lists(prototype, valid, valid, num_prototypes)
@@ -82,15 +83,16 @@ def prototypical_contrast(
 
 
 def odds_logits(score: Tensor) -> Tensor:
-    """What the softmax of eq. (9) takes: psi(sigmoid(S)) = e^S, for S up to 3 and its tangent beyond.
+    """Logits of the softmax of eq. (9): psi(sigmoid(S)) = e^S for S up to 3, and its tangent beyond.
 
-    psi(t) = t / (1 - t) takes sigmoid(S) back to the odds e^S. Written as in (9) they are infinite in float32
-    from S = 17 on, and e^S itself is a wrong pixel's loss and gradient. The tangent keeps both in bounds, and
-    the order of the scores, where a clamp would keep neither gradient nor order. A class at 3 beside classes
-    below 0 has 19 nats over them, a probability of 1 to float32's precision; between two classes above 3 the
-    tangent is softer than the text: at (4, 3.9) it gives 0.88, e^S 0.99.
-    Unlike a softmax of S this one is not blind to what all classes have in common: where all S are far below
-    0, all odds are 0, and so is the gradient.
+    psi(t) = t / (1 - t) maps sigmoid(S) to the odds e^S. Computed as printed, the odds are infinite in
+    float32 from S = 17 on, and a misclassified pixel has a loss and a gradient of the size of e^S. The
+    tangent bounds both and keeps the order of the scores; a clamp would lose order and gradient. A class at S
+    = 3 is 19 nats above a class below 0: probability 1 in float32. Between two classes above 3 the tangent is
+    softer than the paper: at (4, 3.9) it gives 0.88, e^S gives 0.99.
+
+    Unlike a softmax of S, this one changes if all scores of a pixel shift together: if all S are far below 0,
+    all odds are 0, and so is the gradient.
 
     Args:
         score: S of eq. (8), any shape, floating.
@@ -103,17 +105,17 @@ def odds_logits(score: Tensor) -> Tensor:
 
 
 def one_prototype_per_class(scores: list[Tensor], num_classes: int, seed: Tensor) -> list[Tensor]:
-    """p_c of eq. (10): the scores of one prototype of each class, drawn uniformly, the same for all pixels.
+    """p_c of eq. (10): the scores of one prototype per class, drawn uniformly, the same for all pixels.
 
     Args:
-        scores: maps P_m [B, C * n, h, w], all of which get the same draw.
+        scores: maps P_m [B, C * n, h, w]; all get the same draw.
         num_classes: C.
         seed: int64 [2] = (seed, step), on the scores' device.
     Returns:
         [B, C, h, w] of each, channels_last.
     """
     per_class = scores[0].shape[1] // num_classes
-    # The largest of n independent numbers of one distribution is each of them equally often.
+    # Each of n independent, equally distributed numbers is the largest equally often.
     drawn = philox_normal(seed, (num_classes, per_class), Purpose.ACTIVATED_PROTOTYPE).argmax(1)
     number = torch.arange(num_classes, device=drawn.device) * per_class + drawn
     return [score.permute(0, 2, 3, 1).index_select(3, number).permute(0, 3, 1, 2) for score in scores]

@@ -1,4 +1,4 @@
-"""What changes with the iteration, computed where the iteration is counted: on the device."""
+"""Schedules of loss weight and learning rate, computed on the device that counts the iterations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ def lambda_c(initial: float, iteration: Tensor, total: int, *, alpha: float = -5
     Args:
         iteration: integer scalar, on any device.
     Returns:
-        float64 scalar beside it.
+        float64 scalar on the same device.
     """
     return initial * torch.exp(alpha * (iteration.double() / total) ** 2)
 
 
-def poly_lr(base: float, iteration: Tensor, total: int, *, power: float = 0.9, floor: float = 0.0) -> Tensor:
-    """Polynomial decay of a learning rate: base * (1 - iteration / total)^power, never below `floor`.
+def poly_lr(base: float, iteration: Tensor, total: int, *, power: float = 0.9) -> Tensor:
+    """Polynomial decay of a learning rate: base * (1 - iteration / total)^power, 0 from `total` on.
 
     Args:
         iteration: integer scalar, on any device.
     Returns:
-        float64 scalar beside it.
+        float64 scalar on the same device.
     """
-    left = (1.0 - iteration.double() / total).clamp(min=0.0)
-    return (base * left**power).clamp(min=floor)
+    return base * (1.0 - iteration.double() / total).clamp(min=0.0) ** power

@@ -1,4 +1,4 @@
-"""Virtual negatives of global distribution prototypes, and the spread of a class's means."""
+"""Virtual negatives drawn from global prototypes, and the spread of a class's means."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 from prcl_fast.ops import ClassLists, PrototypeStatistics, Purpose, philox_normal, sample_anchors
 
-# Pixels of each class that the spread of its means is estimated from in one step.
+# Pixels of each class from which one step estimates the spread of its means.
 _PIXELS = 64
-# Their draws must not be those of the anchors of the same step.
+# Keeps their draws apart from the anchors' draws of the same step.
 _SPREAD = 0x53505244
 
 
-def virtual_negatives(
+def draw_virtual_negatives(
     prototypes: PrototypeStatistics, number: int, beta: float, seed: Tensor, spread: Tensor
 ) -> Tensor:
     """Draws from the prototypes' distributions, IJCV eq. (10): mu_c + beta * eps * s_c, eps ~ N(0, I).
 
-    s_c is printed there as the prototype's variance. A class without pixels has a spread of 0.
+    The paper prints the prototype's variance for s_c. A class without pixels has a spread of 0.
 
     Args:
         prototypes: of C classes, D dimensions.
@@ -42,7 +42,7 @@ def moments_of_means(
 
     Args:
         mu: [B, D, h, w] floating.
-        label: [B, h, w] integer; outside 0 .. C-1 means "none".
+        label: [B, h, w] integer; values outside 0 .. C-1 are no class.
         valid: [B, h, w] bool.
         num_classes: C.
         seed: int64 [2] = (seed, step).

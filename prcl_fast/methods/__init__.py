@@ -1,4 +1,4 @@
-"""Training methods: one file each behind the interface of `base.Method`."""
+"""Training methods, one file each, with the interface `base.Method`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prcl_fast.config.methods import (
     PRCLConfig,
     SupervisedConfig,
 )
-from prcl_fast.methods.base import Method, Step
+from prcl_fast.methods.base import Method, StepIndex
 from prcl_fast.methods.cps import CPS
 from prcl_fast.methods.mean_teacher import MeanTeacher
 from prcl_fast.methods.pcr import PCR
@@ -19,14 +19,14 @@ from prcl_fast.methods.pps import PPS
 from prcl_fast.methods.prcl import PRCL
 from prcl_fast.methods.supervised import Supervised
 
-__all__ = ["CPS", "PCR", "PPS", "PRCL", "MeanTeacher", "Method", "Step", "Supervised", "build_method"]
+__all__ = ["CPS", "PCR", "PPS", "PRCL", "MeanTeacher", "Method", "StepIndex", "Supervised", "build_method"]
 
 
 def build_method(config: Config, num_classes: int) -> Method:
-    """The method that `config.method.name` names, its networks freshly initialised.
+    """The method of the section `config.method`, its networks freshly initialised.
 
     Raises:
-        InputError: the method cannot be had for so many classes.
+        InputError: the method does not support so many classes.
     """
     kinds: dict[type, type[Method]] = {
         SupervisedConfig: Supervised,

@@ -1,4 +1,4 @@
-"""What the trainer asks of a method, and what every method with one student shares."""
+"""Interface of a method to the trainer, and the supervised pass that all methods share."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.config import Config
-from prcl_fast.config.methods import UnlabeledConfig
+from prcl_fast.config.methods import MethodSection
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.batches import Batch
 from prcl_fast.losses import PixelCounts, start_counting, supervised_loss
-from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, build_network
+from prcl_fast.models.build import build_network
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
 from prcl_fast.step_parts import part
 
 
 @dataclass(frozen=True)
-class Step:
-    """Where training stands: `iteration` counts optimiser steps from 0, of `total`.
+class StepIndex:
+    """The number of an optimiser step: `iteration`, from 0, of `total`.
 
-    The count lies on the device, so that a captured step can go on counting.
+    The iteration lies on the device, so that a captured step goes on counting.
     """
 
     iteration: Tensor  # int64 scalar
@@ -32,24 +33,26 @@ class Step:
 class Method(nn.Module):
     """A student network and the rules by which it learns. Its `state_dict` is its whole state.
 
-    A subclass says `losses`; the trainer knows nothing else of it.
+    A subclass defines `losses` and declares the type of its `settings`.
 
     Attributes:
+        settings: the section `method` of the configuration.
         warmup: number of supervised iterations at the start.
-        warming_up: whether the step begun is one of them.
+        warming_up: whether the current step is one of them.
     """
 
-    needs_unlabeled = False
-    # The losses that a step of the warm-up has not: logged as zeros, so that all steps have the same terms.
+    settings: MethodSection
+    # Losses on unlabeled images: zeros in the warm-up, so that all steps log the same terms.
     unlabeled_terms: tuple[str, ...] = ()
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__()
+        self.settings = config.method
         self.optim = config.optim
         self.probability_lr = config.probability_lr
         self.mean, self.std = config.data.mean, config.data.std
         self.num_classes = num_classes
-        self.warmup = config.method.warmup if isinstance(config.method, UnlabeledConfig) else 0
+        self.warmup = config.method.warmup_iterations
         self.warming_up = False
         self.student = self.new_network(config, num_classes)
 
@@ -70,7 +73,7 @@ class Method(nn.Module):
             ("heads", [network.head_parameters() for network in learners], optim.lr),
             ("probability", [network.probability_parameters() for network in learners], self.probability_lr),
         ]
-        # What two networks share is one parameter.
+        # Two networks may share parameters: each counts once.
         groups = [
             {"name": name, "params": list(dict.fromkeys(chain.from_iterable(parameters))), "lr": lr}
             for name, parameters, lr in parts
@@ -78,22 +81,22 @@ class Method(nn.Module):
         return [group for group in groups if group["params"]]
 
     def lay_out(self) -> None:
-        """Called once the networks are on their device, before anything relies on where their tensors lie."""
+        """Called once, when the networks are on their device and before anything refers to their storages."""
 
     def begin_step(self, iteration: int) -> bool:
-        """Called by the host before the step of `iteration`, for what happens once in a run.
+        """Called on the host before the step of `iteration`, for events such as the end of the warm-up.
 
         Returns:
-            Whether steps consist of other operations from here on: a captured step is then captured anew.
+            Whether the operations of a step change here: a captured step must then be captured anew.
         """
         before, self.warming_up = self.warming_up, iteration < self.warmup
         return before != self.warming_up
 
-    def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """The scalars of one micro-batch: "loss" is what is minimised, the others are its named terms."""
+    def losses(self, batch: Batch, step: StepIndex) -> dict[str, Tensor]:
+        """The scalars of one micro-batch: "loss", which is minimised, and its named terms."""
         raise NotImplementedError
 
-    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: StepIndex) -> dict[str, Tensor]:
         """`supervised_losses` in the warm-up, `losses` after it."""
         return self.supervised_losses(batch) if self.warming_up else self.losses(batch, step)
 
@@ -103,12 +106,12 @@ class Method(nn.Module):
         return self.supervised_terms(loss)
 
     def supervised_terms(self, loss: Tensor) -> dict[str, Tensor]:
-        """The terms of a step of the warm-up whose L_s is `loss`."""
+        """All terms of a warm-up step whose L_s is `loss`."""
         zero = torch.zeros_like(loss.detach())
         return {"loss": loss, "loss_supervised": loss} | dict.fromkeys(self.unlabeled_terms, zero)
 
     def supervised_pass(self, batch: Batch) -> tuple[list[NetworkOutput], Tensor]:
-        """What the learners say of the labeled images, and L_s, summed over the learners."""
+        """The learners' outputs for the labeled images, and L_s, summed over the learners."""
         counts = start_counting(batch.label)
         with part("student"):
             image = self.normalize(batch.labeled_image)
@@ -118,20 +121,20 @@ class Method(nn.Module):
             return outputs, torch.stack(terms).sum()
 
     def labeled_loss(self, logits: Tensor, label: Tensor, counts: PixelCounts | None) -> Tensor:
-        """L_s of one network, eq. (13), of its logits [B, C, h, w] and the labels [B, H, W]."""
+        """L_s of one network, eq. (13), from its logits [B, C, h, w] and the labels [B, H, W]."""
         return supervised_loss(logits, label, counts=counts)
 
-    def after_step(self, step: Step) -> None:
-        """Called once after the optimiser step of `step`."""
+    def after_step(self, step: StepIndex) -> None:
+        """Called once after the optimiser's step."""
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks to evaluate, by name; the first is the one that counts."""
+        """The networks to evaluate, by name; the first gives the run's mIoU."""
         return {"student": self.student}
 
     def diagnostics(self) -> dict[str, Any]:
-        """Numbers and sentences about the last batch for the log. Reads from the device."""
+        """Numbers and notes about the last batch for the log. Reads from the device."""
         return {}
 
     def normalize(self, image: Tensor) -> Tensor:
-        """[B, 3, h, w] in [0, 1] -> the same, as the network expects it."""
+        """[B, 3, h, w] in [0, 1] -> the same shape, less the mean, over the standard deviation."""
         return normalize(image, self.mean, self.std)

@@ -1,4 +1,4 @@
-"""Consistency with the teacher's pseudo-labels on mixed images: Mean Teacher, ClassMix, CutMix, CutOut."""
+"""Mean Teacher: consistency with the teacher's pseudo-labels, with ClassMix, CutMix, CutOut or no mixing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prcl_fast.data.batches import Batch
 from prcl_fast.data.mix import mix
 from prcl_fast.data.source import IGNORE
 from prcl_fast.losses import PixelCounts, start_counting, supervised_loss, unsupervised_loss
-from prcl_fast.methods.base import Method, Step
+from prcl_fast.methods.base import Method, StepIndex
 from prcl_fast.models.network import NetworkOutput, joined
 from prcl_fast.models.teacher import EMATeacher
 from prcl_fast.ops import pseudo_label
@@ -24,60 +24,59 @@ from prcl_fast.step_parts import part
 
 
 @dataclass(frozen=True)
-class Unlabeled:
-    """The unlabeled images as the student sees them, with the pseudo-labels that went the same way."""
+class PseudoLabeled:
+    """Unlabeled images as the student sees them, with pseudo-labels mixed in the same way."""
 
     image: Tensor  # [B, 3, h, w] strongly augmented and mixed, normalised
     label: Tensor  # [B, h, w] uint8, IGNORE outside the image and in erased boxes
     confidence: Tensor  # [B, h, w] float32, 0 where ignored
-    counts: Callable[[], PixelCounts | None]  # waits for the other processes
+    counts: Callable[[], PixelCounts | None]  # waits for the all-reduce of the counts
 
 
 class MeanTeacher(Method):
     """L = L_s + L_u, eq. (13) and (14); the teacher is the student's exponential moving average."""
 
-    needs_unlabeled = True
+    settings: ConsistencyConfig
     unlabeled_terms: tuple[str, ...] = ("loss_unsupervised",)
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        assert isinstance(config.method, ConsistencyConfig)
-        self.settings: ConsistencyConfig = config.method
-        self.teacher = EMATeacher(self.student, decay=config.method.ema)
+        self.teacher = EMATeacher(self.student, decay=self.settings.ema)
         self._pseudo_labels: tuple[Tensor, Tensor] | None = None  # and confidences, of the last batch
 
-    def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, step: StepIndex) -> dict[str, Tensor]:
         """The terms "loss_supervised" and "loss_unsupervised" and their sum."""
         unlabeled = self.pseudo_labeled(batch)
         output = self.student_pass(batch, unlabeled, representations=False)
         return self.segmentation_losses(batch, unlabeled, output.logits)
 
-    def pseudo_labeled(self, batch: Batch) -> Unlabeled:
-        """Eq. (1) on the weakly augmented images, then strong augmentation and mixing of all three alike."""
-        assert batch.unlabeled_image is not None
-        assert batch.inside is not None
-        assert batch.strong is not None
-        weak = batch.unlabeled_image
+    def pseudo_labeled(self, batch: Batch) -> PseudoLabeled:
+        """Eq. (1) on the weakly augmented images, then strong augmentation and mixing.
+
+        Image, pseudo-label and confidence are mixed alike.
+        """
+        unlabeled = batch.needed_unlabeled()
+        weak = unlabeled.image
         with torch.no_grad(), part("teacher"):
             label, confidence = pseudo_label(self.teacher_scores(self.normalize(weak)), weak.shape[-2:])
-            label = label.masked_fill(~batch.inside, IGNORE)
-            confidence = confidence.masked_fill(~batch.inside, 0.0)
+            label = label.masked_fill(~unlabeled.inside, IGNORE)
+            confidence = confidence.masked_fill(~unlabeled.inside, 0.0)
         with torch.no_grad(), part("strong augmentation"):
-            image = strong_augment(weak, batch.strong)
-            image, label, confidence = mix(image, label, confidence, batch.strong, self.settings.mix)
-            # Their sums travel while the student works.
+            image = strong_augment(weak, unlabeled.strong)
+            image, label, confidence = mix(image, label, confidence, unlabeled.strong, self.settings.mix)
+            # The all-reduce overlaps with the student's pass.
             counts = start_counting(batch.label, label, confidence, self.settings.delta_u)
-            return Unlabeled(self.normalize(image), label, confidence, counts)
+            return PseudoLabeled(self.normalize(image), label, confidence, counts)
 
     def teacher_scores(self, image: Tensor) -> Tensor:
-        """[B, C, h, w]: the scores from which pseudo-labels of normalised images [B, 3, H, W] are taken."""
+        """Scores [B, C, h, w] of normalised images [B, 3, H, W], for their pseudo-labels."""
         return self.teacher(image, representations=False).logits
 
-    def student_pass(self, batch: Batch, unlabeled: Unlabeled, *, representations: bool) -> NetworkOutput:
-        """The student on the labeled images, then on the unlabeled ones: the rows of one output.
+    def student_pass(self, batch: Batch, unlabeled: PseudoLabeled, *, representations: bool) -> NetworkOutput:
+        """The student on the labeled and the unlabeled images: one output, the labeled rows first.
 
-        One pass, or two, whose batch statistics differ. What follows reads the whole output, because a
-        gradient of some of its rows would be filled up with zeros in another memory format.
+        `forward: separate` makes two passes, each with its own batch statistics. The losses read the whole
+        output: a slice of it would fill its gradient up with zeros in another memory format.
         """
         with part("student"):
             images = [self.normalize(batch.labeled_image), unlabeled.image]
@@ -85,11 +84,13 @@ class MeanTeacher(Method):
                 images = [torch.cat(images)]
             return joined([self.student(image, representations=representations) for image in images])
 
-    def segmentation_losses(self, batch: Batch, unlabeled: Unlabeled, logits: Tensor) -> dict[str, Tensor]:
+    def segmentation_losses(
+        self, batch: Batch, unlabeled: PseudoLabeled, logits: Tensor
+    ) -> dict[str, Tensor]:
         """L_s, L_u and their sum.
 
         Args:
-            logits: [B_l + B_u, C, h, w], of the labeled images first.
+            logits: [Bl + Bu, C, h, w], the labeled images first.
         """
         settings = self.settings
         self._pseudo_labels = unlabeled.label, unlabeled.confidence
@@ -112,20 +113,20 @@ class MeanTeacher(Method):
             }
 
     def lay_out(self) -> None:
-        """Student and teacher each lie in one tensor from here on."""
+        """Moves the student into one flat tensor, and the teacher into another."""
         self.teacher.lay_out_flat()
 
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: StepIndex) -> None:
         """Moves the teacher towards the student."""
         with part("ema"):
             self.teacher.update(step.iteration)
 
     def networks(self) -> dict[str, nn.Module]:
-        """The teacher counts; the student is shown beside it."""
+        """Teacher and student; the teacher gives the run's mIoU."""
         return {"teacher": self.teacher.network, "student": self.student}
 
     def diagnostics(self) -> dict[str, Any]:
-        """omega: the share of this process's unlabeled pixels whose confidence is above delta_u."""
+        """omega: the fraction of this rank's unlabeled pixels with a confidence above delta_u."""
         if self._pseudo_labels is None:
             return {}
         label, confidence = self._pseudo_labels

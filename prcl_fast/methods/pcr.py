@@ -13,51 +13,51 @@ from prcl_fast.config.methods import PCRConfig
 from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
 from prcl_fast.losses import FeatureBank, PrototypePredictor
-from prcl_fast.methods.base import Step
+from prcl_fast.methods.base import StepIndex
 from prcl_fast.methods.mean_teacher import MeanTeacher
 from prcl_fast.models.network import NetworkOutput, at_resolution
 from prcl_fast.processes.collectives import rank, summed
 from prcl_fast.step_parts import part
 
-# Features of each class that K-means sees, and how many of them a step of the warm-up adds.
+# Features of each class that K-means clusters, and the number of them that a warm-up step adds.
 SAMPLES, _ADDED = 1024, 64
 
 
 class PCR(MeanTeacher):
-    """A linear and a prototype-based predictor learn from the same labels and pseudo-labels.
+    """A linear and a prototype-based predictor that learn from the same labels and pseudo-labels.
 
     Source: Xu et al., "Semi-supervised Semantic Segmentation with Prototype-based Consistency Regularization"
-    (NeurIPS 2022), equation and algorithm numbers are that paper's. The teacher's linear predictor labels the
-    unlabeled images (its confident pixels only), which then are mixed. All pixels at the decoder's resolution
-    take part, where the authors' public code draws one of every patch.
+    (NeurIPS 2022); equation and algorithm numbers are that paper's. The teacher's linear predictor labels the
+    unlabeled images (its confident pixels only), which are then mixed. All pixels at the decoder's resolution
+    take part; the authors' public code draws one of every patch.
 
-    The first prototypes are the centres of K-means over features of labeled pixels, Algorithm 2: of a network
-    that was trained before on the labeled images alone (`prototypes_from`), or, without one, of the student
-    in the last of `warmup` supervised iterations. The student starts from `model.weights` in both cases:
-    Algorithm 2 returns prototypes, not a network.
+    The first prototypes are the centres of K-means over features of labeled pixels, Algorithm 2. The features
+    come from a network trained on the labeled images alone (`prototypes_from`) or, without one, from the
+    student in the last of `warmup` supervised iterations. In both cases the student starts from
+    `model.weights`: Algorithm 2 returns prototypes, not a network.
 
     With `predictor: prototype` there is no linear predictor after the warm-up (the second variant of table
     4): the prototypes, on the teacher's features, also give the pseudo-labels.
     """
 
+    settings: PCRConfig
+
     def __init__(self, config: Config, num_classes: int) -> None:
-        assert isinstance(config.method, PCRConfig)
         super().__init__(config, num_classes)
-        self.pcr = config.method
-        decoder = self.student.decoder
-        dim = decoder.aspp_channels if self.pcr.features == "aspp" else decoder.out_channels
+        settings, decoder = self.settings, self.student.decoder
+        dim = decoder.aspp_channels if settings.features == "aspp" else decoder.out_channels
         self.predictor = PrototypePredictor(
             num_classes,
-            self.pcr.prototypes,
+            settings.prototypes,
             dim,
-            temperature=self.pcr.temperature,
-            decay=self.pcr.prototype_ema,
+            temperature=settings.temperature,
+            decay=settings.prototype_ema,
         )
         self.samples: FeatureBank | None = None
-        if self.pcr.prototypes_from is None:
+        if settings.prototypes_from is None:
             self.samples = FeatureBank(num_classes, dim, size=SAMPLES, rows=_ADDED)
         self._seed = config.seed
-        self._alone = self.pcr.predictor == "prototype"
+        self._alone = settings.predictor == "prototype"
         if not self._alone:
             own = ("loss_prototype_supervised", "loss_prototype_unsupervised")
             self.unlabeled_terms = (*self.unlabeled_terms, *own)
@@ -71,11 +71,11 @@ class PCR(MeanTeacher):
         return super().begin_step(iteration)
 
     def teacher_scores(self, image: Tensor) -> Tensor:
-        """Eq. (7): the teacher's linear predictor; eq. (2) on its features where the prototypes are alone."""
+        """Eq. (7), the teacher's linear predictor; with `predictor: prototype`, eq. (2) on its features."""
         output = self.teacher(image, representations=False)
         return self.predictor(prototype_features(output, self.predictor)) if self._alone else output.logits
 
-    def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, step: StepIndex) -> dict[str, Tensor]:
         """L_s and L_u of the linear predictor, and both again of the prototype predictor: eq. (4) and (8)."""
         unlabeled = self.pseudo_labeled(batch)
         output = self.student_pass(batch, unlabeled, representations=False)
@@ -87,19 +87,19 @@ class PCR(MeanTeacher):
             label = at_resolution(torch.cat([batch.label, unlabeled.label]), scores.shape[-2:])
             certain = torch.full_like(batch.label, 2.0, dtype=torch.float32)  # above every threshold
             confidence = at_resolution(torch.cat([certain, unlabeled.confidence]), scores.shape[-2:])
-            valid = (label != IGNORE) & (confidence >= self.pcr.delta_u)
+            valid = (label != IGNORE) & (confidence >= self.settings.delta_u)
             self.predictor.update(features.detach(), label, valid)
         if self._alone:
             return prototype
         linear = self.segmentation_losses(batch, unlabeled, output.logits)
         return linear | {
-            "loss": linear["loss"] + self.pcr.lambda_prototype * prototype["loss"],
+            "loss": linear["loss"] + self.settings.lambda_prototype * prototype["loss"],
             "loss_prototype_supervised": prototype["loss_supervised"],
             "loss_prototype_unsupervised": prototype["loss_unsupervised"],
         }
 
     def supervised_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """L_s of the linear predictor; the features go to K-means' samples."""
+        """L_s of the linear predictor; the features join the samples for K-means."""
         (output,), loss = self.supervised_pass(batch)
         if self.samples is not None:
             features = prototype_features(output, self.predictor).detach()
@@ -108,7 +108,10 @@ class PCR(MeanTeacher):
         return self.supervised_terms(loss)
 
     def networks(self) -> dict[str, nn.Module]:
-        """Teacher and student; the prototype predictor on the teacher's features, or, alone, on both's."""
+        """Teacher and student, and the prototype predictor on the teacher's features.
+
+        With `predictor: prototype` it stands in for the linear predictor of both networks.
+        """
         networks = super().networks()
         if self._alone:
             return {name: PrototypeNetwork(network, self.predictor) for name, network in networks.items()}
@@ -116,16 +119,17 @@ class PCR(MeanTeacher):
 
     @torch.no_grad()
     def make_prototypes(self, features: Tensor, count: Tensor) -> None:
-        """Algorithm 2, step 3: K-means in every class, by process 0 for all; every process must call it.
+        """Algorithm 2, step 3: K-means in every class, on rank 0. A collective: every rank must call it.
 
         Args:
-            features: [C, M, D] of pixels of each class, the same in all processes.
-            count: [C] integer, how many of the M there are, from the first.
+            features: [C, M, D] of pixels of each class, the same on all ranks.
+            count: [C] integer: the first `count` of a class's M rows are valid.
         """
         prototypes = torch.zeros_like(self.predictor.prototypes)
         if rank() == 0:
             rows = zip(features.cpu(), count.tolist(), strict=True)
-            centers = [cluster_centers(own[:kept], self.pcr.prototypes, self._seed) for own, kept in rows]
+            number = self.settings.prototypes
+            centers = [cluster_centers(own[:kept], number, self._seed) for own, kept in rows]
             prototypes.copy_(torch.stack(centers))
         self.predictor.initialize(summed(prototypes), count > 0)
 
@@ -135,13 +139,13 @@ class PrototypeNetwork(nn.Module):
 
     Args:
         network: as `SegmentationNetwork`.
-        predictor: whose prototypes lie among its features.
+        predictor: with prototypes in the space of its features.
     """
 
     def __init__(self, network: nn.Module, predictor: PrototypePredictor) -> None:
         super().__init__()
         self.network = network
-        # Held in a tuple: the prototypes are the method's state, not a network's.
+        # In a tuple, so that it is no submodule: the prototypes are the state of the method.
         self._predictor = (predictor,)
 
     def forward(self, x: Tensor, *, representations: bool = False) -> NetworkOutput:
@@ -151,14 +155,14 @@ class PrototypeNetwork(nn.Module):
         return output._replace(logits=predictor(prototype_features(output, predictor)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the network itself, which others hold, too."""
+        """Compiles the network itself, not this wrapper."""
         self.network.compile(*args, **kwargs)
 
 
 def prototype_features(output: NetworkOutput, predictor: PrototypePredictor) -> Tensor:
-    """[B, D, h, w]: those of the decoder's channels that prototypes are made of: all, or ASPP's, the last."""
+    """[B, D, h, w], the decoder's channels that prototypes are made of: all, or the last ones, ASPP's."""
     features, dim = output.features, predictor.prototypes.shape[-1]
-    # A slice of all channels would give its gradient back in another memory format than the features have.
+    # The gradient of a slice of all channels would have another memory format than the features.
     return features if features.shape[1] == dim else features[:, -dim:]
 
 
@@ -175,7 +179,7 @@ def cluster_centers(features: Tensor, number: int, seed: int) -> Tensor:
     from threadpoolctl import threadpool_limits
 
     clusters = min(number, len(features))
-    # One thread: several add their sums up in no fixed order.
+    # Several threads would add their sums in no fixed order.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct features than clusters
         found = KMeans(clusters, n_init=10, tol=0.0, random_state=seed % 2**32).fit(features.double().numpy())

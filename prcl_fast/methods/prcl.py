@@ -1,4 +1,4 @@
-"""PRCL: probabilistic representation contrastive learning, with the switches of both papers."""
+"""PRCL: probabilistic representation contrastive learning; `PRCL.losses` is Algorithm 1 of the paper."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
 from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast, explain_inert, explain_variance, lambda_c
-from prcl_fast.methods.base import Step
-from prcl_fast.methods.mean_teacher import MeanTeacher, Unlabeled
-from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution, build_network
+from prcl_fast.methods.base import StepIndex
+from prcl_fast.methods.mean_teacher import MeanTeacher, PseudoLabeled
+from prcl_fast.models.build import build_network
+from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution
 from prcl_fast.processes.collectives import world_size
 from prcl_fast.step_parts import part
 
@@ -24,35 +25,32 @@ from prcl_fast.step_parts import part
 class PRCL(MeanTeacher):
     """L = L_s + L_u + lambda_c(t) L_c, eq. (11), on Gaussians N(mu, sigma^2 I) for every pixel."""
 
+    settings: PRCLConfig
     unlabeled_terms: tuple[str, ...] = (*MeanTeacher.unlabeled_terms, "loss_contrast")
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        assert isinstance(config.method, PRCLConfig)
         super().__init__(config, num_classes)
-        self.prcl = config.method
-        if 0 < self.prcl.memory_bank < world_size():
+        bank = self.settings.memory_bank
+        if 0 < bank < world_size():
             raise InputError(
-                f"method.memory_bank: at least one place for each of {world_size()} processes, "
-                f"got {self.prcl.memory_bank}"
+                f"method.memory_bank: at least one place for each of {world_size()} processes, got {bank}"
             )
-        self.contrast = ProbabilisticContrast(num_classes, config.model.dim, self.prcl)
+        self.contrast = ProbabilisticContrast(num_classes, config.model.dim, self.settings)
         self._mu: Tensor | None = None
         self._var: Tensor | None = None
         self._lambda_c: Tensor | None = None
 
     def new_network(self, config: Config, num_classes: int) -> SegmentationNetwork:
-        """With a head for the means, and one for the variances where there are some."""
-        assert isinstance(config.method, PRCLConfig)
-        probabilistic = config.method.representation == "probabilistic"
+        """With a head for the means and, for probabilistic representations, one for the variances."""
         return build_network(
             config.model,
             num_classes,
             representation=True,
-            probability=probabilistic,
-            initial_variance=config.method.initial_variance,
+            probability=self.settings.representation == "probabilistic",
+            initial_variance=self.settings.initial_variance,
         )
 
-    def losses(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, step: StepIndex) -> dict[str, Tensor]:
         """Algorithm 1: L_s and L_u as in MeanTeacher, then L_c over labeled and unlabeled pixels together."""
         unlabeled = self.pseudo_labeled(batch)
         output = self.student_pass(batch, unlabeled, representations=True)
@@ -60,17 +58,17 @@ class PRCL(MeanTeacher):
         with part("contrast"):
             contrast = self._contrastive_loss(batch, unlabeled, output)
             weight = lambda_c(
-                self.prcl.lambda_c,
+                self.settings.lambda_c,
                 step.iteration - self.warmup,
                 step.total - self.warmup,
-                alpha=self.prcl.alpha,
+                alpha=self.settings.alpha,
             )
             self._lambda_c = weight.to(contrast.dtype)
             losses["loss"] = losses["loss"] + self._lambda_c * contrast
         losses["loss_contrast"] = contrast
         return losses
 
-    def _contrastive_loss(self, batch: Batch, unlabeled: Unlabeled, output: NetworkOutput) -> Tensor:
+    def _contrastive_loss(self, batch: Batch, unlabeled: PseudoLabeled, output: NetworkOutput) -> Tensor:
         """Eq. (15) at the decoder's resolution; labels are read at the pixels that upsampling aligns."""
         mu, var = output.mu, output.var
         assert mu is not None
@@ -79,11 +77,11 @@ class PRCL(MeanTeacher):
         # A labeled pixel is certain; an unlabeled one as certain as the teacher.
         teacher = torch.cat([torch.ones_like(batch.label, dtype=torch.float32), unlabeled.confidence])
         teacher = at_resolution(teacher, size)
-        valid = (label != IGNORE) & (teacher >= self.prcl.delta_w)
+        valid = (label != IGNORE) & (teacher >= self.settings.delta_w)
         student = _probability_of(label, output.logits)
         confidence = student
-        if self.prcl.confidence == "teacher":
-            # The teacher does not see labeled images: their hardness stays the student's.
+        if self.settings.confidence == "teacher":
+            # The teacher does not see labeled images: the student decides which of their pixels are hard.
             count = len(batch.label)
             confidence = torch.cat([student[:count], teacher[count:]])
         self._mu, self._var = mu.detach(), None if var is None else var.detach()
@@ -126,7 +124,7 @@ class PRCL(MeanTeacher):
         return values if reason is None else values | {"note": reason}
 
     def _terms(self) -> dict[str, float | None]:
-        """What the last step's softmax was made of; None where there is no such number."""
+        """Mass and spread of the terms in the last step's softmax; None where a number is undefined."""
         terms = self.contrast.terms
         if terms is None:
             return {}
@@ -136,9 +134,9 @@ class PRCL(MeanTeacher):
 
 
 def _correlation_with_norm(mu: Tensor, var: Tensor) -> float | None:
-    """The correlation over pixels of sigma^2 (its mean over D) with |mu|: near 1, it only tells lengths.
+    """The correlation over pixels of sigma^2 (its mean over D) with |mu|; None where either is constant.
 
-    None where either is constant.
+    Near 1, sigma^2 only encodes the length of mu.
     """
     pairs = torch.stack([var.float().mean(dim=1).flatten(), mu.float().norm(dim=1).flatten()])
     value = float(torch.corrcoef(pairs.double())[0, 1])

@@ -1,4 +1,4 @@
-"""Weights in autocast's low precision, cast by one operation for each part of a network."""
+"""Weights in autocast's low precision, cast by one operation per part of a network."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from torch import Tensor, nn
 
 @contextmanager
 def autocast_weights(parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within the block, convolutions and linear layers hold the weights that autocast would make of theirs.
+    """Within the block, convolutions and linear layers hold their weights cast to autocast's type.
 
-    Autocast casts each weight, and later its gradient, by an operation of its own: some 240 launches for a
-    ResNet-101 and its teacher. Here all weights of a part are cast together, once a pass. Values are the same
-    bits, and so are the gradients of one pass. Those of several passes within one autocast context are added
-    in float32, where autocast, which keeps its casts, adds them in the low precision. A part's gradients
-    reach its parameters when all of them are there, so that parts should be about as large as the buckets of
-    DistributedDataParallel.
+    Autocast casts each weight, and later its gradient, by an operation of its own: about 240 launches for a
+    ResNet-101 and its teacher. Here all weights of a part are cast together, once per pass. Values and the
+    gradients of one pass are bitwise the same. Gradients of several passes in one autocast context are added
+    in float32; autocast, which caches its casts, adds them in low precision. A part's gradients reach its
+    parameters together, so that parts should be about as large as the buckets of DistributedDataParallel.
 
-    Does nothing outside autocast. A network that is being compiled goes without: the compiler merges casts.
+    Outside autocast it does nothing. It is not needed under torch.compile, which merges the casts.
 
     Args:
-        parts: of a network, disjoint.
+        parts: disjoint parts of a network.
         device: of the network.
     """
     kind = device.type
@@ -39,7 +38,7 @@ def autocast_weights(parts: Sequence[nn.Module], device: torch.device) -> Iterat
             places = _places(part)
             cast = _Cast.apply(dtype, *(getattr(module, name) for module, name in places)) if places else ()
             for (module, name), value in zip(places, cast, strict=True):
-                # Found before the parameter of that name, which stays registered.
+                # Attribute lookup finds it before the registered parameter of the same name.
                 module.__dict__[name] = value
                 changed.append((module, name))
         yield
@@ -49,7 +48,7 @@ def autocast_weights(parts: Sequence[nn.Module], device: torch.device) -> Iterat
 
 
 def _places(part: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The modules of a part whose products autocast computes in low precision, with their parameters."""
+    """Modules and parameter names of a part that autocast casts to low precision."""
     return [
         (module, name)
         for module in part.modules()
@@ -60,7 +59,7 @@ def _places(part: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors -> the same in another floating-point type."""
+    """Tensors -> copies in another floating-point type."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Batch norm whose counters of batches a network advances all together."""
+"""Batch norm whose batch counters advance together, once per forward pass."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class PassCounter:
-    """Collects the counters of the layers that a forward pass uses, and adds 1 to all of them at its end.
+    """Counter of a network's forward passes: adds 1 to `num_batches_tracked` of all layers used in a pass.
 
-    One addition stands in place of one for each layer, which on a GPU are over a hundred launches a step.
-    Layers that are called outside of a pass count for themselves.
+    One operation replaces one per layer, over a hundred GPU launches per step. A layer that is called outside
+    a pass counts by itself.
 
     Attributes:
         collecting: whether a pass has begun and not ended.
@@ -22,30 +22,30 @@ class PassCounter:
         self._counters: list[Tensor] = []
 
     def begin(self) -> None:
-        """A pass begins."""
+        """Begins a pass."""
         self.collecting = True
 
     def add(self, counter: Tensor) -> None:
-        """A layer of this pass, by its `num_batches_tracked`: once a pass."""
+        """Adds the `num_batches_tracked` of a layer to this pass, once."""
         self._counters.append(counter)
 
     def end(self) -> None:
-        """Counts the pass."""
+        """Ends and counts the pass."""
         if self._counters:
             torch._foreach_add_(self._counters, 1)
         self.drop()
 
     def drop(self) -> None:
-        """The pass failed: it does not count."""
+        """Ends a failed pass without counting it."""
         self._counters.clear()
         self.collecting = False
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, with the same state, which leaves counting to its network's `PassCounter`.
+    """nn.BatchNorm2d with the same state, counted by its network's `PassCounter`.
 
     Attributes:
-        passes: None in a layer that belongs to no network.
+        passes: the counter; None outside a network.
     """
 
     passes: PassCounter | None = None
@@ -54,7 +54,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(input)
         if self.training:
             self.count_pass()
-        assert self.momentum is not None  # no running means over all batches here
+        assert self.momentum is not None  # cumulative averages are not used
         return F.batch_norm(
             input,
             self.running_mean,
@@ -67,7 +67,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
     def count_pass(self) -> None:
-        """Counts a batch in training mode; for whoever normalises in this layer's place, too."""
+        """Counts a batch in training mode; also called by ops that normalise in place of this layer."""
         if self.num_batches_tracked is None:
             return
         if self.passes is not None and self.passes.collecting:
@@ -77,7 +77,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def count_together(network: nn.Module) -> PassCounter:
-    """A counter for all batch norms of `network`, which tells it where its forward passes begin and end."""
+    """A counter for all batch norms of `network`, whose forward must call its `begin` and `end`."""
     counter = PassCounter()
     for module in network.modules():
         if isinstance(module, BatchNorm2d):

@@ -1,6 +1,6 @@
-"""Plain versions of the ops that PyTorch's synchronised batch norm consists of, for the CPU.
+"""CPU versions of the ops of PyTorch's synchronised batch norm.
 
-`torch` has them under the same names, for CUDA only. Statistics are float32, or float64 for such inputs.
+`torch` has the same names for CUDA only. Statistics are float32, or float64 for float64 inputs.
 `invstd` is 1 / sqrt(var + eps) of the biased variance; the sums of the backward pass are those of dy and of
 dy (x - mean).
 """
@@ -29,7 +29,7 @@ def batch_norm_gather_stats_with_counts(
     eps: float,
     counts: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """mean [C] and invstd [C] of the values of W processes; moves the running statistics in place.
+    """mean [C] and invstd [C] over the values of W processes; updates the running statistics in place.
 
     Args:
         x: unused; CUDA's op takes its dtype from it.

@@ -1,4 +1,4 @@
-"""Import of checkpoints written by the PRCL authors' public training scripts."""
+"""Import of checkpoints of the PRCL authors' public training scripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prcl_fast.errors import InputError
 from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.weights import check_keys, read_file, save_network, tensors_of
 
-# The structures are the same, so that an import is a renaming. Only the leading part of a name changes.
+# The structures agree: the import renames the leading part of each key.
 RENAMED = {
     "resnet_": "backbone.",
     "ASPP.convs.4.1.": "decoder.aspp.pooling.conv.",
@@ -29,19 +29,19 @@ BACKBONES = {6: "resnet50", 23: "resnet101"}  # by the number of blocks in layer
 
 
 def convert_authors_checkpoint(source: Path, out: Path) -> None:
-    """Turn a checkpoint of the authors' PRCL code into this package's own network file.
+    """Converts a checkpoint of the authors' PRCL code to a network file of this package.
 
-    The averaged network ("ema", the one their scores are of) becomes the network; "uncer_head" becomes its
-    probability head. A checkpoint without "uncer_head" (their ReCo script) gives a network without that head.
-    The output stride is not stored in a checkpoint; theirs is 16.
+    The averaged network "ema", with which they report scores, becomes the network; "uncer_head" becomes its
+    probability head. A checkpoint without "uncer_head" (of their ReCo script) gives a network without that
+    head. Checkpoints do not store the output stride; the authors' is 16.
 
     Args:
         source: their `best_model.pth`, of a ResNet-50 or ResNet-101 with the plain stem.
-        out: file to write; `prcl_fast.models.weights.load_network` reads it.
+        out: file to write, for `prcl_fast.models.weights.load_network`.
 
     Raises:
-        InputError: the file is unreadable, is no such checkpoint, or one of its keys is missing, unexpected
-            or has another shape; also their deep-stem network, whose dilations differ from this package's.
+        InputError: the file is unreadable or no such checkpoint, or a key is missing, unexpected or of
+            another shape; also for their deep-stem network, whose dilations differ from this package's.
     """
     content = read_file(source)
     if not isinstance(content, Mapping) or "ema" not in content:
@@ -66,7 +66,7 @@ def _rename(key: str, source: Path) -> str:
 
 
 def _expected_network(given: Mapping[str, Tensor], *, probability: bool, source: Path) -> SegmentationNetwork:
-    """The network that the checkpoint must hold, on the meta device: its names and shapes only."""
+    """The network of the checkpoint on the meta device, for its names and shapes."""
     if "backbone.conv1.0.weight" in given:
         raise InputError(f"{source}: deep-stem checkpoints cannot be converted, their dilations differ")
     blocks = {match[1] for key in given if (match := re.match(r"backbone\.layer3\.(\d+)\.", key))}

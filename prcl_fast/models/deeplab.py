@@ -1,8 +1,8 @@
-"""The decoder of DeepLabv3+: atrous spatial pyramid pooling joined with stride-4 features.
+"""The decoder of DeepLabv3+: atrous spatial pyramid pooling, joined with stride-4 features.
 
-Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution" (2018), with plain convolutions. The
-heads read the joined features directly, each with a 3x3 convolution of its own, as in the ReCo and PRCL
-papers' networks.
+Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution" (2018), with plain convolutions. As
+in the networks of the ReCo and PRCL papers, each head reads the joined features by a 3x3 convolution of its
+own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.models.batch_norm import BatchNorm2d
-from prcl_fast.models.resnet import Conv3x3
+from prcl_fast.models.conv3x3 import Conv3x3
 from prcl_fast.models.sync_batch_norm import is_synchronized
 from prcl_fast.ops import upsample_bilinear
 
@@ -26,9 +26,9 @@ def conv_bn_relu(convolution: nn.Conv2d) -> nn.Sequential:
 class ImagePooling(nn.Module):
     """Global average, 1x1 convolution, BN, ReLU: [B, C, h, w] -> [B, width, 1, 1].
 
-    One image alone has no batch variance on a 1x1 map, so a training batch of one image uses the running
-    statistics of this one BN and leaves them as they are. Synchronised BN sees the other processes and needs
-    no such exception.
+    A single image has no batch variance on a 1x1 map. For a training batch of one image, this BN therefore
+    uses its running statistics and does not update them. Synchronised BN has the images of all processes and
+    needs no such exception.
     """
 
     def __init__(self, in_channels: int, width: int) -> None:
@@ -37,7 +37,7 @@ class ImagePooling(nn.Module):
         self.bn = BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A mean over the dimensions would give back its gradient in another memory format than x has.
+        # The gradient of a mean over the dimensions would have another memory format than x.
         x = self.conv(F.avg_pool2d(x, x.shape[2:]))
         if x.shape[0] == 1 and not is_synchronized(self.bn):
             bn = self.bn
@@ -69,8 +69,8 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         local = torch.cat([branch(x) for branch in self.branches], dim=1)
-        # The pooled image is constant over the map: projecting it before it is spread gives the same sum, and
-        # keeps the concatenation in channels_last, which a spread (stride 0) operand would undo.
+        # The pooled image is constant over the map: projected before it is expanded, it gives the same sum.
+        # An expanded operand (stride 0) would take the concatenation out of channels_last.
         width = self.bn.num_features
         local_weight, image_weight = self.project.weight.split([local.shape[1], width], dim=1)
         y = F.conv2d(local, local_weight) + F.conv2d(self.pooling(x), image_weight)
@@ -87,7 +87,7 @@ class DeepLabDecoder(nn.Module):
 
     Attributes:
         out_channels: channels of the joined features (304 at width 256).
-        aspp_channels: of these the last, upsampled from the ASPP (256).
+        aspp_channels: the last of these, upsampled from the ASPP (256).
     """
 
     def __init__(self, low_channels: int, in_channels: int, output_stride: int, width: int = 256) -> None:

@@ -35,19 +35,20 @@ class RepresentationHead(_ConvHead):
 class ProbabilityHead(nn.Module):
     """p: decoder features [B, C, h, w] -> variance sigma^2 of each pixel's Gaussian [B, D, h, w], float32.
 
-    Linear-BN-ReLU-Linear-BN on every pixel; the rows of both weights are L2-normalised at each forward, the
-    second BN has no affine part. A scalar gain gamma and bias beta follow, then
+    Linear-BN-ReLU-Linear-BN on every pixel. The rows of both weights are L2-normalised in each forward pass;
+    the second BN has no affine part. A scalar gain gamma and bias beta follow, then
 
         sigma^2 = sigmoid(log(exp(x) + 1e-6)),
 
-    which lies between 1e-6 and 1. The layers are those of [AAAI] and [IJCV], network structure; normalised
-    rows, BN without affine part, gain, bias and floored sigmoid are those of the authors' public code.
+    which lies between 1e-6 and 1. The layers are those of both papers, [AAAI] and [IJCV], network structure.
+    Normalised rows, BN without affine part, gain, bias and floored sigmoid are those of the authors' public
+    code.
 
     Args:
         in_channels: C.
         dim: D.
-        initial_variance: the sigma^2 that the bias starts at, around which the variances lie at first; 0.5 is
-            a bias of 0.
+        initial_variance: sigma^2 of the initial bias, around which the variances lie at the start; 0.5 is a
+            bias of 0.
     """
 
     def __init__(self, in_channels: int, dim: int, initial_variance: float = 0.5) -> None:
@@ -63,10 +64,10 @@ class ProbabilityHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(_normalized_linear(x, self.fc1)), inplace=True)
-        # Under autocast the product comes in the low precision. Computed with it, its few bits would show in
-        # the precisions 1 / sigma^2, whose sums make the prototypes: the op computes in float32.
+        # Under autocast the product has low precision. Rounded again, its few bits would show in the
+        # precisions 1 / sigma^2, whose sums are the prototypes: the op computes in float32.
         x = _normalized_linear(x, self.fc2)
-        norm = self.bn2  # holds the statistics; the op takes its place
+        norm = self.bn2  # for its statistics alone; the op normalises
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.momentum is not None

@@ -1,4 +1,4 @@
-"""MobileNetV2 for dense prediction: torchvision's parameter names, no classifier, dilation for stride.
+"""MobileNetV2 for dense prediction: torchvision's parameter names, no classifier, dilated stages.
 
 Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (2018), table 2 at width 1.
 """
@@ -27,9 +27,9 @@ LOW_STAGE = 1  # of STAGES, the last at stride 4
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection; a sum where the shape stays.
+    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection; a residual sum if shapes agree.
 
-    `dilation` is that of the depthwise convolution.
+    `dilation` applies to the depthwise convolution.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 of width 1 up to its last inverted residual, at output stride 8 or 16.
 
-    The 1280-channel convolution that follows in the classifier (features.18) is left out, as in DeepLabv3+ on
-    MobileNetV2: it widens the map fourfold for a linear classifier, which the ASPP replaces.
+    The 1280-channel convolution of the classifier (features.18) is left out, as in DeepLabv3+ on MobileNetV2:
+    it widens the map fourfold for a linear classifier, which the ASPP replaces.
 
-    Where a stage loses its stride, everything after the convolution that carried it is dilated instead, as in
-    `ResNet`, so ImageNet weights stay valid.
+    A stage without its stride dilates all later convolutions instead, as in `ResNet`: ImageNet weights stay
+    valid.
 
     Args:
         output_stride: 8 or 16.
 
     Attributes:
         low_channels, out_channels: channels of the two maps that `forward` returns, 24 and 320.
-        classifier_keys: first parts of the keys in torchvision's files that are of the classifier.
+        classifier_keys: prefixes of the classifier's keys in torchvision's files.
 
     Raises:
         InputError: output_stride is neither 8 nor 16.
@@ -105,10 +105,10 @@ class MobileNetV2(nn.Module):
         # BatchNorm2d already starts at weight 1 and bias 0.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # By the outputs that each input reaches: kaiming_normal_ would take all channels for those of
-                # a depthwise convolution, and shrink its maps away.
-                reached = module.out_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-                nn.init.normal_(module.weight, std=math.sqrt(2 / reached))
+                # Fan-out of each input. kaiming_normal_ counts all channels of a depthwise convolution, and
+                # would shrink its maps.
+                fan_out = module.out_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features of two stages.

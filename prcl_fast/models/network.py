@@ -1,11 +1,10 @@
-"""The segmentation network: backbone f, DeepLabv3+ decoder, and the heads g, h, p on the shared features."""
+"""The segmentation network: backbone f, DeepLabv3+ decoder, and the heads g, h, p on its features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +15,30 @@ from prcl_fast.models.batch_norm import count_together
 from prcl_fast.models.deeplab import DeepLabDecoder
 from prcl_fast.models.heads import ProbabilityHead, RepresentationHead, SegmentationHead
 from prcl_fast.models.mobilenet import MobileNetV2
-from prcl_fast.models.query_head import PrototypeScores, QueryHead
+from prcl_fast.models.query_head import QueryHead
 from prcl_fast.models.resnet import ResNet
-from prcl_fast.models.weights import load_weights
-
-if TYPE_CHECKING:
-    from prcl_fast.config import ModelConfig
-    from prcl_fast.config.methods import PPSConfig
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 BACKBONES = (*DEPTHS, "mobilenet_v2")
 
 
 class NetworkOutput(NamedTuple):
-    """What a network says of its images at the decoder's resolution, h = ceil(H/4) and w = ceil(W/4)."""
+    """A network's maps at the decoder's resolution, h = ceil(H/4) and w = ceil(W/4); None without a head."""
 
     logits: Tensor  # [B, num_classes, h, w]
     mu: Tensor | None  # [B, D, h, w]
     var: Tensor | None  # [B, D, h, w], float32
     features: Tensor  # [B, decoder.out_channels, h, w], the decoder's, which all heads read
-    prototypes: PrototypeScores | None = None  # of a head of prototypes
+    prototype_scores: Tensor | None = None  # [B, num_classes * n, h, w], of a query head
+    projection: Tensor | None = None  # [B, projection_dim, h, w], of a query head
 
 
 def joined(outputs: Sequence[NetworkOutput]) -> NetworkOutput:
-    """The outputs of several passes as the output of one, their images in order.
-
-    Those of a linear head: prototypes of a query head are not joined.
-    """
+    """The outputs of several passes as one, images in order; for networks with a linear classifier."""
     if len(outputs) == 1:
         return outputs[0]
-    assert all(output.prototypes is None for output in outputs)
-    logits, mu, var, features, _ = (
+    assert all(output.prototype_scores is None for output in outputs)
+    logits, mu, var, features, _, _ = (
         [tensor for tensor in tensors if tensor is not None] for tensors in zip(*outputs, strict=True)
     )
     return NetworkOutput(
@@ -57,25 +49,32 @@ def joined(outputs: Sequence[NetworkOutput]) -> NetworkOutput:
     )
 
 
+def at_resolution(full: Tensor, size: torch.Size) -> Tensor:
+    """[B, H, W] -> [B, h, w]: values at the pixels nearest to the aligned-corner positions."""
+    rows = torch.linspace(0, full.shape[-2] - 1, size[0], device=full.device).round().long()
+    columns = torch.linspace(0, full.shape[-1] - 1, size[1], device=full.device).round().long()
+    return full[:, rows[:, None], columns]
+
+
 class SegmentationNetwork(nn.Module):
     """Backbone, decoder and heads; the heads are `classifier`, `representation` and `probability`.
 
     Args:
         backbone: "resnet18", "resnet34", "resnet50", "resnet101" or "mobilenet_v2".
-        stem: "plain" or "deep"; the latter of a ResNet alone.
+        stem: "plain" or, for a ResNet, "deep".
         output_stride: 8 or 16.
         base_width: channels of a ResNet's first stage.
         num_classes: channels of the logits.
         width: channels of the decoder and of the heads' hidden layer.
         representation_dim: D, the dimension of the latent space; None builds no representation head.
-        probability: whether to build the probability head; it has the representation's dimension.
-        initial_variance: where the probability head's variances start.
-        query_head: makes a head of prototypes from (in_channels, hidden_channels, high_channels), in place of
-            the linear one.
+        probability: whether to build the probability head, of dimension D.
+        initial_variance: of the probability head.
+        query_head: builds a query head from (in_channels, hidden_channels, high_channels), in place of the
+            linear classifier.
 
     Raises:
-        InputError: an unknown backbone, stem or output stride, a stem or width that the backbone has not,
-            or a probability head without a representation.
+        InputError: an unknown backbone, stem or output stride, a stem or width that the backbone lacks, or a
+            probability head without a representation head.
     """
 
     def __init__(
@@ -115,17 +114,17 @@ class SegmentationNetwork(nn.Module):
         self._passes = count_together(self)
 
     def forward(self, x: Tensor, *, representations: bool = True) -> NetworkOutput:
-        """Segment images and embed their pixels.
+        """Segments images and embeds their pixels.
 
         Args:
-            x: images [B, 3, H, W], any size from the output stride on; channels_last is the fast format. A
-                training batch must hold more than one pixel at the output stride.
-            representations: False skips the representation and probability heads, and the projection of a
-                head of prototypes.
+            x: images [B, 3, H, W], at least as large as the output stride; channels_last is fastest. A
+                training batch must have more than one pixel at the output stride.
+            representations: False skips representation head, probability head and the query head's
+            projection.
 
         Returns:
-            NetworkOutput; mu and var are None where the head is absent or skipped. Under autocast logits and
-            mu have the autocast type, var is float32 always. Upsample logits with align_corners=True.
+            The output; None for skipped heads. Under autocast logits and mu have the autocast type; var is
+            always float32. Logits are to be upsampled with align_corners=True.
         """
         if torch.compiler.is_compiling():
             output = self._pass(x, representations)
@@ -142,9 +141,9 @@ class SegmentationNetwork(nn.Module):
         self._passes.begin()
         low, high = self.backbone(x)
         features = self.decoder(low, high)
-        prototypes = None
+        prototype_scores = projection = None
         if isinstance(self.classifier, QueryHead):
-            logits, prototypes = self.classifier(features, high, project=representations)
+            logits, prototype_scores, projection = self.classifier(features, high, project=representations)
         else:
             logits = self.classifier(features)
         mu = var = None
@@ -153,10 +152,10 @@ class SegmentationNetwork(nn.Module):
             if self.probability is not None:
                 var = self.probability(features)
         self._passes.end()
-        return NetworkOutput(logits, mu, var, features, prototypes)
+        return NetworkOutput(logits, mu, var, features, prototype_scores, projection)
 
     def _parts(self, representations: bool) -> list[nn.Module]:
-        """The parts that a forward pass uses: the backbone's stages, the decoder and the heads."""
+        """The parts used in a forward pass: the stages of the backbone, the decoder and the heads."""
         heads = (self.classifier, *((self.representation, self.probability) if representations else ()))
         return [*self.backbone.children(), self.decoder, *(head for head in heads if head is not None)]
 
@@ -170,12 +169,12 @@ class SegmentationNetwork(nn.Module):
         return chain.from_iterable(module.parameters() for module in modules if module is not None)
 
     def probability_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the probability head, which learns at a rate of its own; none where it is absent."""
+        """Parameters of the probability head, which has its own learning rate; none without the head."""
         return iter(()) if self.probability is None else self.probability.parameters()
 
 
 def build_backbone(name: str, stem: str, output_stride: int, base_width: int) -> ResNet | MobileNetV2:
-    """The backbone of a `SegmentationNetwork`, whose arguments these are. Raises InputError."""
+    """The backbone for these arguments of `SegmentationNetwork`. Raises InputError."""
     if name in DEPTHS:
         return ResNet(DEPTHS[name], stem, output_stride, base_width=base_width)
     if name != "mobilenet_v2":
@@ -185,58 +184,3 @@ def build_backbone(name: str, stem: str, output_stride: int, base_width: int) ->
     if base_width != 64:
         raise InputError(f"base_width: {base_width} is a ResNet's, {name} has one width")
     return MobileNetV2(output_stride)
-
-
-def build_network(
-    model: ModelConfig,
-    num_classes: int,
-    *,
-    representation: bool = False,
-    probability: bool = False,
-    initial_variance: float = 0.5,
-    queries: PPSConfig | None = None,
-) -> SegmentationNetwork:
-    """The network that a configuration describes, with its starting weights loaded.
-
-    Args:
-        model: the configuration's `model` section.
-        num_classes: number of classes of the data.
-        representation, probability, initial_variance: the heads that the method needs.
-        queries: settings of a head of prototypes, which then takes the linear one's place.
-
-    Raises:
-        InputError: `model.weights` cannot be read or does not fit.
-    """
-    query_head = None
-    if queries is not None:
-        query_head = partial(
-            QueryHead,
-            dim=model.dim,
-            num_classes=num_classes,
-            per_class=queries.prototypes,
-            layers=queries.layers,
-            heads=queries.heads,
-            projection_dim=queries.projection_dim,
-        )
-    network = SegmentationNetwork(
-        model.backbone,
-        model.stem,
-        model.output_stride,
-        base_width=model.base_width,
-        num_classes=num_classes,
-        width=model.width,
-        representation_dim=model.dim if representation else None,
-        probability=probability,
-        initial_variance=initial_variance,
-        query_head=query_head,
-    )
-    if model.weights is not None:
-        load_weights(network, model.weights)
-    return network
-
-
-def at_resolution(full: Tensor, size: torch.Size) -> Tensor:
-    """[B, H, W] -> [B, h, w]: the value at the pixel nearest to each aligned-corner position."""
-    rows = torch.linspace(0, full.shape[-2] - 1, size[0], device=full.device).round().long()
-    columns = torch.linspace(0, full.shape[-1] - 1, size[1], device=full.device).round().long()
-    return full[:, rows[:, None], columns]

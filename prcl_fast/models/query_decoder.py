@@ -1,4 +1,4 @@
-"""The transformer decoder that makes an image's prototypes of learned queries."""
+"""The transformer decoder of PPS: from learned queries to the prototypes of an image."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Width of a layer's hidden units over its own: 2048 at 256.
+# Hidden width of a layer over its width: 2048 for 256.
 _EXPANSION = 8
 
 
 class QueryDecoderLayer(nn.Module):
     """Attention among the queries, attention to the image, two linear layers: [B, N, D] -> the same.
 
-    Each is followed by a residual sum and LayerNorm. Queries are added where attention compares, never to
-    what it reads.
+    A residual sum and LayerNorm follow each. Queries are added to the queries and keys of attention, not to
+    its values.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -28,7 +28,7 @@ class QueryDecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, target: Tensor, queries: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
-        """`memory` [B, h * w, D] is read; `keys` are the same with their positions."""
+        """`memory` [B, h * w, D] gives the values; `keys` are the same plus positions."""
         query = target + queries
         target = self.norm1(target + self.self_attention(query, query, target, need_weights=False)[0])
         query = target + queries
@@ -40,16 +40,17 @@ class QueryDecoder(nn.Module):
     """The backbone's last map -> mask embeddings M, the image's prototypes: [B, in, h, w] -> [B, N, D].
 
     Source: Chen and Lian (ACM MM 2022), section 3.3: a multi-layer transformer decoder reads "a feature map
-    extracted by the backbone" beside N_p learnable queries, "inspired by MaskFormer". What the text leaves
-    open is MaskFormer's: a 1x1 projection, sine positions on the map, queries as positions on a target of
-    zeros, LayerNorm behind each sum, and a mask embedding of three linear layers. Its dropout of 0.1 is left
-    out: PyTorch's generator is not a function of (seed, step), which every draw of a step has to be.
+    extracted by the backbone" and N_p learnable queries, "inspired by MaskFormer". Details that the paper
+    leaves open follow MaskFormer: a 1x1 projection, sine positions on the map, queries as positions on a
+    target of zeros, LayerNorm after each sum, and a mask embedding of three linear layers. MaskFormer's
+    dropout of 0.1 is left out: every draw of a step must be a function of (seed, step), and PyTorch's
+    generator is not.
 
     Args:
         in_channels: of the map.
         dim: D, a multiple of `heads` and of 4.
-        number: N, the queries.
-        layers, heads: of the decoder.
+        number: N, of queries.
+        layers, heads: of the transformer.
     """
 
     def __init__(self, in_channels: int, dim: int, number: int, *, layers: int, heads: int) -> None:
@@ -87,8 +88,8 @@ class QueryDecoder(nn.Module):
 def sine_positions(height: int, width: int, dim: int, *, device: torch.device) -> Tensor:
     """[height * width, dim] float32: sines and cosines of each pixel's row, then of its column.
 
-    Rows and columns run from 0, exclusive, to 2 pi; half of the dimensions belong to each, in pairs (sin,
-    cos) of wavelengths up to 10000 times longer [Carion et al., DETR, 2020].
+    Rows and columns run from 0 (exclusive) to 2 pi. Each has half of the dimensions, in pairs (sin, cos) with
+    wavelengths up to 10000 times longer (Carion et al., DETR, 2020).
     """
     half = dim // 2
     period = 10000.0 ** (2 * torch.arange(half // 2, device=device) / half)

@@ -1,8 +1,6 @@
-"""A segmentation head of prototypes, which a transformer decoder makes of learned queries for each image."""
+"""The query head of PPS: class scores from prototypes that a transformer decoder computes for each image."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,30 +8,23 @@ from prcl_fast.models.heads import RepresentationHead
 from prcl_fast.models.query_decoder import QueryDecoder
 
 
-class PrototypeScores(NamedTuple):
-    """What a head of prototypes knows beside the logits."""
-
-    scores: Tensor  # P_m [B, C * n, h, w]; prototype j of class c has the number c * n + j
-    projection: Tensor | None  # F_p [B, projection_dim, h, w]; None where it was not asked for
-
-
 class QueryHead(nn.Module):
-    """Features of decoder and backbone -> scores of pixels for prototypes, and logits [B, C, h, w].
+    """Features of decoder and backbone -> prototype scores of each pixel, and logits [B, C, h, w].
 
     A pixel's score for a prototype is the dot product of its embedding F[:, i] with the prototype, a column
-    of M; a class's logit S is the sum of its n prototypes' scores.
+    of M. A class's logit S is the sum of the scores of its n prototypes.
 
-    Source: Chen and Lian (ACM MM 2022), section 3.3 and eq. (8) without f, which leaves the argmax as it is:
-    see `losses.prototypical`.
+    Source: Chen and Lian (ACM MM 2022), section 3.3 and eq. (8). The function f of eq. (9), which does not
+    change the argmax, is in `losses.prototypical`.
 
     Args:
         in_channels, hidden_channels: of the embedding's 3x3 convolution.
         high_channels: of the backbone's last map.
         dim: d, of embeddings, queries and prototypes.
         num_classes: C.
-        per_class: n.
+        per_class: n, prototypes per class.
         layers, heads: of the transformer decoder.
-        projection_dim: of F_p, the embedding behind the projector Phi, two 1x1 convolutions with a ReLU.
+        projection_dim: of F_p, the embedding after the projector Phi, two 1x1 convolutions with a ReLU.
     """
 
     def __init__(
@@ -57,19 +48,25 @@ class QueryHead(nn.Module):
             nn.Conv2d(dim, dim, 1), nn.ReLU(inplace=True), nn.Conv2d(dim, projection_dim, 1)
         )
 
-    def forward(self, features: Tensor, high: Tensor, *, project: bool) -> tuple[Tensor, PrototypeScores]:
-        """The logits [B, C, h, w] and what they come from.
+    def forward(
+        self, features: Tensor, high: Tensor, *, project: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Class logits, prototype scores and projection of every pixel.
 
         Args:
             features: [B, in_channels, h, w], the DeepLabv3+ decoder's.
             high: [B, high_channels, h', w'], the backbone's last map.
-            project: whether to embed the pixels for the contrast.
+            project: whether to compute the projection.
+
+        Returns:
+            logits [B, C, h, w]; scores P_m [B, C * n, h, w], prototype j of class c at channel c * n + j;
+            projection F_p [B, projection_dim, h, w], or None.
         """
         embedding = self.embedding(features)
         prototypes = self.decoder(high)  # [B, C * n, d]
-        # Rows of pixels: a product of matrices whose result, and gradient, is channels_last.
+        # Pixels as rows: a matrix product whose result and gradient are channels_last.
         pixels = embedding.permute(0, 2, 3, 1)
         scores = (pixels.flatten(1, 2) @ prototypes.mT).unflatten(1, pixels.shape[1:3])  # [B, h, w, C * n]
         logits = scores.unflatten(-1, (self.num_classes, -1)).sum(dim=-1)
         projection = self.projector(embedding) if project else None
-        return logits.permute(0, 3, 1, 2), PrototypeScores(scores.permute(0, 3, 1, 2), projection)
+        return logits.permute(0, 3, 1, 2), scores.permute(0, 3, 1, 2), projection

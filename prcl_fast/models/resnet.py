@@ -1,25 +1,20 @@
-"""ResNet backbones for dense prediction: torchvision's parameter names, no classifier, dilation for stride.
+"""ResNet backbones for dense prediction: torchvision's parameter names, no classifier, dilated stages.
 
-Source: He et al., "Deep Residual Learning for Image Recognition" (2016); the stride of a bottleneck sits on
-its 3x3 convolution, as in torchvision. The deep stem is the one of He et al., "Bag of Tricks" (2019).
+Source: He et al., "Deep Residual Learning for Image Recognition" (2016). As in torchvision, the 3x3
+convolution of a bottleneck has its stride. The deep stem is the one of He et al., "Bag of Tricks" (2019).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from prcl_fast.errors import InputError
 from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.models.conv3x3 import Conv3x3
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """The projection of a residual branch whose shape changes; None where the identity fits."""
+    """The projection of a shortcut whose shape changes; None for an identity."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
@@ -28,7 +23,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential 
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions. `first_dilation` is that of the convolution that carried the stride."""
+    """Two 3x3 convolutions. `first_dilation` applies to the first, which has the stride."""
 
     expansion = 1
 
@@ -51,7 +46,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions. The only 3x3 carries the stride, hence `first_dilation`."""
+    """1x1, 3x3, 1x1 convolutions. `first_dilation` applies to the 3x3 one, which has the stride."""
 
     expansion = 4
 
@@ -91,22 +86,22 @@ DILATIONS: dict[int, tuple[int, int, int, int]] = {16: (1, 1, 1, 2), 8: (1, 1, 2
 class ResNet(nn.Module):
     """ResNet without its pooling and classifier, at output stride 8 or 16.
 
-    Where a stage loses its stride, everything after the convolution that carried it is dilated instead: the
-    features at every second pixel are then exactly those of the strided network, so ImageNet weights stay
-    valid. Unlike torchvision's, basic blocks may be dilated too.
+    A stage without its stride dilates all later convolutions instead. The features at every second pixel are
+    then exactly those of the strided network, so that ImageNet weights stay valid. Unlike torchvision's,
+    basic blocks can be dilated, too.
 
     Args:
         depth: 18, 34, 50 or 101.
         stem: "plain" (7x7 convolution) or "deep" (three 3x3 convolutions, 128 channels).
         output_stride: 8 or 16.
-        base_width: channels of the first stage, 64 in the published networks; everything is in proportion.
+        base_width: channels of the first stage, 64 in the published networks; all others are in proportion.
 
     Attributes:
         low_channels, out_channels: channels of the two maps that `forward` returns.
-        classifier_keys: first parts of the keys in torchvision's files that are of the classifier.
+        classifier_keys: prefixes of the classifier's keys in torchvision's files.
 
     Raises:
-        InputError: an argument is none of the values above.
+        InputError: an argument has none of these values.
     """
 
     classifier_keys = ("fc.",)
@@ -177,69 +172,3 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         low = self.layer1(x)
         return low, self.layer4(self.layer3(self.layer2(low)))
-
-
-class Conv3x3(nn.Conv2d):
-    """3x3 convolution without bias that keeps the size of a map, divided by `stride`.
-
-    Rows and columns of the kernel that meet the padding alone, as in a map smaller than the dilation, add
-    zeros and are left out.
-
-    On a CPU, where a batch has fewer output pixels than the layer has channels, the weight is far larger than
-    the map, and the library's kernels, made for large maps, take several times longer than the same sum
-    written as one matrix product. All ways agree up to rounding.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> None:
-        super().__init__(in_channels, out_channels, 3, stride, dilation, dilation, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:  # [B, in_channels, h, w] -> [B, out_channels, h', w']
-        images, _, height, width = input.shape
-        step = self.dilation[0]
-        if step >= height or step >= width:
-            rows, row_padding = (slice(1, 2), 0) if step >= height else (slice(None), step)
-            columns, column_padding = (slice(1, 2), 0) if step >= width else (slice(None), step)
-            weight = self.weight[:, :, rows, columns]
-            return F.conv2d(input, weight, None, self.stride, (row_padding, column_padding), self.dilation)
-        few = images * height * width <= min(self.in_channels, self.out_channels)
-        if input.device.type == "cpu" and self.stride == (1, 1) and few:
-            return self._as_product(input)
-        return super().forward(input)
-
-    def _as_product(self, x: Tensor) -> Tensor:
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view of a channels_last weight
-        taps = _Taps.apply(x.permute(0, 2, 3, 1), self.dilation[0])
-        return F.linear(taps, weight).permute(0, 3, 1, 2)
-
-
-class _Taps(torch.autograd.Function):
-    """[B, h, w, C] -> [B, h, w, 9 C]: each pixel's 3x3 neighbours `step` apart, zeros beyond the border.
-
-    The backward pass adds the nine gradients into one tensor. Autograd would first copy the gradient of each
-    slice into zeros of the whole size.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, step: int) -> Tensor:
-        ctx.step = step
-        padded = F.pad(rows, (0, 0, step, step, step, step))
-        return torch.cat(list(_windows(padded, rows.shape[1:3], step)), dim=3)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        batch, height, width, channels = gradient.shape
-        step = ctx.step
-        padded = gradient.new_zeros(batch, height + 2 * step, width + 2 * step, channels // 9)
-        windows = _windows(padded, (height, width), step)
-        for window, tap in zip(windows, gradient.chunk(9, dim=3), strict=True):
-            window += tap
-        return padded[:, step : step + height, step : step + width], None
-
-
-def _windows(padded: Tensor, size: Sequence[int], step: int) -> Iterator[Tensor]:
-    """The nine views of the padded rows that a 3x3 convolution multiplies."""
-    height, width = size
-    for first_row in (0, step, 2 * step):
-        for first_column in (0, step, 2 * step):
-            yield padded[:, first_row : first_row + height, first_column : first_column + width]

@@ -1,11 +1,11 @@
-"""Batch norm over the images of all processes, on CUDA and on the CPU.
+"""Synchronised batch norm over the images of all processes, on CUDA and on the CPU.
 
-A layer takes one all-gather of [2C + 1] numbers in its forward and one all-reduce of [2C] in its backward
-pass. How many values each process has is known from shapes alone, so that the host reads nothing and a CUDA
-graph can hold the layer.
+A layer needs one all-gather of [2C + 1] numbers in its forward pass and one all-reduce of [2C] in its
+backward pass. The number of values of each process follows from shapes: the host reads nothing, and a CUDA
+graph can capture the layer.
 
-A layer that computes batch statistics in a pass of its own, as the probability head does, asks
-`is_synchronized` and merges them by `merged_moments`.
+An op that computes batch statistics itself, as the variance head does, uses `is_synchronized` and
+`merged_moments`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prcl_fast.processes.collectives import gathered, summed, world_size
 
 
 def synchronize_batch_norm(network: nn.Module) -> nn.Module:
-    """Turns every batch norm into a SyncBatchNorm2d, in place; values and the state_dict's names stay."""
+    """Turns every batch norm into a SyncBatchNorm2d in place; values and state_dict keys stay."""
     for module in network.modules():
         if type(module) in (nn.BatchNorm2d, BatchNorm2d):
             module.__class__ = SyncBatchNorm2d
@@ -32,19 +32,18 @@ def synchronize_batch_norm(network: nn.Module) -> nn.Module:
 
 
 def is_synchronized(norm: nn.Module) -> bool:
-    """Whether `norm`, as it is now, takes its statistics over several processes."""
+    """Whether `norm` currently computes its statistics over several processes."""
     return isinstance(norm, SyncBatchNorm2d) and norm.training and world_size() > 1
 
 
 def merged_moments(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The moments of all processes' values from those of this one's, by one all-gather.
+    """Moments over the values of all processes, by one all-gather.
 
     Args:
-        mean, var: [C] of this process's values, the variance biased.
-        count: how many values a channel has here.
+        mean, var: [C], of this process; the variance is biased.
+        count: values per channel in this process.
     Returns:
-        mean [C] and biased variance [C] of all values and their number, float64, the same bits in every
-        process.
+        mean [C], biased variance [C] and number of all values, float64; bitwise the same in every process.
     """
     channels = len(mean)
     own = torch.cat([mean, var, mean.new_full((1,), count)])
@@ -56,9 +55,9 @@ def merged_moments(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 class SyncBatchNorm2d(BatchNorm2d):
-    """In training mode, mean and variance are those of all processes' images; else as BatchNorm2d.
+    """BatchNorm2d whose statistics in training mode are those of the images of all processes.
 
-    Every process must run the layer as often, each on at least one image; their numbers may differ.
+    All processes must run the layer equally often, each on at least one image; batch sizes may differ.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # [B, C, h, w] -> the same
@@ -66,7 +65,7 @@ class SyncBatchNorm2d(BatchNorm2d):
             return super().forward(input)
         return self._synchronized(input)
 
-    # A compiled network leaves its graph here: it cannot hold the collectives.
+    # A compiled graph cannot contain the collectives.
     @torch.compiler.disable
     def _synchronized(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -86,25 +85,25 @@ def merge_statistics(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics of all processes' values from those of this one's, by one all-gather.
+    """Statistics over the values of all processes, by one all-gather.
 
     Args:
-        mean: [C] of this process's values, float32, or float64.
-        invstd: [C], 1 / sqrt(var + eps) of their biased variance.
-        count: how many values a channel has here; not 0.
-        running_mean, running_var: [C], moved in place by `momentum` towards the mean and the unbiased
-            variance of all values; or both None.
+        mean: [C], of this process, float32 or float64.
+        invstd: [C], 1 / sqrt(var + eps) of the biased variance of this process.
+        count: values per channel in this process, at least 1.
+        running_mean, running_var: [C], moved in place by `momentum` towards mean and unbiased variance of
+            all values; or both None.
     Returns:
-        mean [C] and invstd [C] of all values, the same bits in every process, and each process's count
-        [W] int32, on the device.
+        mean [C] and invstd [C] of all values, bitwise the same in every process, and the counts of the
+        processes [W] int32, on the device.
     """
     channels = len(mean)
-    # A number given to a kernel, not copied: a graph can hold it.
+    # The count is a kernel argument, not a copy from the host: a CUDA graph can capture it.
     own = torch.cat([mean, invstd, mean.new_full((1,), count)])
     all_of = gathered(own)
     means, invstds, counts = all_of.split([channels, channels, 1], dim=1)
     counts = counts.squeeze(1)
-    # The first argument says which type the statistics have where there are no running ones.
+    # The first argument gives the dtype of the statistics if there are no running ones.
     mean, invstd = _ops(mean).batch_norm_gather_stats_with_counts(
         all_of, means, invstds, running_mean, running_var, momentum, eps, counts
     )
@@ -112,17 +111,17 @@ def merge_statistics(
 
 
 def sum_for_backward(sum_dy: Tensor, sum_dy_xmu: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums over all processes' values of dy [C] and of dy (x - mean) [C], by one all-reduce.
+    """Sums of dy [C] and of dy (x - mean) [C] over the values of all processes, by one all-reduce.
 
     The gradient of x is invstd * w * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N), with N the
-    sum of the processes' counts.
+    number of all values.
     """
     first, second = summed(torch.cat([sum_dy, sum_dy_xmu])).split(len(sum_dy))
     return first, second
 
 
 class _Normalize(torch.autograd.Function):
-    """(x - mean) * invstd, times weight, plus bias, with the statistics of all processes."""
+    """(x - mean) * invstd * weight + bias, with the statistics of all processes."""
 
     @staticmethod
     def forward(
@@ -151,7 +150,7 @@ class _Normalize(torch.autograd.Function):
         x, weight, mean, invstd, counts = ctx.saved_tensors
         ops = _ops(x)
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        # The fast kernels for channels_last need both in that format.
+        # The fast channels_last kernels need x and grad in that format.
         grad = grad.contiguous(memory_format=memory_format_of(x))
         sum_dy, sum_dy_xmu, grad_weight, grad_bias = ops.batch_norm_backward_reduce(
             grad, x, mean, invstd, weight, wants_x, wants_weight, wants_bias
@@ -160,7 +159,7 @@ class _Normalize(torch.autograd.Function):
         if wants_x:
             sum_dy, sum_dy_xmu = sum_for_backward(sum_dy, sum_dy_xmu)
             grad_x = ops.batch_norm_backward_elemt(grad, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts)
-        # The parameters' gradients stay this process's: DistributedDataParallel averages them.
+        # Gradients of the parameters are of this process: DistributedDataParallel averages them.
         return (
             grad_x,
             grad_weight if wants_weight else None,

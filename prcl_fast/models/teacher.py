@@ -1,4 +1,4 @@
-"""The teacher: an exponential moving average of the student."""
+"""The EMA teacher: an exponential moving average of the student."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
 
 
 class EMATeacher(nn.Module):
-    """A copy of the student that follows it as an exponential moving average; it never learns by gradient.
+    """An exponential moving average of the student, without gradients.
 
-    Parameters and floating-point buffers (the BN statistics) are averaged, integer buffers copied. The
-    teacher is always in evaluation mode, so its BN uses the averaged statistics whatever the batch. (The
-    authors' public code runs it in training mode and leaves its buffers out of the average.)
+    Parameters and floating-point buffers (BN statistics) are averaged; integer buffers are copied. The
+    teacher is always in evaluation mode, so that its BN uses the averaged statistics. (The authors' public
+    code runs it in training mode and does not average buffers.)
 
     Args:
-        student: the network to follow; not compiled, not wrapped.
-        decay: the largest decay, reached once 1 - 1 / (step + 1) passes it.
+        student: the network to average; not compiled, not wrapped.
+        decay: the final decay, from the iteration at which 1 - 1 / (iteration + 1) exceeds it.
 
     Attributes:
         network: the averaged network, for evaluation and export.
@@ -29,33 +29,33 @@ class EMATeacher(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False).eval()
         self.decay = decay
-        # Held in a tuple so that the student is no submodule: its weights are not the teacher's state.
+        # In a tuple, so that the student is no submodule and its weights are not part of the teacher's state.
         self._student = (student,)
         self._flat: tuple[FlatState, FlatState] | None = None
 
     def train(self, mode: bool = True) -> EMATeacher:
-        """Does nothing: the teacher stays in evaluation mode."""
+        """No effect: the teacher stays in evaluation mode."""
         return self
 
     @torch.no_grad()
     def forward(self, x: Tensor, *, representations: bool = False) -> NetworkOutput:
-        """The averaged network's output on images [B, 3, H, W]; only the logits unless asked for more."""
+        """Output of the averaged network for images [B, 3, H, W], by default without representations."""
         return self.network(x, representations=representations)
 
     def lay_out_flat(self) -> None:
-        """Moves both networks' floating-point state into one tensor each, so that `update` is one pass.
+        """Moves the floating-point state of both networks into one tensor each, for a fast `update`.
 
-        `update` does this where it finds the networks elsewhere. Called early, it spares what is compiled or
-        captured before the first update a change of addresses.
+        `update` calls this if needed. Called before compilation or graph capture, it keeps the addresses of
+        the tensors from changing afterwards.
         """
         self._flat = FlatState(self.network), FlatState(self._student[0])
 
     @torch.no_grad()
     def update(self, iteration: Tensor) -> None:
-        """Move towards the student with decay min(1 - 1 / (iteration + 1), decay); iteration 0 copies it.
+        """Moves towards the student with decay min(1 - 1 / (iteration + 1), decay); iteration 0 copies it.
 
         Args:
-            iteration: integer scalar on the networks' device, the number of updates made before this one.
+            iteration: integer scalar on the networks' device, the number of earlier updates.
         """
         if self._flat is None or not self._flat[0].holds(self.network):
             self.lay_out_flat()
@@ -66,18 +66,18 @@ class EMATeacher(nn.Module):
         torch._foreach_copy_(teacher.others, student.others)
 
 
-_ALIGNMENT = 64  # elements: what an allocator of PyTorch gives, and vector loads and cuDNN expect
+_ALIGNMENT = 64  # elements; as PyTorch's allocators, for vector loads and cuDNN
 
 
 class FlatState:
-    """Moves a network's floating-point parameters and buffers into one tensor; their values stay.
+    """The floating-point parameters and buffers of a network as views of one tensor.
 
-    Each keeps its identity, shape and strides and becomes a view. Moving the network to another device or
-    type undoes this: see `holds`.
+    Each keeps its identity, values, shape and strides. Moving the network to another device or type ends
+    this: see `holds`.
 
     Attributes:
-        values: [N] of the network's floating-point type; between the views lie zeros.
-        others: the buffers of other types.
+        values: [N], of the network's floating-point type, with zeros between the views.
+        others: buffers of other types.
 
     Raises:
         TypeError: the network has floating-point tensors of more than one type or device.
@@ -99,10 +99,10 @@ class FlatState:
             tensor.data = view
 
     def holds(self, network: nn.Module) -> bool:
-        """Whether the network still lies here."""
+        """Whether the state of `network` still lies in `values`."""
         return next(network.parameters()).data_ptr() == self.values.data_ptr()
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Its own where it has no gaps, those of a contiguous tensor otherwise."""
+    """The strides of a tensor without gaps; for others, those of a contiguous copy."""
     return torch.empty_like(tensor, device="meta").stride()

@@ -1,16 +1,15 @@
-"""Reading and writing weights files, strictly: a missing, unexpected or misshapen key is an error.
+"""Weights files: strict reading, in which a missing, unexpected or misshapen key is an error, and writing.
 
 Two kinds of file are read: backbone weights with torchvision's key names, and whole networks in this
-package's own format, {"format": "prcl_fast-network", "version": 1, "num_classes": C, "network": state_dict}.
+package's format, {"format": "prcl_fast-network", "version": 1, "num_classes": C, "network": state_dict}.
 """
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,8 @@ from torch import Tensor
 from prcl_fast.config.messages import shortened
 from prcl_fast.errors import InputError
 from prcl_fast.files.torch_file import check_torch_file
-
-if TYPE_CHECKING:
-    from prcl_fast.models.network import SegmentationNetwork
+from prcl_fast.files.writing import write_bytes
+from prcl_fast.models.network import SegmentationNetwork
 
 FORMAT = "prcl_fast-network"
 VERSION = 1
@@ -30,7 +28,7 @@ SHOWN = 8
 
 
 def load_weights(network: SegmentationNetwork, path: str | Path) -> None:
-    """Load a file of either kind: the whole network, or its backbone.
+    """Loads a file of either kind: the whole network, or its backbone.
 
     Raises:
         InputError: see `load_network` and `load_backbone`.
@@ -43,11 +41,11 @@ def load_weights(network: SegmentationNetwork, path: str | Path) -> None:
 
 
 def load_backbone(network: SegmentationNetwork, path: str | Path) -> None:
-    """Load ImageNet weights with torchvision's key names into the backbone.
+    """Loads ImageNet weights with torchvision's key names into the backbone.
 
-    A wrapping "state_dict" or "model" entry, and a "module." or "backbone." prefix common to all keys, are
-    taken off. The classifier (fc.* of a ResNet, see `classifier_keys` of the backbone) is left out; BN batch
-    counters may be missing.
+    A wrapping "state_dict" or "model" entry, and a "module." or "backbone." prefix of all keys, are removed.
+    The classifier (`classifier_keys` of the backbone, such as fc.*) is left out. BN batch counters may be
+    missing.
 
     Raises:
         InputError: the file is missing or unreadable, or a key is missing, unexpected or has another shape.
@@ -56,55 +54,47 @@ def load_backbone(network: SegmentationNetwork, path: str | Path) -> None:
 
 
 def load_network(network: SegmentationNetwork, path: str | Path) -> None:
-    """Load a whole network, heads included, from this package's own format.
+    """Loads a whole network with its heads from this package's format.
 
     Raises:
-        InputError: the file is missing, unreadable or of another format or version, was made for another
-            number of classes, or a key is missing, unexpected or has another shape.
+        InputError: the file is missing, unreadable, of another format or version or for another number of
+            classes, or a key is missing, unexpected or of another shape.
     """
     _load_network(network, read_file(path), path)
 
 
 def save_network(state: Mapping[str, Tensor], num_classes: int, path: str | Path) -> None:
-    """Write a network's state dict in this package's own format, under a temporary name first.
+    """Writes a network's state dict in this package's own format, whole or not at all.
 
     Raises:
-        InputError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = {"format": FORMAT, "version": VERSION, "num_classes": num_classes, "network": dict(state)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    archive = io.BytesIO()  # PyTorch's own writer answers a full disk with a C++ error
+    torch.save(content, archive)
+    write_bytes(Path(path), archive.getbuffer())
 
 
 def read_file(path: str | Path) -> Any:
-    """A file's content on the CPU, read without running any code in it.
+    """The content of a file on the CPU, read without running any code in it.
 
     Raises:
-        InputError: the file is missing, corrupt, compressed, or holds other things than tensors and plain
-            values.
+        InputError: the file is missing, corrupt or compressed, or contains other objects than tensors and
+            plain values.
     """
     check_torch_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    # The reader meets damaged bytes at every level (zip, pickle, storage), each with exceptions of its own.
+    # Damaged bytes raise different exceptions at each level (zip, pickle, storage).
     except Exception as error:
         raise InputError(f"{path}: not a readable weights file ({type(error).__name__})") from error
 
 
 def tensors_of(content: object, path: str | Path) -> dict[str, Tensor]:
-    """A state dict, checked to be one.
+    """`content` as a state dict.
 
     Raises:
-        InputError: `content` is no mapping from names to tensors.
+        InputError: it is no mapping from names to dense tensors with data.
     """
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"{path}: holds no state dict")
@@ -119,10 +109,10 @@ def tensors_of(content: object, path: str | Path) -> dict[str, Tensor]:
 def check_keys(
     expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: str | Path, what: str
 ) -> None:
-    """Compare names, shapes and kinds of numbers, which must be finite; BN batch counters may be missing.
+    """Compares names, shapes and kinds of numbers. Values must be finite; BN batch counters may be missing.
 
     Raises:
-        InputError: one line with the number of keys at fault and the first of them.
+        InputError: one line with the number of wrong keys and the first of them.
     """
     faults = [
         f"{key} missing" for key in expected if key not in given and not key.endswith("num_batches_tracked")

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import BOOL, INTEGER, check_count, check_pixels, check_tensor
-from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.arguments import BOOL, INTEGER, check_count, check_pixels, check_tensor, contiguous
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import class_lists as reference
 
 
@@ -67,31 +66,12 @@ def check_lists(lists: ClassLists, label: Tensor, num_classes: int) -> None:
         check_tensor(f"lists.{name}_start", start, (num_classes + 1,), (torch.int32,), ("label", label))
 
 
-def _fake(
-    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    orders = [label.new_empty((label.numel(),), dtype=torch.int32) for _ in range(2)]
-    starts = [label.new_empty((num_classes + 1,), dtype=torch.int32) for _ in range(2)]
-    return orders[0], starts[0], orders[1], starts[1]
+def _fake(label: Tensor, valid: Tensor, hard: Tensor, num_classes: int) -> tuple[Tensor, ...]:
+    pixels, classes = (
+        [label.new_empty((size,), dtype=torch.int32) for _ in range(2)]
+        for size in (label.numel(), num_classes + 1)
+    )
+    return pixels[0], classes[0], pixels[1], classes[1]
 
 
-def _prepared(
-    label: Tensor, valid: Tensor, hard: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    return label.contiguous(), valid.contiguous(), hard.contiguous(), num_classes
-
-
-_op = define_op(
-    "class_lists(Tensor label, Tensor valid, Tensor hard, SymInt num_classes)"
-    " -> (Tensor valid_order, Tensor valid_start, Tensor hard_order, Tensor hard_start)",
-    fake=_fake,
-    implementations={
-        "torch": Implementation(reference.class_lists),
-        "native": _native.implementation(
-            lambda native, *arguments: native.class_lists(*_prepared(*arguments))
-        ),
-        "triton": _triton.implementation(
-            "class_lists", lambda kernels, *arguments: kernels.class_lists(*_prepared(*arguments))
-        ),
-    },
-)
+_op = define_op(reference.class_lists, fake=_fake, prepared=contiguous)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as l2_normalize
 
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import FLOATING, check_tensor, reduction_is_mean
-from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.arguments import FLOATING, check_tensor, reduction_is_mean
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import mutual_likelihood_score as reference
 
 
@@ -69,20 +68,14 @@ def mutual_likelihood_score(
     return score.reshape(*batch, *score.shape[-2:])
 
 
-def _fake(mu_a: Tensor, var_a: Tensor, mu_b: Tensor, var_b: Tensor, mean: bool) -> Tensor:
+def _fake(mu_a: Tensor, var_a: Tensor, mu_b: Tensor, *_: Any) -> Tensor:
     return mu_a.new_empty(mu_a.shape[0], mu_a.shape[1], mu_b.shape[1])
 
 
 def _fake_backward(
-    grad: Tensor,
-    mu_a: Tensor,
-    var_a: Tensor,
-    mu_b: Tensor,
-    var_b: Tensor,
-    mean: bool,
-    need_a: bool,
-    need_b: bool,
+    grad: Tensor, mu_a: Tensor, var_a: Tensor, mu_b: Tensor, var_b: Tensor, *options: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, need_a, need_b = options
     side_a = [mu_a.new_empty(mu_a.shape if need_a else (0,)) for _ in range(2)]
     side_b = [mu_a.new_empty(mu_b.shape if need_b else (0,)) for _ in range(2)]
     return side_a[0], side_a[1], side_b[0], side_b[1]
@@ -102,37 +95,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _DTYPES = (torch.float32, torch.float64)  # what the public function passes on
 _op = define_op(
-    "mutual_likelihood_score(Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, bool mean) -> Tensor",
+    reference.mutual_likelihood_score,
     fake=_fake,
-    implementations={
-        "torch": Implementation(reference.mutual_likelihood_score),
-        "native": _native.implementation(
-            lambda native, *arguments: native.mutual_likelihood_score(*arguments), cuda_dtypes=_DTYPES
-        ),
-        "triton": _triton.implementation(
-            "mutual_likelihood_score",
-            lambda kernels, *arguments: kernels.mutual_likelihood_score(*arguments),
-            dtypes=_DTYPES,
-        ),
-    },
+    kernel_dtypes=_DTYPES,
     backward=_backward,
     setup_context=_setup_context,
 )
-
 _backward_op = define_op(
-    "mutual_likelihood_score_backward(Tensor grad, Tensor mu_a, Tensor var_a, Tensor mu_b, Tensor var_b, "
-    "bool mean, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-    implementations={
-        "torch": Implementation(reference.mutual_likelihood_score_backward),
-        "native": _native.implementation(
-            lambda native, *arguments: native.mutual_likelihood_score_backward(*arguments),
-            cuda_dtypes=_DTYPES,
-        ),
-        "triton": _triton.implementation(
-            "mutual_likelihood_score",
-            lambda kernels, *arguments: kernels.mutual_likelihood_score_backward(*arguments),
-            dtypes=_DTYPES,
-        ),
-    },
+    reference.mutual_likelihood_score_backward, fake=_fake_backward, kernel_dtypes=_DTYPES
 )

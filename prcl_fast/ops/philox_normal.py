@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import check_count, check_draws, check_seed
-from prcl_fast.ops._backend import Implementation, define_op
-from prcl_fast.reference import philox as reference
-from prcl_fast.reference.philox import Purpose
+from prcl_fast.ops.arguments import check_count, check_draws, check_seed, contiguous
+from prcl_fast.ops.registry import define_op
+from prcl_fast.reference import philox
+from prcl_fast.reference import philox_normal as reference
+
+
+class Purpose(IntEnum):
+    """Purpose of a draw, a word of the generator's counter: purposes of one (seed, step) are independent."""
+
+    ANCHORS = philox.ANCHORS
+    NEGATIVES = philox.NEGATIVES
+    VIRTUAL_NEGATIVES = 3
+    ACTIVATED_PROTOTYPE = 4
 
 
 def philox_normal(seed: Tensor, shape: Sequence[int], purpose: Purpose) -> Tensor:
@@ -43,17 +52,4 @@ def _fake(seed: Tensor, count: int, purpose: int) -> Tensor:
 
 # Registered, and so not traced into compiled graphs: compiled by inductor for a CPU (PyTorch 2.13), the
 # reference's generator gives other words.
-_op = define_op(
-    "philox_normal(Tensor seed, SymInt count, int purpose) -> Tensor",
-    fake=_fake,
-    implementations={
-        "torch": Implementation(reference.philox_normal),
-        "native": _native.implementation(
-            lambda native, seed, count, purpose: native.philox_normal(seed.contiguous(), count, purpose)
-        ),
-        "triton": _triton.implementation(
-            "philox_normal",
-            lambda kernels, seed, count, purpose: kernels.philox_normal(seed.contiguous(), count, purpose),
-        ),
-    },
-)
+_op = define_op(reference.philox_normal, fake=_fake, prepared=contiguous)

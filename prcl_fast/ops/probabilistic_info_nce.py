@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prcl_fast.chunked import probabilistic_info_nce as chunked
 from prcl_fast.memory_format import memory_format_of
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import (
+from prcl_fast.ops.arguments import (
     BOOL,
     FLOATING,
     check_count,
     check_features,
     check_tensor,
+    contiguous,
     reduction_is_mean,
+    rows_of,
 )
-from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.ops.prototype_statistics import PrototypeStatistics
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import probabilistic_info_nce as reference
 
 
@@ -131,24 +134,8 @@ def probabilistic_info_nce(
     )[0]
 
 
-def _fake(
-    mu: Tensor,
-    var: Tensor,
-    anchor_index: Tensor,
-    negative_index: Tensor,
-    positive_mean: Tensor,
-    positive_variance: Tensor,
-    positive_count: Tensor,
-    virtual_mu: Tensor | None,
-    virtual_var: Tensor | None,
-    virtual_known: Tensor | None,
-    class_factor: Tensor | None,
-    inverse_norm: Tensor | None,
-    tau: float,
-    mean: bool,
-    normalize: bool,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(mu: Tensor, var: Tensor, anchor_index: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_grad = arguments[-1]
     work = torch.float64 if mu.dtype == torch.float64 else torch.float32
     rows = mu.new_empty((*anchor_index.shape, mu.shape[1]) if needs_grad else (0,), dtype=work)
     return mu.new_empty((), dtype=work), rows, torch.empty_like(rows)
@@ -206,75 +193,31 @@ def _backward_fake(
     return grad_mu, grad_var
 
 
-def _prepared(
-    mu: Tensor,
-    var: Tensor,
-    anchor_index: Tensor,
-    negative_index: Tensor,
-    positive_mean: Tensor,
-    positive_variance: Tensor,
-    positive_count: Tensor,
-    virtual_mu: Tensor | None,
-    virtual_var: Tensor | None,
-    virtual_known: Tensor | None,
-    class_factor: Tensor | None,
-    inverse_norm: Tensor | None,
-    *options: float | bool,
-) -> tuple[Any, ...]:
-    """What the kernels may trust: rows [P, D], a view where mu is channels_last and else a copy."""
+def _prepared(mu: Tensor, var: Tensor, *others: Any) -> Iterator[Any]:
+    """mu and var as rows [P, D]; other tensors contiguous, floating ones in the dtype of the loss."""
     work = torch.float64 if mu.dtype == torch.float64 else torch.float32
-    rows = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous() for x in (mu, var)]
-    index = [x.contiguous() for x in (anchor_index, negative_index)]
-    positive = [x.to(work).contiguous() for x in (positive_mean, positive_variance)]
-    virtual = [None if x is None else x.to(work).contiguous() for x in (virtual_mu, virtual_var)]
-    known = None if virtual_known is None else virtual_known.contiguous()
-    others = [None if x is None else x.to(work).contiguous() for x in (class_factor, inverse_norm)]
-    return *rows, *index, *positive, positive_count.contiguous(), *virtual, known, *others, *options
+    return contiguous(
+        rows_of(mu),
+        rows_of(var),
+        *(
+            value.to(work) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for value in others
+        ),
+    )
 
 
-def _backward_prepared(
-    grad_loss: Tensor, grad_mu_rows: Tensor, grad_var_rows: Tensor, anchor_index: Tensor, *options: Any
-) -> tuple[Any, ...]:
-    rows = [x.contiguous() for x in (grad_mu_rows, grad_var_rows)]
-    return grad_loss.to(grad_mu_rows.dtype), *rows, anchor_index.contiguous(), *options
+def _backward_prepared(grad_loss: Tensor, grad_mu_rows: Tensor, *others: Any) -> Iterator[Any]:
+    return contiguous(grad_loss.to(grad_mu_rows.dtype), grad_mu_rows, *others)
 
 
 _op = define_op(
-    "probabilistic_info_nce(Tensor mu, Tensor var, Tensor anchor_index, Tensor negative_index,"
-    " Tensor positive_mean, Tensor positive_variance, Tensor positive_count, Tensor? virtual_mu,"
-    " Tensor? virtual_var, Tensor? virtual_known, Tensor? class_factor, Tensor? inverse_norm, float tau,"
-    " bool mean, bool normalize, bool needs_grad)"
-    " -> (Tensor loss, Tensor grad_mu_rows, Tensor grad_var_rows)",
+    reference.probabilistic_info_nce,
+    torch_version=chunked.probabilistic_info_nce,
     fake=_fake,
-    implementations={
-        "torch": Implementation(reference.probabilistic_info_nce),
-        "native": _native.implementation(
-            lambda native, *arguments: native.probabilistic_info_nce(*_prepared(*arguments))
-        ),
-        "triton": _triton.implementation(
-            "probabilistic_info_nce",
-            lambda kernels, *arguments: kernels.probabilistic_info_nce(*_prepared(*arguments)),
-        ),
-    },
+    prepared=_prepared,
     backward=_backward,
     setup_context=_setup_context,
 )
 _backward_op = define_op(
-    "probabilistic_info_nce_backward(Tensor grad_loss, Tensor grad_mu_rows, Tensor grad_var_rows,"
-    " Tensor anchor_index, SymInt batch, SymInt height, SymInt width, ScalarType mu_dtype,"
-    " ScalarType var_dtype, bool mu_channels_last, bool var_channels_last)"
-    " -> (Tensor grad_mu, Tensor grad_var)",
-    fake=_backward_fake,
-    implementations={
-        "torch": Implementation(reference.probabilistic_info_nce_backward),
-        "native": _native.implementation(
-            lambda native, *arguments: native.probabilistic_info_nce_backward(*_backward_prepared(*arguments))
-        ),
-        "triton": _triton.implementation(
-            "probabilistic_info_nce",
-            lambda kernels, *arguments: kernels.probabilistic_info_nce_backward(
-                *_backward_prepared(*arguments)
-            ),
-        ),
-    },
+    reference.probabilistic_info_nce_backward, fake=_backward_fake, prepared=_backward_prepared
 )

@@ -8,16 +8,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import BOOL, INTEGER, check_count, check_features, check_tensor
-from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.arguments import BOOL, INTEGER, check_count, check_features, check_tensor, contiguous
 from prcl_fast.ops.class_lists import ClassLists, check_lists
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import prototype_statistics as reference
 
 
 @dataclass(frozen=True)
 class PrototypeStatistics:
-    """Gaussian prototypes of C classes in natural parameters; `+` merges those of two sets of pixels.
+    """Gaussian prototypes of C classes in natural parameters, which add up over sets of pixels.
 
     Eq. (4) and (9) of the IJCV paper: precisions add, and so do precision-weighted means.
 
@@ -30,13 +29,6 @@ class PrototypeStatistics:
     precision: Tensor
     weighted_mean: Tensor
     count: Tensor
-
-    def __add__(self, other: PrototypeStatistics) -> PrototypeStatistics:
-        return PrototypeStatistics(
-            self.precision + other.precision,
-            self.weighted_mean + other.weighted_mean,
-            self.count + other.count,
-        )
 
     @property
     def mean(self) -> Tensor:
@@ -114,7 +106,7 @@ def prototype_statistics(
     if lists is not None:
         check_lists(lists, label, num_classes)
         order, start = lists.valid_order, lists.valid_start
-    *sums, inverse_norm = _op(mu.detach(), var.detach(), label, valid, order, start, num_classes, with_norms)
+    *sums, inverse_norm = _op(mu.detach(), var.detach(), label, valid, num_classes, with_norms, order, start)
     statistics = PrototypeStatistics(*sums)
     return (statistics, inverse_norm) if with_norms else statistics
 
@@ -124,10 +116,9 @@ def _fake(
     var: Tensor,
     label: Tensor,
     valid: Tensor,
-    order: Tensor | None,
-    start: Tensor | None,
     num_classes: int,
     with_norms: bool,
+    *_: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table = mu.new_empty((num_classes, mu.shape[1]), dtype=torch.float32)
     count = mu.new_empty((num_classes,), dtype=torch.int64)
@@ -136,40 +127,11 @@ def _fake(
     return table, torch.empty_like(table), count, inverse_norm
 
 
-def _prepared(
-    mu: Tensor,
-    var: Tensor,
-    label: Tensor,
-    valid: Tensor,
-    order: Tensor | None,
-    start: Tensor | None,
-    *options: int | bool,
-) -> tuple[Any, ...]:
-    """What the kernels may trust: one memory format for mu and var, either of the two; a pair of dtypes."""
+def _prepared(mu: Tensor, var: Tensor, *others: Any) -> tuple[Any, ...]:
+    """One memory format for mu and var, either of the two; all else contiguous."""
     if not (mu.is_contiguous() and var.is_contiguous()):
         mu, var = (x.contiguous(memory_format=torch.channels_last) for x in (mu, var))
-    lists = [None if x is None else x.contiguous() for x in (order, start)]
-    return mu, var, label.contiguous(), valid.contiguous(), *lists, *options
+    return mu, var, *contiguous(*others)
 
 
-_op = define_op(
-    "prototype_statistics(Tensor mu, Tensor var, Tensor label, Tensor valid, Tensor? order, Tensor? start,"
-    " SymInt num_classes, bool with_norms)"
-    " -> (Tensor precision, Tensor weighted_mean, Tensor count, Tensor inverse_norm)",
-    fake=_fake,
-    implementations={
-        "torch": Implementation(
-            # The reference needs no lists: it masks by label.
-            lambda mu, var, label, valid, order, start, *options: reference.prototype_statistics(
-                mu, var, label, valid, *options
-            )
-        ),
-        "native": _native.implementation(
-            lambda native, *arguments: native.prototype_statistics(*_prepared(*arguments))
-        ),
-        "triton": _triton.implementation(
-            "prototype_statistics",
-            lambda kernels, *arguments: kernels.prototype_statistics(*_prepared(*arguments)),
-        ),
-    },
-)
+_op = define_op(reference.prototype_statistics, fake=_fake, prepared=_prepared)

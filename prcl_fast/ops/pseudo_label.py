@@ -7,23 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import FLOATING, check_count, check_pixels, check_tensor
-from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.arguments import FLOATING, check_count, check_pixels, check_tensor
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import pseudo_label as reference
 
 MAX_CLASSES = 256  # labels are uint8
 
 
-def pseudo_label(logits: Tensor, size: Sequence[int], *, align_corners: bool = True) -> tuple[Tensor, Tensor]:
-    """Argmax and maximum of the softmax of bilinearly upsampled logits, eq. (1) of the IJCV paper.
+def pseudo_label(logits: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Argmax and maximum of the softmax of upsampled logits, eq. (1) of the IJCV paper.
 
-    The result carries no gradient.
+    Upsampling is bilinear with aligned corners. The result carries no gradient.
 
     Args:
         logits: [B, C, h, w] floating, C <= 256; computed in float32.
         size: (H, W) of the result.
-        align_corners: as in `torch.nn.functional.interpolate`.
     Returns:
         label uint8 [B, H, W], the first class where two are equal, and confidence float32 [B, H, W].
     Raises:
@@ -39,23 +37,12 @@ def pseudo_label(logits: Tensor, size: Sequence[int], *, align_corners: bool = T
     check_count("size", height)
     check_count("size", width)
     check_pixels("size", height * width)
-    return _op(logits.detach(), height, width, align_corners)
+    return _op(logits.detach(), height, width)
 
 
-def _fake(logits: Tensor, height: int, width: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     label = logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
     return label, torch.empty_like(label, dtype=torch.float32)
 
 
-_op = define_op(
-    "pseudo_label(Tensor logits, SymInt height, SymInt width, bool align_corners)"
-    " -> (Tensor label, Tensor confidence)",
-    fake=_fake,
-    implementations={
-        "torch": Implementation(reference.pseudo_label),
-        "native": _native.implementation(lambda native, *arguments: native.pseudo_label(*arguments)),
-        "triton": _triton.implementation(
-            "pseudo_label", lambda kernels, *arguments: kernels.pseudo_label(*arguments)
-        ),
-    },
-)
+_op = define_op(reference.pseudo_label, fake=_fake)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import (
+from prcl_fast.ops.arguments import (
     BOOL,
     INTEGER,
     check_count,
@@ -16,9 +13,10 @@ from prcl_fast.ops._arguments import (
     check_pixels,
     check_seed,
     check_tensor,
+    contiguous,
 )
-from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.ops.class_lists import ClassLists, check_lists, class_lists
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import sample_anchors as reference
 
 
@@ -35,7 +33,7 @@ def sample_anchors(
     """Draws each class's anchors uniformly, with replacement, from its valid and hard pixels.
 
     The draws are a function of the arguments alone and equal, bit for bit, on every backend (rules:
-    `prcl_fast.reference.philox`).
+    `prcl_fast.reference.sample_anchors`).
 
     Args:
         label: [B, h, w] integer; outside 0 .. num_classes - 1 means "none".
@@ -69,21 +67,4 @@ def _fake(order: Tensor, start: Tensor, num_anchors: int, seed: Tensor) -> Tenso
     return order.new_empty((start.numel() - 1, num_anchors), dtype=torch.int64)
 
 
-def _prepared(order: Tensor, start: Tensor, num_anchors: int, seed: Tensor) -> tuple[Any, ...]:
-    return order.contiguous(), start.contiguous(), num_anchors, seed.contiguous()
-
-
-_op = define_op(
-    "sample_anchors(Tensor order, Tensor start, SymInt num_anchors, Tensor seed) -> Tensor",
-    fake=_fake,
-    implementations={
-        "torch": Implementation(reference.sample_anchors),
-        "native": _native.implementation(
-            lambda native, *arguments: native.sample_anchors(*_prepared(*arguments)),
-        ),
-        "triton": _triton.implementation(
-            "sample_anchors",
-            lambda kernels, *arguments: kernels.sample_anchors(*_prepared(*arguments)),
-        ),
-    },
-)
+_op = define_op(reference.sample_anchors, fake=_fake, prepared=contiguous)

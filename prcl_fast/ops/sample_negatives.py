@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import (
+from prcl_fast.ops.arguments import (
     BOOL,
     FLOATING,
     INTEGER,
@@ -17,9 +17,10 @@ from prcl_fast.ops._arguments import (
     check_pixels,
     check_seed,
     check_tensor,
+    contiguous,
 )
-from prcl_fast.ops._backend import Implementation, define_op
 from prcl_fast.ops.class_lists import ClassLists, check_lists, class_lists
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import sample_negatives as reference
 
 
@@ -37,7 +38,7 @@ def sample_negatives(
     """Draws each negative's class from the anchor class's row, then one of that class's valid pixels.
 
     The draws are a function of the arguments alone and equal, bit for bit, on every backend (rules:
-    `prcl_fast.reference.philox`).
+    `prcl_fast.reference.sample_negatives`).
 
     Args:
         class_probability: [C, C] floating; row c is a distribution over the other classes. The diagonal, and
@@ -76,42 +77,13 @@ def sample_negatives(
 
 
 def _fake(
-    class_probability: Tensor,
-    order: Tensor,
-    start: Tensor,
-    num_anchors: int,
-    num_negatives: int,
-    seed: Tensor,
+    class_probability: Tensor, order: Tensor, start: Tensor, num_anchors: int, num_negatives: int, *_: Tensor
 ) -> Tensor:
     return order.new_empty((class_probability.shape[0], num_anchors, num_negatives), dtype=torch.int64)
 
 
-def _prepared(
-    class_probability: Tensor,
-    order: Tensor,
-    start: Tensor,
-    num_anchors: int,
-    num_negatives: int,
-    seed: Tensor,
-) -> tuple[Any, ...]:
-    probability = class_probability.double().contiguous()
-    return probability, order.contiguous(), start.contiguous(), num_anchors, num_negatives, seed.contiguous()
+def _prepared(class_probability: Tensor, *others: Any) -> Iterator[Any]:
+    return contiguous(class_probability.double(), *others)
 
 
-_op = define_op(
-    "sample_negatives(Tensor class_probability, Tensor order, Tensor start, SymInt num_anchors,"
-    " SymInt num_negatives, Tensor seed) -> Tensor",
-    fake=_fake,
-    implementations={
-        "torch": Implementation(reference.sample_negatives),
-        "native": _native.implementation(
-            lambda native, *arguments: native.sample_negatives(*_prepared(*arguments)),
-            cuda_dtypes=FLOATING,
-        ),
-        "triton": _triton.implementation(
-            "sample_negatives",
-            lambda kernels, *arguments: kernels.sample_negatives(*_prepared(*arguments)),
-            dtypes=FLOATING,
-        ),
-    },
-)
+_op = define_op(reference.sample_negatives, fake=_fake, prepared=_prepared, kernel_dtypes=FLOATING)

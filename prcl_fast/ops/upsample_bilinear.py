@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import FLOATING, check_count, check_pixels, check_tensor
-from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.arguments import FLOATING, check_count, check_pixels, check_tensor
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import upsample_bilinear as reference
 
 
-def upsample_bilinear(x: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Tensor:
-    """What `torch.nn.functional.interpolate(x, size, mode="bilinear")` gives, to any size.
+def upsample_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=True)`, to any size.
 
         y = A_h x A_w^T,   a_ij = max(0, 1 - |p_i - j|)
 
@@ -27,7 +26,6 @@ def upsample_bilinear(x: Tensor, size: Sequence[int], *, align_corners: bool = T
         x: [B, C, h, w] floating, in any memory format; channels_last is the fast one. Computed in float32,
             float64 for float64.
         size: (H, W) of the result.
-        align_corners: as in `torch.nn.functional.interpolate`.
     Returns:
         [B, C, H, W] of x's dtype. It and the gradient are channels_last where x's channels lie side by side,
         else contiguous.
@@ -46,10 +44,10 @@ def upsample_bilinear(x: Tensor, size: Sequence[int], *, align_corners: bool = T
     # The second condition tells the two formats of a 1x1 map apart.
     # Not memory_format_of: a slice of channels is read where it lies.
     channels_last = x.stride(1) == 1 and x.stride(3) >= x.shape[1]
-    return _op(x, height, width, align_corners, channels_last)
+    return _op(x, height, width, channels_last)
 
 
-def _fake(x: Tensor, height: int, width: int, align_corners: bool, channels_last: bool) -> Tensor:
+def _fake(x: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
     return torch.empty(
         (x.shape[0], x.shape[1], height, width),
         dtype=x.dtype,
@@ -59,61 +57,39 @@ def _fake(x: Tensor, height: int, width: int, align_corners: bool, channels_last
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, _, ctx.align_corners, ctx.channels_last = inputs
+    x, _, _, ctx.channels_last = inputs
     ctx.size = x.shape[2:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward_op(grad, *ctx.size, ctx.align_corners, ctx.channels_last), None, None, None, None
+    return _backward_op(grad, *ctx.size, ctx.channels_last), None, None, None
 
 
 def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _op(grad, *ctx.size, ctx.align_corners, ctx.channels_last), None, None, None, None
+    return _op(grad, *ctx.size, ctx.channels_last), None, None, None
 
 
-def _prepared(
-    x: Tensor, height: int, width: int, align_corners: bool, channels_last: bool
-) -> tuple[Tensor | int | bool, ...]:
-    """What the kernels may trust: channels lie side by side in channels_last, else columns do.
+def _prepared(x: Tensor, height: int, width: int, channels_last: bool) -> tuple[Tensor | int | bool, ...]:
+    """For the kernels, channels lie side by side in channels_last, else columns do.
 
     A slice of the channels, such as the gradient of a concatenation's operand, is read where it lies.
     """
     if x.stride(1 if channels_last else 3) != 1:
         x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    return x, height, width, align_corners, channels_last
+    return x, height, width, channels_last
 
 
 _op = define_op(
-    "upsample_bilinear(Tensor x, SymInt height, SymInt width, bool align_corners, bool channels_last)"
-    " -> Tensor",
+    reference.upsample_bilinear,
     fake=_fake,
-    implementations={
-        "torch": Implementation(reference.upsample_bilinear),
-        "native": _native.implementation(
-            lambda native, *arguments: native.upsample_bilinear(*_prepared(*arguments))
-        ),
-        "triton": _triton.implementation(
-            "upsample_bilinear", lambda kernels, *arguments: kernels.upsample_bilinear(*_prepared(*arguments))
-        ),
-    },
+    prepared=_prepared,
     backward=_backward,
     setup_context=_setup_context,
 )
-
 _backward_op = define_op(
-    "upsample_bilinear_backward(Tensor grad, SymInt height, SymInt width, bool align_corners,"
-    " bool channels_last) -> Tensor",
+    reference.upsample_bilinear_backward,
     fake=_fake,
-    implementations={
-        "torch": Implementation(reference.upsample_bilinear_backward),
-        "native": _native.implementation(
-            lambda native, *arguments: native.upsample_bilinear_backward(*_prepared(*arguments))
-        ),
-        "triton": _triton.implementation(
-            "upsample_bilinear",
-            lambda kernels, *arguments: kernels.upsample_bilinear_backward(*_prepared(*arguments)),
-        ),
-    },
+    prepared=_prepared,
     backward=_backward_of_backward,
     setup_context=_setup_context,
 )

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from prcl_fast.memory_format import memory_format_of
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import (
+from prcl_fast.ops.arguments import (
     FLOATING,
     check_count,
     check_pixels,
     check_tensor,
     reduction_is_mean,
 )
-from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import upsample_cross_entropy as reference
 
 
@@ -26,13 +25,13 @@ def upsample_cross_entropy(
     *,
     weight: Tensor | None = None,
     ignore_index: int = 255,
-    align_corners: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy of bilinearly upsampled logits, eq. (13) and, with a weight, (14) of the IJCV paper.
+    """Cross-entropy of upsampled logits, eq. (13) and, with a weight, (14) of the IJCV paper.
 
-    "sum" adds weight * loss over the pixels that are not ignored; "mean" divides that by the number of these
-    pixels, not by the sum of their weights. Where all are ignored the loss is a 0 that stays in the graph.
+    Upsampling is bilinear with aligned corners. "sum" adds weight * loss over the pixels that are not
+    ignored; "mean" divides that by the number of these pixels, not by the sum of their weights. Where all are
+    ignored the loss is a 0 that stays in the graph.
 
     Args:
         logits: [B, C, h, w] floating; the only argument that gets a gradient. Computed in float32 at least.
@@ -40,7 +39,6 @@ def upsample_cross_entropy(
             stall the device: any other value is undefined behaviour.
         weight: [B] or [B, H, W] floating, a constant factor of each pixel's loss, or None.
         ignore_index: target value of the pixels left out.
-        align_corners: as in `torch.nn.functional.interpolate`.
         reduction: "mean" or "sum".
     Returns:
         scalar, float32 (float64 for float64 logits).
@@ -60,18 +58,11 @@ def upsample_cross_entropy(
         weight = weight.detach()
     mean = reduction_is_mean(reduction)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    return _op(logits, target, weight, ignore_index, align_corners, mean, needs_grad)[0]
+    return _op(logits, target, weight, ignore_index, mean, needs_grad)[0]
 
 
-def _fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
-    mean: bool,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    needs_grad = arguments[-1]
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty((), dtype=work), logits.new_empty(
         logits.shape if needs_grad else (0,), dtype=work
@@ -88,7 +79,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (grad_logits,) = ctx.saved_tensors
     grad = (grad_logits * grad_loss).to(ctx.dtype, memory_format=ctx.memory_format)
-    return grad, None, None, None, None, None, None
+    return grad, None, None, None, None, None
 
 
 def _prepared(
@@ -99,19 +90,9 @@ def _prepared(
 
 
 _op = define_op(
-    "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index,"
-    " bool align_corners, bool mean, bool needs_grad) -> (Tensor loss, Tensor grad_logits)",
+    reference.upsample_cross_entropy,
     fake=_fake,
-    implementations={
-        "torch": Implementation(reference.upsample_cross_entropy),
-        "native": _native.implementation(
-            lambda native, *arguments: native.upsample_cross_entropy(*_prepared(*arguments))
-        ),
-        "triton": _triton.implementation(
-            "upsample_cross_entropy",
-            lambda kernels, *arguments: kernels.upsample_cross_entropy(*_prepared(*arguments)),
-        ),
-    },
+    prepared=_prepared,
     backward=_backward,
     setup_context=_setup_context,
 )

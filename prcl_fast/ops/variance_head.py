@@ -7,7 +7,7 @@ each channel and the gradient of x. Nothing of x's size is kept but x itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prcl_fast.memory_format import memory_format_of
-from prcl_fast.ops import _native, _triton
-from prcl_fast.ops._arguments import FLOATING, check_pixels, check_tensor
-from prcl_fast.ops._backend import Implementation, define_op
+from prcl_fast.ops.arguments import FLOATING, check_pixels, check_tensor, contiguous, rows_of
+from prcl_fast.ops.registry import define_op
 from prcl_fast.reference import variance_head as reference
 
 
@@ -156,91 +155,45 @@ def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.empty_like(mean)
 
 
-def _fake(
-    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
-) -> Tensor:
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    dtype = arguments[-1]
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=memory_format_of(x))
 
 
-def _fake_backward_sums(
-    grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float
-) -> Tensor:
+def _fake_backward_sums(grad: Tensor, x: Tensor, mean: Tensor, *_: Any) -> Tensor:
     return mean.new_empty(2, x.shape[1])
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    means: Tensor | None,
-    eps: float,
-) -> Tensor:
+def _fake_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """What the kernels may trust: [B*h*w, D], a view where x is channels_last and else a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
+def _prepared(*arguments: Any) -> Iterator[Any]:
+    """Maps as rows [B*h*w, D], everything else contiguous."""
+    return contiguous(
+        *(rows_of(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in arguments)
+    )
 
 
-def _vectors(values: Sequence[Any]) -> list[Any]:
-    """Per-channel arguments, made contiguous; other arguments unchanged."""
-    return [value.contiguous() if isinstance(value, Tensor) else value for value in values]
-
-
-def _image(rows: Tensor, x: Tensor) -> Tensor:
+def _image(rows: Tensor, x: Tensor, *_: Any) -> Tensor:
     """Rows back into x's shape and memory format."""
     batch, dims, height, width = x.shape
     image = rows.view(batch, height, width, dims).permute(0, 3, 1, 2)
     return image.contiguous(memory_format=memory_format_of(x))
 
 
-def _implementations(name: str, call: Callable[..., Any]) -> dict[str, Implementation]:
-    """`call(library, *arguments)` runs the op of the native or the Triton library on rows."""
-    return {
-        "torch": Implementation(getattr(reference, name)),
-        "native": _native.implementation(call),
-        "triton": _triton.implementation("variance_head", call),
-    }
+def _image_of_backward(rows: Tensor, grad: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return _image(rows, x)
 
 
-_moments_op = define_op(
-    "variance_head_moments(Tensor x) -> (Tensor mean, Tensor var)",
-    fake=_fake_moments,
-    implementations=_implementations(
-        "variance_head_moments", lambda library, x: library.variance_head_moments(_rows(x))
-    ),
-)
-_op = define_op(
-    "variance_head(Tensor x, Tensor mean, Tensor var, Tensor gamma, Tensor beta, float eps, ScalarType dtype)"
-    " -> Tensor",
-    fake=_fake,
-    implementations=_implementations(
-        "variance_head", lambda library, x, *rest: _image(library.variance_head(_rows(x), *_vectors(rest)), x)
-    ),
-)
+_moments_op = define_op(reference.variance_head_moments, fake=_fake_moments, prepared=_prepared)
+_op = define_op(reference.variance_head, fake=_fake, prepared=_prepared, finished=_image)
 _backward_sums_op = define_op(
-    "variance_head_backward_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor gamma, Tensor beta,"
-    " float eps) -> Tensor",
-    fake=_fake_backward_sums,
-    implementations=_implementations(
-        "variance_head_backward_sums",
-        lambda library, grad, x, *rest: library.variance_head_backward_sums(
-            _rows(grad), _rows(x), *_vectors(rest)
-        ),
-    ),
+    reference.variance_head_backward_sums, fake=_fake_backward_sums, prepared=_prepared
 )
 _backward_op = define_op(
-    "variance_head_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor gamma, Tensor beta,"
-    " Tensor? means, float eps) -> Tensor",
+    reference.variance_head_backward,
     fake=_fake_backward,
-    implementations=_implementations(
-        "variance_head_backward",
-        lambda library, grad, x, *rest: _image(
-            library.variance_head_backward(_rows(grad), _rows(x), *_vectors(rest)), x
-        ),
-    ),
+    prepared=_prepared,
+    finished=_image_of_backward,
 )

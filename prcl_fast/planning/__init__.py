@@ -1,1 +1,1 @@
-"""Plans, memory estimates and profiles of a training step."""
+"""Planning: memory, time and profile of a run before it starts."""

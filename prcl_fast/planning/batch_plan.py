@@ -1,4 +1,4 @@
-"""Which micro-batches fit into memory, and how long a run with them takes."""
+"""Micro-batches that fit into memory, and the time of a run with them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prcl_fast.config import Config
-from prcl_fast.config.methods import UnlabeledConfig
 from prcl_fast.planning.memory_estimate import MemoryEstimator, PassBytes, StateBytes
 from prcl_fast.planning.step_timer import StepMeasurement, StepTimer
 
-MARGIN = 0.9  # of the free memory; the rest is for what changes from step to step
-# Share of a pass's bytes that the process's allocator holds back on top; seen on Linux: 0.3 to 0.5.
+MARGIN = 0.9  # of the free memory; the rest allows for variation between steps
+# Freed memory that malloc keeps, as a fraction of a pass's bytes; measured on Linux: 0.3 to 0.5.
 _HELD_BACK = {"cpu": 0.4, "cuda": 0.0}
 _MOST_PIXELS = 2**31 - 1  # of a micro-batch: ops index pixels in 32 bits
-_MOST_IMAGES = 4096  # of a micro-batch: nobody wants more
+_MOST_IMAGES = 4096  # of a micro-batch: bounds the search
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,12 @@ class Micro:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of training with the configured micro-batch, in bytes."""
+    """Bytes of training with the configured micro-batch."""
 
     states: StateBytes
     gradients: int
     one_pass: PassBytes
-    overhead: int  # of allocator and libraries, by what real steps took; 0 where nothing was measured
+    overhead: int  # of allocator and libraries, from measured steps; 0 without a measurement
     total: int  # states + one_pass.peak + overhead
     free: int | None  # None: not known
     limit: int | None  # MARGIN * free
@@ -46,8 +45,8 @@ class TimePlan:
     """Time of steps and of the whole run, without data loading, evaluation and checkpoints."""
 
     measured: list[StepMeasurement]
-    rough: bool  # a first step alone, or far from the measured sizes
-    accumulate: int  # as configured, or what makes the batch fit
+    rough: bool  # measured on the first step alone, or far from the measured sizes
+    accumulate: int  # as configured, or the remedy's
     pass_seconds: float
     update_seconds: float
     step_seconds: float  # accumulate * pass_seconds + update_seconds
@@ -56,7 +55,7 @@ class TimePlan:
 
 @dataclass(frozen=True)
 class Remedy:
-    """How a batch can be trained with on this device."""
+    """Overrides with which a batch fits on this device."""
 
     labeled: int  # images of a step
     unlabeled: int
@@ -66,37 +65,39 @@ class Remedy:
 
 
 class BatchPlanner:
-    """Answers for one configuration. Micro-batches are counted in the batch's smallest whole share."""
+    """Plans the micro-batches of one configuration.
+
+    A size is a multiple of the smallest micro-batch in the configured proportion, such as 1 + 1 for 8 + 8.
+    """
 
     def __init__(self, config: Config, estimator: MemoryEstimator, free: int | None) -> None:
         self.config, self.estimator, self.free = config, estimator, free
         self.limit = None if free is None else int(MARGIN * free)
         self.measured: list[StepMeasurement] = []
         self._states = estimator.states()
-        self._needs_unlabeled = estimator.method.needs_unlabeled
+        self._needs_unlabeled = config.method.needs_unlabeled
         train = config.train
         self.batch = (train.batch_labeled, train.batch_unlabeled)
-        mixes = isinstance(config.method, UnlabeledConfig) and config.method.mix in ("cutmix", "classmix")
-        self._least_unlabeled = 2 if mixes else 1
+        self._least_unlabeled = 2 if config.method.mixes_pairs else 1
         shares = math.gcd(*self.batch)
         self._share = (self.batch[0] // shares, self.batch[1] // shares)
         self._configured = shares // train.accumulate
         self._smallest = -(-self._least_unlabeled // self._share[1])
 
     def measure(self, timer: StepTimer, seconds: float) -> None:
-        """Real steps at the smallest size and, as far as time and memory go, at the configured one."""
+        """Measures steps at the smallest size and, if time and memory allow, at the configured one."""
         first = timer.measure(*self._images(self._smallest), seconds / 3)
         self.measured = [first]
         one_step = first.pass_seconds + first.update_seconds
         left = seconds - (first.steps + 1) * one_step
-        # Room for a first step and a timed one, if time grows with the images.
+        # Time for a first step and a timed one, if time is proportional to the number of images.
         affordable = int(left / (2 * one_step) * self._smallest)
         count = min(max(self._configured, 2 * self._smallest), affordable)
         if count > self._smallest and (self.limit is None or self._bytes(count) <= self.limit):
             self.measured.append(timer.measure(*self._images(count), left))
 
     def memory(self) -> MemoryPlan:
-        """Of the configured micro-batch."""
+        """Memory with the configured micro-batch."""
         images = self._images(self._configured)
         one_pass = self.estimator.one_pass(*images, accumulates=self.config.train.accumulate > 1)
         total = self._bytes(self._configured)
@@ -112,7 +113,7 @@ class BatchPlanner:
         )
 
     def time(self, accumulate: int) -> TimePlan | None:
-        """Of a run with `accumulate` passes a step."""
+        """Time of a run with `accumulate` passes a step."""
         if not self.measured:
             return None
         images = sum(self._images(math.gcd(*self.batch) // accumulate))
@@ -131,14 +132,14 @@ class BatchPlanner:
         )
 
     def smallest_fits(self) -> bool:
-        """Whether any training fits; taken for granted where free memory is not known."""
+        """Whether the smallest micro-batch fits; true if free memory is not known."""
         return self.limit is None or self._bytes(self._smallest) <= self.limit
 
     def largest(self) -> Micro | None:
         """The largest micro-batch that fits, in the configured proportion.
 
-        Memory is the largest of some linear functions of the number of images, one for each moment of a step.
-        So the line through two sizes lies nowhere above it beyond them, and nowhere below it between them.
+        Memory is the maximum of linear functions of the number of images, one for each moment of a step, and
+        so it is convex: the line through two sizes is an upper bound between them and a lower bound beyond.
         """
         if self.limit is None or not self.smallest_fits():
             return None
@@ -154,7 +155,7 @@ class BatchPlanner:
         return self._micro(*self._images(low), self.config.train.accumulate > 1)
 
     def remedy(self, labeled: int, unlabeled: int) -> Remedy:
-        """The fewest passes in which a step of these images fits."""
+        """The smallest number of passes with which a step of these images fits."""
         train = self.config.train
         parts = [
             part
@@ -179,7 +180,7 @@ class BatchPlanner:
         return self._micro(*self._images(count), self.config.train.accumulate > 1).bytes
 
     def _reach(self, low: int, high: int, limit: int) -> int:
-        """Where the line through two sizes comes to the limit."""
+        """The size at which the line through two sizes reaches the limit."""
         if low == high:
             return low
         slope = (self._bytes(high) - self._bytes(low)) / (high - low)
@@ -190,9 +191,10 @@ class BatchPlanner:
         return Micro(labeled, unlabeled, self._states.total + one_pass.peak + self._overhead(one_pass))
 
     def _overhead(self, one_pass: PassBytes) -> int:
-        """What real steps took beyond the estimate, on the line through the measured sizes.
+        """Bytes of real steps beyond the estimate, on the line through the measured sizes.
 
-        Beyond them it grows at least as an allocator's share, which small sizes do not show.
+        Beyond the measured sizes it grows at least by the fraction of memory that malloc keeps, which small
+        sizes do not show.
         """
         seen = []
         for found in self.measured:

@@ -1,4 +1,4 @@
-"""What decoding costs, and how many worker processes keep up with a step."""
+"""Time of decoding images, and the number of data workers that keep up with a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prcl_fast.data.source import Source
 
 @dataclass(frozen=True)
 class SubsetCost:
-    """The cost of one subset's images, labels included where they are trained on."""
+    """Decoding time of one subset's images, with their labels if they are trained on."""
 
     milliseconds: float  # median per image
     decoded_bytes: float  # mean per image, 4 bytes a pixel
@@ -23,7 +23,7 @@ class SubsetCost:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Of the subsets that training reads; None where a subset is empty."""
+    """Decoding time of the subsets that training reads; None for an empty subset."""
 
     labeled: SubsetCost | None
     unlabeled: SubsetCost | None
@@ -32,7 +32,7 @@ class DecodeCost:
 def decode_cost(source: Source, images: int = 16) -> DecodeCost:
     """Decodes up to `images` images of each subset, spread over its split, in this process.
 
-    What the system already has of the files in its memory is measured as it is.
+    Files in the system's page cache are read from there.
 
     Raises:
         InputError: an image that cannot be read.
@@ -41,7 +41,7 @@ def decode_cost(source: Source, images: int = 16) -> DecodeCost:
 
 
 def workers_needed(cost: DecodeCost, images_per_step: Mapping[str, int], step_seconds: float) -> int:
-    """The number of worker processes, at least 1, that decode a step's images in the time of a step.
+    """The number of workers, at least 1, that decode a step's images in the time of a step.
 
     Args:
         images_per_step: images of "labeled" and "unlabeled" that one process trains on in a step.

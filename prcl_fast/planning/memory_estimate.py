@@ -1,8 +1,8 @@
-"""How much memory a training step needs, found without using it.
+"""Estimated memory of a training step, without allocating it.
 
-The method's own forward and backward pass runs on fake tensors, which have shapes and types but no values;
-every storage that it makes is counted from its birth to its end. What libraries allocate inside an operation
-(workspaces of convolutions) is not seen, nor what an allocator loses between blocks.
+The method's forward and backward pass runs on fake tensors, which have shapes and types but no values. Every
+storage that it makes is counted while it lives. Not counted: allocations inside an operation (workspaces of
+convolutions) and fragmentation of the allocator.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from torch.utils._pytree import tree_leaves
 
 from prcl_fast.config import Config
 from prcl_fast.device import autocast
-from prcl_fast.methods import Method, Step, build_method
+from prcl_fast.methods import Method, StepIndex, build_method
 from prcl_fast.planning.step_timer import random_batch
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What lies in memory all the time, exact."""
+    """Memory that is held during the whole training, exact."""
 
     student: int  # parameters and buffers
-    teacher: int  # the same of the teacher, or of a second student; 0 for a method without
-    prototypes: int  # and whatever else the method keeps
+    teacher: int  # the same of the teacher, or of a second student; 0 without one
+    prototypes: int  # and all other state of the method
     momentum: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.student + self.teacher + self.prototypes + self.momentum
 
 
 @dataclass(frozen=True)
 class PassBytes:
-    """What one forward and backward pass over a micro-batch adds to the states."""
+    """Memory of one forward and backward pass over a micro-batch, beyond the states."""
 
     labeled: int  # images
     unlabeled: int
-    saved: int  # kept from the forward pass for the backward pass
-    peak: int  # the most at any moment: images, what is saved, gradients, what lives briefly
+    saved: int  # by autograd, from the forward pass for the backward pass
+    peak: int  # images, saved tensors, gradients and temporaries together
 
 
 class MemoryEstimator:
     """Runs a configuration's method on fake tensors.
 
     Args:
-        config: `model.weights` is not looked at.
-        device: the device to stand for; nothing is allocated on it.
+        config: `model.weights` is ignored.
+        device: the simulated device; nothing is allocated on it.
     """
 
     def __init__(self, config: Config, num_classes: int, device: torch.device) -> None:
@@ -67,16 +67,16 @@ class MemoryEstimator:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             self.method: Method = method
-            for module in method.modules():  # each once, one that two networks share, too
+            for module in method.modules():  # a module that two networks share comes once
                 module.to_empty(device=device, recurse=False)
         self.method.train()
         self._passes: dict[tuple[int, int, bool], PassBytes] = {}
 
     def states(self) -> StateBytes:
-        """Weights, teacher, prototypes and momentum."""
+        """Student, teacher, prototypes and momentum."""
         method = self.method
         student = tensor_bytes(_state(method.student))
-        # What two networks share is the student's.
+        # Tensors that two networks share count as the student's.
         networks = [method.student, *method.networks().values()]
         teacher = tensor_bytes(tensor for network in networks for tensor in _state(network)) - student
         learned = [parameter for group in method.parameter_groups() for parameter in group["params"]]
@@ -88,7 +88,7 @@ class MemoryEstimator:
         return tensor_bytes(parameter for parameter in self.method.parameters() if parameter.requires_grad)
 
     def one_pass(self, labeled: int, unlabeled: int, *, accumulates: bool) -> PassBytes:
-        """A micro-batch's pass, once training has settled; `accumulates`: to gradients that are there."""
+        """A micro-batch's pass after the first steps; with `accumulates` it adds to existing gradients."""
         key = (labeled, unlabeled, accumulates)
         if key not in self._passes:
             self._passes[key] = self._run(*key)
@@ -97,9 +97,10 @@ class MemoryEstimator:
     def _run(self, labeled: int, unlabeled: int, accumulates: bool) -> PassBytes:
         config, method = self.config, self.method
         with self._fake, LiveBytes(_state(method)) as live:
-            step = Step(torch.zeros((), dtype=torch.int64, device=self.device), config.train.iterations)
-            # Twice, because a pass begins with what the one before leaves: gradients where they accumulate,
-            # and the representations that a method keeps for its log.
+            iteration = torch.zeros((), dtype=torch.int64, device=self.device)
+            step = StepIndex(iteration, config.train.iterations)
+            # Twice, because a pass begins with the state that the one before leaves: accumulated gradients,
+            # and representations that a method keeps for its log.
             for _ in range(2):
                 batch = random_batch(config, self.num_classes, labeled, unlabeled, self.device)
                 with count_saved(_state(method)) as saved, autocast(self.device, config.train.amp):
@@ -119,7 +120,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 @contextmanager
 def count_saved(apart_from: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """Counts what the operations inside keep for the backward pass; gives what tells the bytes so far.
+    """Counts the tensors that autograd saves inside; yields a function that returns their bytes so far.
 
     Args:
         apart_from: tensors whose storages do not count: parameters and buffers.
@@ -137,13 +138,13 @@ def count_saved(apart_from: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make inside it.
+    """Counts the storages that operations make inside it.
 
     Args:
-        known: tensors whose storages were there before and do not count.
+        known: tensors whose storages existed before and do not count.
 
     Attributes:
-        now, peak: bytes that are alive, and the most that ever were.
+        now, peak: bytes of the storages alive, and their peak.
     """
 
     def __init__(self, known: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Listens to the parts of a training step: how long each takes, or how much memory is held in it."""
+"""Meters of the parts of a training step: their time, their memory, and their names in a trace."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from prcl_fast.machine import reset_resident_peak, resident_peak
+from prcl_fast.machine.memory import reset_resident_peak, resident_peak
 from prcl_fast.step_parts import PARTS
 
 
 class PartTimer:
     """Milliseconds of each part of each step.
 
-    On a CPU the time of the host; on CUDA the time between two points of the device's stream, so that a part
-    in which the device waits for the host counts as long as the device waits.
+    On a CPU wall time of the host. On CUDA the time between two events of the stream, which includes the time
+    in which the device waits for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class PartTimer:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Surrounds a whole step."""
+        """Times a whole step."""
         own: list[tuple[str, Any, Any]] = []
         self._steps.append(own)
         start = self._now()
@@ -36,7 +36,7 @@ class PartTimer:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Surrounds a part of the step."""
+        """Times a part of the step."""
         start = self._now()
         yield
         self._steps[-1].append((name, start, self._now()))
@@ -52,7 +52,7 @@ class PartTimer:
                 sums[name] = sums.get(name, 0.0) + self._between(start, end)
             whole = sums.pop("")
             parts = {name: sums[name] for name in PARTS if name in sums}
-            # Parts on a stream of their own run beside the others.
+            # A part on its own stream overlaps with the others.
             found.append(parts | {"other": max(0.0, whole - sum(parts.values()))})
         return found
 
@@ -75,10 +75,10 @@ class PartTimer:
 
 
 class PartMemory:
-    """The most memory held in each part: PyTorch's allocator on CUDA, resident pages on a CPU.
+    """Peak memory in each part: of PyTorch's allocator on CUDA, resident memory on a CPU.
 
     Attributes:
-        peaks: bytes by part; empty where the system does not tell.
+        peaks: bytes by part; empty if the system does not report them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -88,7 +88,7 @@ class PartMemory:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Surrounds a part of the step."""
+        """Measures a part of the step."""
         self._reset()
         yield
         peak = self._peak()
@@ -108,9 +108,9 @@ class PartMemory:
 
 
 class PartRanges:
-    """Names the parts in a trace of PyTorch's profiler."""
+    """The names of the parts in a trace of PyTorch's profiler."""
 
     @staticmethod
     def part(name: str) -> contextlib.AbstractContextManager[None]:
-        """Surrounds a part of the step."""
+        """Names a part of the step."""
         return torch.profiler.record_function(name)  # type: ignore[no-any-return]

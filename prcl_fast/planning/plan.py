@@ -1,4 +1,4 @@
-"""What a run will take on this device, before it starts, and how its setting differs from the paper's.
+"""The plan of a run: its memory and time on this device, and its differences from the paper.
 
 Needs no data set and writes nothing.
 """
@@ -17,7 +17,7 @@ from prcl_fast.config.paper import Difference, Paper, paper_batch, paper_differe
 from prcl_fast.data.sources import cityscapes, scene, voc
 from prcl_fast.data.sources.file_source import class_names
 from prcl_fast.device import choose_device
-from prcl_fast.machine import available_memory
+from prcl_fast.machine.description import device_name, free_memory
 from prcl_fast.planning.batch_plan import BatchPlanner, MemoryPlan, Micro, Remedy, TimePlan
 from prcl_fast.planning.memory_estimate import MemoryEstimator
 from prcl_fast.planning.step_timer import StepTimer
@@ -27,7 +27,7 @@ _SECONDS = {"cpu": 50.0, "cuda": 15.0}  # for all measured steps together
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `prcl plan` says; `dataclasses.asdict` makes it plain."""
+    """All results of `prcl plan`; `dataclasses.asdict` makes it JSON."""
 
     method: str
     backbone: str
@@ -39,17 +39,17 @@ class Plan:
     batch_unlabeled: int
     accumulate: int
     memory: MemoryPlan
-    time: TimePlan | None  # None: not even the smallest micro-batch fits
-    largest: Micro | None  # the largest micro-batch that fits; None: none does, or free memory is not known
-    remedy: Remedy | None  # where the configured micro-batch does not fit
-    paper_batch: Remedy | None  # where the batch is not the paper's
-    paper: Paper | None  # that the configuration is compared with; None: the papers lack this data set
+    time: TimePlan | None  # None: even the smallest micro-batch does not fit
+    largest: Micro | None  # the largest micro-batch that fits; None: none fits, or free memory is not known
+    remedy: Remedy | None  # None: the configured micro-batch fits
+    paper_batch: Remedy | None  # None: the batch is the paper's
+    paper: Paper | None  # compared with; None: the papers do not use this data set
     differences: list[Difference]
     notes: list[str]
 
 
 def make_plan(config: Config) -> Plan:
-    """Estimates, measures some real steps on random images, and compares with the paper.
+    """Estimates memory, measures a few real steps on random images, and compares with the paper.
 
     Raises:
         InputError: a device that this machine does not have, or a file of class names that cannot be read.
@@ -58,7 +58,7 @@ def make_plan(config: Config) -> Plan:
     classes = num_classes(config.data)
     planner = BatchPlanner(config, MemoryEstimator(config, classes, device), free_memory(device))
     if planner.smallest_fits():
-        with contextlib.suppress(torch.OutOfMemoryError):  # what was measured before it still counts
+        with contextlib.suppress(torch.OutOfMemoryError):  # measurements before it are kept
             planner.measure(StepTimer(config, classes, device), _SECONDS[device.type])
     memory = planner.memory()
     remedy = planner.remedy(*planner.batch) if memory.fits is False else None
@@ -70,7 +70,7 @@ def make_plan(config: Config) -> Plan:
         backbone=config.model.backbone,
         num_classes=classes,
         crop=config.data.crop,
-        device=_device_name(device),
+        device=f"{device} ({device_name(device)})" if device.type == "cuda" else str(device),
         iterations=train.iterations,
         batch_labeled=train.batch_labeled,
         batch_unlabeled=train.batch_unlabeled,
@@ -87,22 +87,11 @@ def make_plan(config: Config) -> Plan:
 
 
 def num_classes(data: DataConfig) -> int:
-    """The number of classes, without the data set. Raises InputError for an unreadable `data.classes`."""
+    """The number of classes, read without the data set. Raises InputError for unreadable `data.classes`."""
     if data.kind == "synthetic":
         return len(scene.CLASSES)
     default: Sequence[str] = {"voc": voc.CLASSES, "cityscapes": cityscapes.CLASSES}.get(data.kind, ())
     return len(class_names(data.classes, default))
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a run could take now, or None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory()
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _notes(config: Config, device: torch.device) -> list[str]:
@@ -110,14 +99,14 @@ def _notes(config: Config, device: torch.device) -> list[str]:
     train = config.train
     if device.type != "cuda":
         notes += [
-            f"train.{key}: needs a CUDA device; `prcl train` refuses it on {device}"
+            f"train.{key}: needs a CUDA device; `prcl train` rejects it on {device}"
             for key in ("graph", "sync_check")
             if getattr(train, key)
         ]
     elif train.graph:
-        notes.append("train.graph: steps were measured without; a captured one is faster")
+        notes.append("train.graph: steps were measured without it; captured steps are faster")
     if train.compile:
-        notes.append("train.compile: steps were measured and estimated without")
+        notes.append("train.compile: steps were measured and estimated without it")
     for key, path in (("data.root", config.data.root), ("model.weights", config.model.weights)):
         if path is not None and not path.exists():
             notes.append(f"{key}: {os.path.normpath(path)} does not exist; `prcl train` needs it")

@@ -1,4 +1,4 @@
-"""Where a training step's time and memory go, and how busy the device is."""
+"""Profile of a training step: time and memory of its parts, and the utilisation of the device."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from prcl_fast.data.batches import Batch
 from prcl_fast.engine.graph import warm_up_steps
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.files.writing import replacing
+from prcl_fast.machine.description import device_name
 from prcl_fast.planning.decode_cost import DecodeCost, decode_cost
 from prcl_fast.planning.part_meter import PartMemory, PartRanges, PartTimer
 from prcl_fast.step_parts import listening
@@ -31,17 +32,17 @@ _TRACED = 3  # steps
 
 @dataclass(frozen=True)
 class Profile:
-    """Figures of one configuration's step on one device.
+    """The profile of one configuration's step on one device.
 
     Attributes:
-        step_ms: median milliseconds of a step as it trains; `step_ms_20`, `step_ms_80` its percentiles.
+        step_ms: median milliseconds of a step; `step_ms_20`, `step_ms_80` its percentiles.
         parts_ms: median milliseconds of each part, in the order of a step, and of the rest, "other". With
-            `train.graph` the parts are those of the same step run without the graph.
-        peak_bytes: the most memory held in each part: allocated on CUDA, resident on a CPU.
-        busy: share of the time in which the device worked: on CUDA some kernel ran, on a CPU the share of
-            the threads' time that this process (without its data workers) used.
-        decoding: what it costs to decode the data set's images, without a cache.
-        kind, device, threads, torch, images: of one step, labeled and unlabeled together.
+            `train.graph` they are measured without the graph.
+        peak_bytes: peak memory of each part: allocated on CUDA, resident on a CPU.
+        busy: utilisation: on CUDA the fraction of the time in which a kernel ran, on a CPU the processor time
+            of this process (without its data workers) over the time of all threads.
+        decoding: time to decode the data set's images, without a cache.
+        images: of one step, labeled and unlabeled together.
     """
 
     device: str
@@ -60,7 +61,7 @@ class Profile:
     kind: str = KIND
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The profile as JSON."""
         return asdict(self)
 
 
@@ -71,15 +72,15 @@ def profile(
     trace: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Profile:
-    """Trains some steps of `config`, from the start and into no folder, and measures them.
+    """Measures the first steps of a training, whose output is discarded.
 
     Args:
-        steps: how many are timed, as they train and once more with their parts apart.
-        trace: where to write three steps' trace, gzipped JSON that Perfetto and chrome://tracing read.
-        say: told what is being done.
+        steps: number of timed steps; as many more are timed part by part.
+        trace: file for a trace of three steps, gzipped JSON for Perfetto and chrome://tracing.
+        say: called with a line of progress.
 
     Raises:
-        InputError: whatever is wrong with the configuration's files, or `trace` cannot be written.
+        InputError: a file of the configuration is wrong, or `trace` cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="prcl_profile_") as folder:
         config = config.model_copy(update={"output": Path(folder) / "run"})
@@ -108,10 +109,10 @@ def profile(
     train = config.train
     percentiles = statistics.quantiles(whole, n=5, method="inclusive")
     return Profile(
-        device=_device_name(trainer.device),
+        device=device_name(trainer.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        images=train.batch_labeled + (train.batch_unlabeled if trainer.method.needs_unlabeled else 0),
+        images=train.batch_labeled + (train.batch_unlabeled if config.method.needs_unlabeled else 0),
         steps=steps,
         graph=train.graph,
         step_ms=statistics.median(whole),
@@ -125,7 +126,7 @@ def profile(
 
 
 def _timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> tuple[list[float], float]:
-    """Milliseconds of each step, and the share of the threads' time that the process used."""
+    """Milliseconds of each step, and processor time over the time of all threads."""
     timer = PartTimer(trainer.device)
     wall, processor = time.perf_counter(), time.process_time()
     for _ in range(steps):
@@ -137,10 +138,10 @@ def _timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> tuple[list
 
 
 def traced(trainer: Trainer, batches: Iterator[Batch], trace: Path | None = None) -> float | None:
-    """Some steps with PyTorch's profiler, whose trace is written to `trace`.
+    """Runs three steps under PyTorch's profiler and writes their trace to `trace`.
 
     Returns:
-        the share of the time in which a kernel ran; None on a CPU.
+        The fraction of the time in which a kernel ran; None on a CPU.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
@@ -165,7 +166,7 @@ def traced(trainer: Trainer, batches: Iterator[Batch], trace: Path | None = None
 
 
 def busy_share(intervals: list[tuple[float, float]]) -> float:
-    """The share of the time from the first start to the last end in which some interval ran."""
+    """The fraction of the time from the first start to the last end that the intervals cover."""
     if not intervals:
         return 0.0
     busy, reached = 0.0, min(intervals)[0]
@@ -177,11 +178,7 @@ def busy_share(intervals: list[tuple[float, float]]) -> float:
 
 
 def _write_trace(profiler: torch.profiler.profile, path: Path) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".json") as plain, replacing(path) as temporary:
+    with tempfile.NamedTemporaryFile(suffix=".json") as plain, replacing(path) as file:
         profiler.export_chrome_trace(plain.name)
-        with open(plain.name, "rb") as source, gzip.open(temporary, "wb") as target:
+        with open(plain.name, "rb") as source, gzip.open(file, "wb") as target:
             shutil.copyfileobj(source, target)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,4 +1,4 @@
-"""How long a training step takes on this device, and what memory it takes in truth, on random images."""
+"""Measured time and memory of a training step on random images."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ import torch
 from torch import Tensor
 
 from prcl_fast.config import Config
-from prcl_fast.data.batches import Batch
+from prcl_fast.data.batches import Batch, UnlabeledBatch
 from prcl_fast.data.draws import STRONG_NUMBERS, strong_draws
 from prcl_fast.device import prepare_device
 from prcl_fast.engine.step import TrainStep
-from prcl_fast.machine import reset_resident_peak, resident_bytes, resident_peak
+from prcl_fast.machine.memory import reset_resident_peak, resident_bytes, resident_peak
 from prcl_fast.methods import build_method
 from prcl_fast.planning.part_meter import PartTimer
 from prcl_fast.step_parts import listening
 
 _MOST_STEPS = 3  # timed at one size, after the first
-_UPDATE = ("optimizer", "ema")  # the parts that come once a step, whatever train.accumulate is
+_UPDATE = ("optimizer", "ema")  # run once a step, whatever train.accumulate is
 
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """Real steps with one micro-batch each."""
+    """Time and memory of real steps with one micro-batch each."""
 
     labeled: int  # images
     unlabeled: int
-    steps: int  # timed; 1 includes what happens only in a first step
+    steps: int  # timed; 1: the first step itself, which also sets libraries up
     pass_seconds: float  # one forward and backward pass
     update_seconds: float  # the optimiser's step and the teacher's
-    peak_bytes: int | None  # the most memory so far since before the networks were built; None: not known
+    peak_bytes: int | None  # peak memory since before the networks were built; None: not known
 
 
 class StepTimer:
-    """Runs real optimiser steps of a configuration's method. The weights do not move.
+    """Runs real optimiser steps of a configuration's method. The weights stay as they are.
 
-    Data loading and weak augmentation are not part of it; networks are not compiled, steps not captured.
+    Excludes data loading and weak augmentation. Networks are not compiled, and steps are not captured.
     """
 
     def __init__(self, config: Config, num_classes: int, device: torch.device) -> None:
@@ -53,7 +53,7 @@ class StepTimer:
         self._step = TrainStep(method, config, device)
 
     def measure(self, labeled: int, unlabeled: int, seconds: float) -> StepMeasurement:
-        """Steps on micro-batches of this size, for about `seconds` but at least one step.
+        """Runs steps on micro-batches of this size for about `seconds`, and at least one step.
 
         Raises:
             torch.OutOfMemoryError: the micro-batch does not fit on a CUDA device.
@@ -67,7 +67,7 @@ class StepTimer:
         return StepMeasurement(labeled, unlabeled, len(times), pass_seconds, update_seconds, peak)
 
     def _timed(self, batch: Batch) -> tuple[float, float]:
-        # At the end of the schedule the learning rate is 0: random labels cannot drive the weights anywhere.
+        # At the end of the schedule the learning rate is 0, so random labels do not change the weights.
         self._step.iteration.fill_(self.config.train.iterations)
         timer = PartTimer(self.device)
         with listening(timer), timer.step():
@@ -77,32 +77,10 @@ class StepTimer:
         return (sum(parts.values()) - update) / 1e3, update / 1e3
 
 
-class _CudaPeak:
-    """The most that PyTorch's allocator gave out since this was made, workspaces of libraries included."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        torch.cuda.reset_peak_memory_stats(device)
-        self._before = torch.cuda.memory_allocated(device)
-
-    def growth(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self._device) - self._before
-
-
-class _ProcessPeak:
-    """The growth of this process's resident memory, with what its allocator holds back between uses."""
-
-    def __init__(self) -> None:
-        self._before = resident_bytes() if reset_resident_peak() else None
-
-    def growth(self) -> int | None:
-        return None if self._before is None else resident_peak() - self._before
-
-
 def random_batch(
     config: Config, num_classes: int, labeled: int, unlabeled: int, device: torch.device
 ) -> Batch:
-    """Uniform images and labels of `data.crop`, every pixel inside and every class present.
+    """A batch of uniform random images and labels of size `data.crop`, every pixel inside the image.
 
     Args:
         labeled, unlabeled: numbers of images; with 0 unlabeled ones the batch has no unlabeled part.
@@ -115,13 +93,34 @@ def random_batch(
     label = torch.randint(num_classes, (labeled, height, width), dtype=torch.uint8, device=device)
     seed = torch.zeros(2, dtype=torch.int64, device=device)
     if not unlabeled:
-        return Batch(images(labeled), label, None, None, None, seed)
+        return Batch(images(labeled), label, None, seed)
     uniform = np.random.default_rng(0).random((unlabeled, STRONG_NUMBERS))
-    return Batch(
-        images(labeled),
-        label,
+    labeled_images = images(labeled)
+    unlabeled_part = UnlabeledBatch(
         images(unlabeled),
         torch.ones(unlabeled, height, width, dtype=torch.bool, device=device),
         strong_draws(uniform, config.data.crop, config.data.augment).to(device),
-        seed,
     )
+    return Batch(labeled_images, label, unlabeled_part, seed)
+
+
+class _CudaPeak:
+    """Growth of the peak of PyTorch's allocator since construction, workspaces of libraries included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        torch.cuda.reset_peak_memory_stats(device)
+        self._before = torch.cuda.memory_allocated(device)
+
+    def growth(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+class _ProcessPeak:
+    """Growth of the peak resident memory since construction, including freed memory that malloc keeps."""
+
+    def __init__(self) -> None:
+        self._before = resident_bytes() if reset_resident_peak() else None
+
+    def growth(self) -> int | None:
+        return None if self._before is None else resident_peak() - self._before

@@ -1,1 +1,1 @@
-"""Several processes of one run: launch, rendezvous, collectives, watchdog."""
+"""Several processes of one run: launch, rendezvous, collectives, heartbeat, watchdog."""

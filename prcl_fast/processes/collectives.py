@@ -1,4 +1,4 @@
-"""This process among those of a run: which one it is, and what they add up together."""
+"""Collectives over the ranks of a run: sum, maximum, all-gather, broadcast of a text."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """The number of processes of the run; 1 where no process group was joined."""
+    """The number of ranks of the run; 1 where no process group was joined."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def backend(device: str) -> str:
-    """What carries the processes' tensors on "cpu" or "cuda": "gloo", "nccl", ..."""
+    """The communication backend for tensors on "cpu" or "cuda": "gloo", "nccl", ..."""
     pairs = (pair.split(":") for pair in dist.get_backend_config().split(","))
     return dict(pairs)[device]
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all processes, in place, the same bits on each of them; every process must call it."""
+    """The all-reduced sum, in place and bitwise equal on all ranks. Every rank must call it."""
     return start_sum(values)()
 
 
 def start_sum(values: Tensor) -> Callable[[], Tensor]:
-    """Starts `summed` and returns what waits for it: work done in between overlaps with it."""
+    """Starts `summed` and returns a function that waits for it, so that other work can overlap with it."""
     if world_size() == 1:
         return lambda: values
     work = dist.all_reduce(values, async_op=True)
 
     def wait() -> Tensor:
-        assert work is not None  # None only outside the group
+        assert work is not None  # it is None only outside of the group
         work.wait()
         return values
 
@@ -45,7 +45,7 @@ def start_sum(values: Tensor) -> Callable[[], Tensor]:
 
 
 def gathered(values: Tensor) -> Tensor:
-    """[W, ...]: the values of every process by rank, the same bits on all; every process must call it."""
+    """[W, ...]: the values of all ranks, bitwise equal on each. Every rank must call it."""
     found = values.new_empty(world_size(), *values.shape)
     if not values.is_cuda:
         dist.all_gather(list(found.unbind()), values)
@@ -56,8 +56,8 @@ def gathered(values: Tensor) -> Tensor:
     return found
 
 
-def first_says(text: str) -> str:
-    """What process 0 gives, in all processes; every process must call it."""
+def broadcast_text(text: str) -> str:
+    """The text of rank 0, on all ranks. Every rank must call it."""
     if world_size() == 1:
         return text
     length = summed(torch.tensor(len(text.encode()) if rank() == 0 else 0))
@@ -67,8 +67,8 @@ def first_says(text: str) -> str:
     return bytes(summed(content).tolist()).decode()
 
 
-def largest(values: Tensor) -> Tensor:
-    """The element-wise maximum over all processes, in place; every process must call it."""
+def maximum(values: Tensor) -> Tensor:
+    """The all-reduced element-wise maximum, in place. Every rank must call it."""
     if world_size() > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values

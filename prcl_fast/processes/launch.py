@@ -1,4 +1,4 @@
-"""How this process was started among those of its run, by torchrun or srun."""
+"""The launch environment: rank, world size and address, as torchrun or srun set them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from prcl_fast.device import choose_device
 from prcl_fast.errors import InputError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_NOT_SRUN = 0xFFFFFFF0  # from here on: the steps of a job's script, its salloc shell and its daemons
+_NOT_SRUN = 0xFFFFFFF0  # step ids from here on belong to a job's script, its salloc shell and its daemons
 _RANGES = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
 _HOST = rf"(?:[\w.-]|\[{_RANGES}\])+"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among the `world` processes of the run, `local_world` on this machine.
+    """The place of this process in a run of `world` processes, `local_world` of them on this machine.
 
-    The process of rank 0 is found at `address`:`port`; `by` says what started the processes.
+    Rank 0 listens at `address`:`port`; `by` names the launcher.
     """
 
     rank: int
@@ -36,10 +36,10 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch | None:
-    """What torchrun, or else srun, says in `environ`; None where this process is the only one of its run.
+    """The launch that torchrun, or else srun, describes in `environ`; None for a run of one process.
 
     Raises:
-        InputError: a variable is missing, is no number or contradicts another.
+        InputError: a variable is missing, is no number or contradicts another one.
     """
     if "RANK" in environ or "LOCAL_RANK" in environ:
         launch = _torchrun(environ)
@@ -48,7 +48,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch | None:
             return None
         launch = _srun(environ)
     elif "WORLD_SIZE" in environ and "SLURM_JOB_ID" not in environ:
-        launch = _torchrun(environ)  # which says what is missing
+        launch = _torchrun(environ)  # it raises, naming the missing variable
     else:
         return None
     for name, index, count in (
@@ -56,10 +56,10 @@ def read_launch(environ: Mapping[str, str]) -> Launch | None:
         ("local rank", launch.local_rank, launch.local_world),
     ):
         if index >= count:
-            raise InputError(f"{launch.by} says that this is {name} {index} of {count}; ranks count from 0")
+            raise InputError(f"{launch.by} set {name} {index} of {count}; ranks count from 0")
     if launch.local_world > launch.world:
         raise InputError(
-            f"{launch.by} says {launch.local_world} processes on this machine, but {launch.world} in all"
+            f"{launch.by} set {launch.local_world} processes on this machine, but {launch.world} in all"
         )
     if not 0 < launch.port < 65536:
         raise InputError(f"MASTER_PORT: {launch.port} is not a port")
@@ -87,16 +87,16 @@ def device_of(launch: Launch | None, name: str) -> torch.device:
     """The device of this process for the name "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        InputError: this machine has no such device, or fewer than processes.
+        InputError: this machine has no such device, or has fewer devices than processes.
     """
     device = choose_device(name)
     if launch is None or launch.local_world == 1 or device.type == "cpu":
         return device
     if name.startswith("cuda:"):
-        raise InputError(f"train.device: {name} for each of {launch.local_world} processes; say cuda")
+        raise InputError(f"train.device: {name} for each of {launch.local_world} processes; use cuda")
     visible = torch.cuda.device_count()
     if visible == 1 and launch.by == "slurm":
-        return torch.device("cuda", 0)  # each task was given its own; `join` refuses one given twice
+        return torch.device("cuda", 0)  # each task has its own; `join` refuses a GPU given to two
     if launch.local_world > visible:
         raise InputError(
             f"{launch.by} started {launch.local_world} processes on this machine, which shows them {visible} "
@@ -134,7 +134,7 @@ def _srun(environ: Mapping[str, str]) -> Launch:
     if "MASTER_PORT" in environ:
         port = _number(environ, "MASTER_PORT")
     else:
-        # The same on every task, another for the steps that may run at the same time.
+        # Equal on every task, and different for steps that may run at the same time.
         port = 20000 + (7919 * _number(environ, "SLURM_JOB_ID") + step) % 10000
     nodes = _first_set(environ, "SLURM_STEP_NODELIST", "SLURM_NODELIST")
     return Launch(
@@ -153,7 +153,7 @@ def _tasks(environ: Mapping[str, str]) -> int:
 
 
 def _tasks_here(environ: Mapping[str, str], world: int) -> int:
-    """From SLURM_STEP_TASKS_PER_NODE, such as "2(x3),1"."""
+    """The number of tasks on this node, from SLURM_STEP_TASKS_PER_NODE, such as "2(x3),1"."""
     name = _first_set(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
     if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", environ[name]):
         raise InputError(f"{name}: {environ[name]!r} is not a list of counts")
@@ -171,7 +171,7 @@ def _tasks_here(environ: Mapping[str, str], world: int) -> int:
 
 
 def _numbers(ranges: str) -> list[str]:
-    """Those of "003-005,7", each with the leading zeros of its range's first."""
+    """The numbers of "003-005,7", each with the leading zeros of the first one of its range."""
     numbers: list[str] = []
     for part in ranges.split(","):
         first, _, last = part.partition("-")

@@ -1,4 +1,4 @@
-"""How the processes of a run come together."""
+"""The rendezvous: all ranks of a run find each other and form a process group."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ import torch.distributed as dist
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.processes.launch import Launch
 
-_CPU, _MISTAKEN = "cpu", "mistaken"  # what a rank comes with; else the name of its GPU
+# What a rank announces when it arrives: this, or the name of its GPU.
+_CPU, _INPUT_ERROR = "cpu", "input error"
 
 
 class Group:
-    """The processes of a run, joined: a context manager that leaves the process group at its end.
+    """The process group of a run: a context manager that leaves it at its end.
 
-    `store` is where the processes leave each other notes, apart from PyTorch's own.
+    Attributes:
+        store: for the watchdog, apart from the keys of PyTorch.
     """
 
     def __init__(self, store: dist.Store) -> None:
         self.store = store
 
     def leave(self) -> None:
-        """Leaves the process group. Every process must come to it, with nothing under way."""
+        """Leaves the process group. Every rank must call it, with no collective in progress."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -36,7 +38,7 @@ class Group:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:  # after an error the others may be gone, and leaving could wait for them for ever
+        if kind is None:  # after an error other ranks may be gone, and leaving could wait for ever
             self.leave()
 
 
@@ -48,26 +50,26 @@ def join(
     wait_s: float = 300.0,
     captures: bool = False,
 ) -> Group:
-    """Waits for all processes of the run and makes them PyTorch's process group.
+    """Waits for all ranks of the run and makes them PyTorch's process group.
 
     Args:
-        device: of this process; CUDA tensors go through NCCL, tensors on the CPU through gloo. Or the mistake
-            for which this process, and so the run, cannot begin.
-        timeout_s: a collective for which a process is missing raises after this time.
-        wait_s: how long to wait for the processes to come.
-        captures: CUDA graphs will hold collectives. NCCL's own thread then ends no process where one of them
-            fails or takes too long; the watchdog does.
+        device: of this rank: NCCL carries CUDA tensors, gloo tensors on the CPU. Or the input error for which
+            this rank, and so the run, cannot begin.
+        timeout_s: a collective raises after this time if a rank is missing.
+        wait_s: how long to wait for the ranks to arrive.
+        captures: CUDA graphs will hold collectives. If one of them fails or takes too long, NCCL's own thread
+            then ends no process; the watchdog does.
 
     Raises:
-        InputError: the mistake; one process raises it, the others SystemExit(1).
-        RunError: they did not come together. Where they can agree on it, one process raises this, the
-            others SystemExit(1).
+        InputError: the input error of some rank; one rank raises it, the others SystemExit(1).
+        RunError: the ranks did not all arrive. Where they can agree on it, one rank raises this, the others
+            SystemExit(1).
     """
-    meeting = _Meeting(launch, wait_s)
+    rendezvous = _Rendezvous(launch, wait_s)
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = meeting.open_store()
-        device = meeting.await_all(store, device)
+        store = rendezvous.open_store()
+        device = rendezvous.await_ranks(store, device)
         if captures:
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # PyTorch's notes on CUDA graphs ask for it
         dist.init_process_group(
@@ -81,30 +83,30 @@ def join(
     except (InputError, RunError):
         raise
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"{meeting.place}: rank {launch.rank}: {first_line(error)}") from None
-    return Group(dist.PrefixStore("notes", store))
+        raise RunError(f"{rendezvous.place}: rank {launch.rank}: {first_line(error)}") from None
+    return Group(dist.PrefixStore("watchdog", store))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the C++ stack that PyTorch adds."""
+    """The message of an error without the C++ stack that PyTorch adds."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class _Meeting:
-    """The wait for the other processes, at most `wait_s` seconds from now.
+class _Rendezvous:
+    """The wait for all ranks, at most `wait_s` seconds from now.
 
-    Sockets are tried here before PyTorch's store opens its own, because what fails in C++ fails at length.
+    Sockets are tried here before PyTorch's store opens its own, because errors of its C++ code are long.
     """
 
     def __init__(self, launch: Launch, wait_s: float) -> None:
         self.launch, self.wait_s = launch, wait_s
         self.place = f"rendezvous at {launch.address}:{launch.port}"
         self._deadline = time.monotonic() + wait_s
-        # torchrun keeps a store for its processes, which all find it; otherwise rank 0 does.
+        # torchrun hosts a store for its processes; otherwise rank 0 does.
         self._hosting = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def open_store(self) -> dist.Store:
-        """The store of all processes, on rank 0 with the server that holds it."""
+        """The store of all ranks; on rank 0, where needed, with the server that holds it."""
         listener = self._listen() if self._hosting else None
         self._await_server()
         server = dist.TCPStore(
@@ -115,29 +117,29 @@ class _Meeting:
             wait_for_workers=False,
             master_listen_fd=listener.detach() if listener else None,
         )
-        # The store of torchrun stays when it starts the processes anew.
+        # The store of torchrun outlives a restart of the processes.
         return dist.PrefixStore(f"prcl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
 
-    def await_all(self, store: dist.Store, device: torch.device | InputError) -> torch.device:
-        """The device, once every rank has come with one of the same kind, and no two with the same GPU."""
+    def await_ranks(self, store: dist.Store, device: torch.device | InputError) -> torch.device:
+        """The device, once every rank has arrived with one of the same kind, and no two with the same GPU."""
         world, own = self.launch.world, self.launch.rank
-        came = [f"came/{rank}" for rank in range(world)]
-        store.set(came[own], _device_name(device))
+        keys = [f"arrived/{rank}" for rank in range(world)]
+        store.set(keys[own], _announcement(device))
         count, pause = store.add("count", 1), 0.01
         while count < world:
-            if time.monotonic() > self._deadline or store.check(["over"]):
-                missing = [str(rank) for rank in range(world) if not store.check([came[rank]])]
+            if time.monotonic() > self._deadline or store.check(["failed"]):
+                missing = [str(rank) for rank in range(world) if not store.check([keys[rank]])]
                 self._give_up(
                     store,
-                    f"{world - len(missing)} of {world} processes came within {self.wait_s:g} s; "
+                    f"{world - len(missing)} of {world} processes arrived within {self.wait_s:g} s; "
                     f"missing: rank {', '.join(missing)}",
                 )
             time.sleep(pause)
             pause = min(0.5, 1.5 * pause)
             count = store.add("count", 0)
-        names = [name.decode() for name in store.multi_get(came)]
-        if isinstance(device, InputError) or _MISTAKEN in names:
-            self._end(device if isinstance(device, InputError) and names.index(_MISTAKEN) == own else None)
+        names = [name.decode() for name in store.multi_get(keys)]
+        if isinstance(device, InputError) or _INPUT_ERROR in names:
+            self._end(device if isinstance(device, InputError) and names.index(_INPUT_ERROR) == own else None)
         if _CPU in names and len(set(names)) > 1:
             cpu, gpu = names.index(_CPU), next(rank for rank in range(world) if names[rank] != _CPU)
             self._give_up(store, f"rank {cpu} computes on the CPU, but rank {gpu} on {names[gpu]}")
@@ -148,14 +150,14 @@ class _Meeting:
         return device
 
     def _give_up(self, store: dist.Store, message: str) -> NoReturn:
-        me = str(self.launch.rank)
-        speaks = store.compare_set("over", "", me).decode() == me
-        self._end(RunError(f"{self.place}: {message}") if speaks else None)
+        own = str(self.launch.rank)
+        is_first = store.compare_set("failed", "", own).decode() == own
+        self._end(RunError(f"{self.place}: {message}") if is_first else None)
 
     def _end(self, error: Exception | None) -> NoReturn:
-        """Raises the error, or ends this process without a word where another one speaks."""
+        """Raises the error, or ends this process silently where another rank raises it."""
         if self._hosting:
-            time.sleep(2.0)  # for the others to read what they need, before the store ends with rank 0
+            time.sleep(2.0)  # for the other ranks to read the store, which ends with rank 0
         raise SystemExit(1) if error is None else error
 
     def _listen(self) -> socket.socket:
@@ -192,9 +194,9 @@ class _Meeting:
             time.sleep(0.2)
 
 
-def _device_name(device: torch.device | InputError) -> str:
+def _announcement(device: torch.device | InputError) -> str:
     if isinstance(device, InputError):
-        return _MISTAKEN
+        return _INPUT_ERROR
     if device.type == "cpu":
         return _CPU
     return f"GPU {torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"

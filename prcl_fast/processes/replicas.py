@@ -1,4 +1,4 @@
-"""What all processes of a run must hold alike: networks and prototypes."""
+"""Replicas of a run's state: networks and prototypes must be bitwise equal on all ranks."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 from prcl_fast.errors import RunError
-from prcl_fast.processes.collectives import largest, world_size
+from prcl_fast.processes.collectives import maximum, world_size
 
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class DriftError(RunError):
-    """Processes hold different values of what they must hold alike."""
+    """The state differs between ranks."""
 
 
 def check_alike(state: Mapping[str, Tensor]) -> None:
-    """Compares a state's bits over all processes, by one number for each tensor. Reads from the device.
+    """Compares the bits of a state over all ranks, by a checksum of each tensor. Reads from the device.
 
     Raises:
-        DriftError: in every process, naming the first entry that differs.
+        DriftError: on every rank, naming the first entry that differs.
     """
     if world_size() == 1:
         return
     bits = torch.stack([_checksum(tensor) for tensor in state.values()])
-    highest = largest(torch.stack([bits, -bits]))
+    highest = maximum(torch.stack([bits, -bits]))
     differs = (highest[0] != -highest[1]).nonzero()[:, 0]
     if len(differs):
         name = list(state)[int(differs[0])]
@@ -37,7 +37,7 @@ def check_alike(state: Mapping[str, Tensor]) -> None:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """int64 scalar: the sum of the bits, taken as integers, each times its odd position."""
+    """int64 scalar: the sum of the elements' bits, read as integers, each times an odd number of its own."""
     integers = tensor.detach().contiguous().flatten().view(_AS_INTEGERS[tensor.element_size()]).long()
     position = torch.arange(1, 2 * len(integers), 2, device=tensor.device)
     return (integers * position).sum() & 0x7FFF_FFFF_FFFF_FFFF

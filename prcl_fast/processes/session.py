@@ -1,10 +1,9 @@
-"""A command on one process, or on all that torchrun or srun started: their group, watch and output."""
+"""The session of a command: its process group, watchdog and output, for one process or many."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -19,22 +18,22 @@ from prcl_fast.processes.rendezvous import join
 from prcl_fast.processes.watchdog import Watchdog
 
 Loaded = TypeVar("Loaded")
-_A_DAY = 86400.0
-# A collective gives up after the watchdog, which knows more, has spoken.
-_MARGIN = 120.0
+_DAY_S = 86400.0
+# A collective times out after the watchdog, whose message names the cause.
+_MARGIN_S = 120.0
 
 
 @dataclass(frozen=True)
 class Session(Generic[Loaded]):
-    """What a command works with on this process."""
+    """The resources of a command on this process."""
 
     loaded: Loaded
     device: torch.device
     watchdog: Watchdog
-    console: Console  # standard error; quiet but on process 0
+    console: Console  # standard error; quiet except on rank 0
 
     def result(self, line: str) -> None:
-        """Prints a line on standard output, once for all processes."""
+        """Prints a line on standard output, on rank 0 only."""
         if rank() == 0:
             print(line)
 
@@ -46,26 +45,27 @@ def session(
     stall_timeout: Callable[[Loaded], float | None] = lambda _: None,
     captures: Callable[[Loaded], bool] = lambda _: False,
 ) -> Iterator[Session[Loaded]]:
-    """Joins the processes of the run, if there are several, and watches over them until the block ends.
+    """Joins the process group of the run, if it has several processes, and watches it until the block ends.
 
-    An error in the block, and a mistake in what `load` reads, is said by one process and ends all of them.
+    An error in the block, or in `load`, is printed by one rank and ends all of them.
 
     Args:
         load: reads what the command needs.
-        device, stall_timeout, captures: the name of the device, the seconds without progress, and whether
-            CUDA graphs are captured, that it asks for.
+        device: gives the name of the device, from what was loaded.
+        stall_timeout: gives the seconds without progress that end the run, from what was loaded.
+        captures: whether CUDA graphs are captured, from what was loaded.
 
     Raises:
-        InputError: a wrong environment, device, or whatever `load` says.
-        RunError: the processes did not come together.
+        InputError: a wrong environment or device, or an error of `load`.
+        RunError: not all ranks arrived.
     """
     launch = read_launch(os.environ)
     try:
         loaded = load()
         here, stall = device_of(launch, device(loaded)), stall_timeout(loaded)
-    except InputError as mistake:
+    except InputError as error:
         if launch is not None:
-            join(launch, mistake, _MARGIN)  # raises it once all have come
+            join(launch, error, _MARGIN_S)  # raises it once all ranks have arrived
         raise
     own, world = (0, 1) if launch is None else (launch.rank, launch.world)
     with contextlib.ExitStack() as stack:
@@ -73,11 +73,7 @@ def session(
         if launch is not None:
             if here.type == "cuda":
                 torch.cuda.set_device(here)
-            group = join(launch, here, (stall or _A_DAY) + _MARGIN, captures=captures(loaded))
+            group = join(launch, here, (stall or _DAY_S) + _MARGIN_S, captures=captures(loaded))
             store = stack.enter_context(group).store
-        watchdog = stack.enter_context(Watchdog(own, world, store, stall, _say))
+        watchdog = stack.enter_context(Watchdog(own, world, store, stall))
         yield Session(loaded, here, watchdog, Console(stderr=True, quiet=own > 0))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

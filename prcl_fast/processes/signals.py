@@ -1,4 +1,4 @@
-"""Stopping when asked to: one signal ends the run after its step, a second one at once."""
+"""Stop signals: the first one ends the run after its step, the second one immediately."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from prcl_fast.processes.collectives import start_sum, world_size
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-_GRACE = 2.0  # seconds for the main thread to end by itself
+_GRACE_S = 2.0  # for the main thread to end by itself
 
 
 class StopRequest:
-    """Whether any process of the run was asked to stop.
+    """A request to stop the run, made to any of its ranks.
 
     Attributes:
-        asked: whether this process was.
+        asked: this rank got a stop signal.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,9 @@ class StopRequest:
         self._pending: Callable[[], Tensor] | None = None
 
     def agreed(self) -> bool:
-        """Whether to stop after this step, the same answer in all processes, which all ask after each step.
+        """Whether to stop after this step; the answer is equal on all ranks, which all ask after each step.
 
-        With several of them, one learns of another's signal a step later: the exchange overlaps with a step.
+        With several ranks it comes one step after the signal, because the all-reduce overlaps with a step.
         """
         if world_size() == 1:
             return self.asked
@@ -42,17 +42,17 @@ class StopRequest:
 
     @contextlib.contextmanager
     def on_signals(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Listens for SIGINT and SIGTERM.
+        """Handles SIGINT and SIGTERM within the block.
 
-        The second one raises KeyboardInterrupt. Where the main thread cannot hear it, because it waits in a
-        library for another process or for the device, the process ends with status 1 two seconds later.
+        The second signal raises KeyboardInterrupt. If the main thread waits in a library, for another rank or
+        for the device, it cannot raise; the process then ends with status 1 two seconds later.
         """
 
         def stop(number: int, frame: Any) -> None:
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
-            say("stopping after this step; once more to end at once")
+            say("stopping after this step; a second signal ends the run immediately")
 
         read_end, write_end = socket.socketpair()
         write_end.setblocking(False)
@@ -71,11 +71,11 @@ class StopRequest:
 
 
 def _end_after_the_second(numbers: socket.socket, done: threading.Event) -> None:
-    heard = 0
-    while heard < 2:
-        got = numbers.recv(16)  # a byte for each signal, written before any Python code runs
-        if not got:
+    count = 0
+    while count < 2:
+        received = numbers.recv(16)  # a byte for each signal, written before any Python code runs
+        if not received:
             return
-        heard += sum(number in _STOPPING for number in got)
-    if not done.wait(_GRACE):
+        count += sum(number in _STOPPING for number in received)
+    if not done.wait(_GRACE_S):
         os._exit(1)

@@ -1,4 +1,20 @@
-"""Ends a run that cannot go on, and says why once."""
+"""The watchdog of a rank: ends a run that cannot go on, with one message of the first cause.
+
+The states of a rank:
+
+    starting   no activity was begun with `at`: no limit
+    working    `at` or `alive` was called within the last `stall_s` seconds, or the activity is patient
+    stalled    neither was called. The rank with the fewest activities, for which the other ranks wait,
+               reports it; where that rank cannot, another one does four beats later
+    cut off    a rank sent no status for `gone_s` seconds, or the store does not answer; reported
+    reported   the run's first report, of this rank or another one, is in the store
+    left       the block ended without an error: the rank's silence is no loss. Rank 0 first waits for the
+               other ranks, because the store may end with it
+    ended      the process ends: with status 2 after an input error of its own, else with 1
+
+Every rank goes from stalled, cut off and reported to ended. With one process there is no store, and only
+starting, working and stalled occur.
+"""
 
 from __future__ import annotations
 
@@ -16,133 +32,139 @@ from typing import Any
 import torch.distributed as dist
 
 from prcl_fast.errors import InputError, RunError
-from prcl_fast.processes.board import Board
+from prcl_fast.processes.heartbeat import Heartbeat
 from prcl_fast.processes.rendezvous import first_line
 
-_SAYING_S = 5.0  # a terminal or a pipe that takes no more text does not keep a run from ending
+_OUTPUT_S = 5.0  # a terminal or pipe that takes no more text does not keep a run from ending
+
+
+def print_error(text: str) -> None:
+    """Prints on standard error at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Watchdog:
-    """Watches this process, and with a store the others of its run, from threads of its own.
+    """Watches this process, and with a store the other ranks of its run, from threads of its own.
 
-    The run is ended with status 1 where a process makes no progress for `stall_s` seconds, is not heard of
-    for `gone_s` seconds, or has reported an error. The first cause is said on one process; all end, also
-    where their main thread waits for a process that will not come.
+    It ends the run where a rank makes no progress for `stall_s` seconds, sends no status for `gone_s`
+    seconds, or has reported an error. One rank prints the first cause. All ranks end, also where their main
+    thread is in a collective that cannot complete.
 
-    In a run of several processes an error that leaves the context is reported so and ends the process; with
-    one process it passes.
+    With a store, an error that leaves the context is reported and ends the process; without, it passes.
 
-    All processes call `at` as often and in the same order: what only one of them does is part of something
-    that all begin. The one that has called it least often is the one that the others wait for.
+    All ranks call `at` equally often and in the same order: what only one of them does is part of an activity
+    that all begin. The rank with the fewest calls is the one for which the other ranks wait.
+
+    Attributes:
+        details: more words about a rank that makes no progress, such as the images in work.
     """
 
     def __init__(
         self,
-        rank: int,
-        world: int,
-        store: dist.Store | None,
-        stall_s: float | None,
-        say: Callable[[str], None],
+        rank: int = 0,
+        world: int = 1,
+        store: dist.Store | None = None,
+        stall_s: float | None = None,
+        say: Callable[[str], None] = print_error,
         end: Callable[[int], None] = os._exit,
         *,
-        details: Callable[[], str] | None = None,
         beat_s: float = 2.0,
         gone_s: float = 30.0,
     ) -> None:
         """
         Args:
             store: of this run alone; None where `world` is 1.
-            stall_s: None: a process may take as long as it wants.
-            say: shows a text on standard error.
+            stall_s: None sets no limit.
+            say: prints a text on standard error.
             end: ends the process at once with a status.
-            details: what else there is to say of a process that makes no progress.
-            beat_s: how often the processes tell each other that they live.
+            beat_s: seconds between two statuses.
         """
-        self.rank, self.world, self.stall_s, self.details = rank, world, stall_s, details
+        self.rank, self.world, self.stall_s = rank, world, stall_s
+        self.details: Callable[[], str] | None = None
         self._say, self._end = say, end
         self._beat_s, self._gone_s = beat_s, gone_s
-        self._calls, self._what = 0, "starting"
+        self._calls, self._activity = 0, "starting"
         self._signs, self._patient = 0, False
-        self._awake = (
-            0.0  # seconds that this process was running: a stopped and continued one has not stalled
-        )
+        # Seconds that this process was running: one that was stopped and continued has not stalled.
+        self._awake_s = 0.0
         self._stopped = threading.Event()
-        self._said = threading.Lock()
-        self._board: Board | None = None
+        self._printed = threading.Lock()
+        self._heartbeat: Heartbeat | None = None
         if store is not None:
-            self._board = Board(
-                rank, world, store, beat_s, lambda: (self._calls, self._what), lambda: self._awake
+            self._heartbeat = Heartbeat(
+                rank, world, store, beat_s, lambda: (self._calls, self._activity), lambda: self._awake_s
             )
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, what: str, *, patient: bool = False) -> None:
-        """The main thread begins `what`, such as "waiting for data at iteration 41".
+    def at(self, activity: str, *, patient: bool = False) -> None:
+        """The main thread begins an activity, such as "waiting for data at iteration 41".
 
         Args:
-            patient: it may take as long as it wants.
+            patient: it may take any time.
         """
-        self._what, self._patient = what, patient
+        self._activity, self._patient = activity, patient
         self._calls += 1
 
-    def alive(self, what: str) -> None:
-        """The main thread goes on with what it began by `at`, and is now `what`: each process as it likes."""
-        self._what = what
+    def alive(self, activity: str) -> None:
+        """The main thread makes progress in what it began by `at`; ranks may call this differently often."""
+        self._activity = activity
         self._signs += 1
 
     def report(self, message: str) -> bool:
-        """Shows `message` if it is the run's first report; whether it was. All other processes end."""
+        """Prints `message` if it is the run's first report; returns whether it is. All other ranks end."""
         return self._report(f"prcl: {message}")
 
-    def lost(self, error: BaseException) -> str | None:
-        """Why a collective raised `error`: one line, or None where another process says it."""
-        board = self._board
-        if board is None:
+    def collective_failure(self, error: BaseException) -> str | None:
+        """The cause of an error of a collective in one line, or None where another rank prints it."""
+        heartbeat = self._heartbeat
+        if heartbeat is None:
             return first_line(error)
-        board.read_all = True
+        heartbeat.read_all = True
         until = time.monotonic() + 2.5 * self._beat_s
-        while time.monotonic() < until and not board.lost and board.first is None:
-            board.exchange(self._beat_s)
+        while time.monotonic() < until and not heartbeat.store_lost and heartbeat.report is None:
+            heartbeat.exchange(self._beat_s)
             time.sleep(self._beat_s / 10)
-        if board.first is not None:
+        if heartbeat.report is not None:
             return None
-        if board.lost:
+        if heartbeat.store_lost:
             return self._lost_store()
-        gone = self._unheard(2 * self._beat_s)
-        if gone:
-            return _gone(gone)
-        last, alike = self._last()
+        silent = self._silent_ranks(2 * self._beat_s)
+        if silent:
+            return _gone(silent)
+        last, alike = self._furthest_behind()
         if last != self.rank and not alike:
-            return f"a collective timed out, waiting for rank {last}, which is {board.notes[last].what}"
-        return f"rank {self.rank}: a collective failed while {self._what}: {first_line(error)}"
+            doing = heartbeat.statuses[last].activity
+            return f"a collective timed out, waiting for rank {last}, which is {doing}"
+        return f"rank {self.rank}: a collective failed while {self._activity}: {first_line(error)}"
 
     def __enter__(self) -> Watchdog:
-        if self._board is not None:
-            self._board.start()
+        if self._heartbeat is not None:
+            self._heartbeat.start()
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        board = self._board
-        if board is not None and isinstance(error, Exception):
-            self._say_error(error)
-            self._leave_process(2 if isinstance(error, InputError) else 1)
+        heartbeat = self._heartbeat
+        if heartbeat is not None and isinstance(error, Exception):
+            self._report_error(error)
+            self._end_process(2 if isinstance(error, InputError) else 1)
         self._stopped.set()
         self._thread.join(1.0)
-        if board is None:
+        if heartbeat is None:
             return
         if error is None or (isinstance(error, SystemExit) and not error.code):
-            board.leave(2 * self._beat_s)
+            heartbeat.leave(2 * self._beat_s)
             if self.rank == 0:
-                self._hold_store(lambda: len(self._present()) == 1)
+                self._hold_store(lambda: len(self._calls_of_present()) == 1)
         elif not isinstance(error, Exception):
-            board.claim("", 2 * self._beat_s)  # interrupted by hand: the others end, with nothing to say
-        board.stop()
+            heartbeat.claim_report("", 2 * self._beat_s)  # interrupted by hand: the other ranks end silently
+        heartbeat.stop()
 
-    def _say_error(self, error: Exception) -> None:
+    def _report_error(self, error: Exception) -> None:
         if _is_collective_failure(error):
-            message = self.lost(error)
+            message = self.collective_failure(error)
             if message is not None:
                 self.report(message)
         elif isinstance(error, (InputError, RunError)):
@@ -151,31 +173,34 @@ class Watchdog:
             self._report("".join(traceback.format_exception(error)).rstrip())
 
     def _report(self, text: str) -> bool:
-        first = self._board is None or self._board.claim(text, 2 * self._beat_s)
+        first = self._heartbeat is None or self._heartbeat.claim_report(text, 2 * self._beat_s)
         if first:
-            self._show(text)
+            self._print(text)
         return first
 
-    def _show(self, text: str) -> None:
-        if self._said.acquire(blocking=False):  # never released: a process says one thing
-            _within(_SAYING_S, lambda: self._say(text))
+    def _print(self, text: str) -> None:
+        if self._printed.acquire(blocking=False):  # never released: a process prints one report
+            _within(_OUTPUT_S, lambda: self._say(text))
 
-    def _leave_process(self, status: int) -> None:
-        board = self._board
-        if board is not None and self.rank == 0:
-            # Of some, nothing may have been heard so far: they have only just come.
-            left = [note for note in board.notes.values() if note.left]
-            self._hold_store(lambda: board.seen >= self.world - len(left))
-        _within(_SAYING_S, lambda: (sys.stdout.flush(), sys.stderr.flush()))
+    def _end_process(self, status: int) -> None:
+        heartbeat = self._heartbeat
+        if heartbeat is not None and self.rank == 0:
+            # Ranks that have only just started may have sent no status, but they count.
+            left = [other for other in heartbeat.statuses.values() if other.left]
+            self._hold_store(lambda: heartbeat.readers >= self.world - len(left))
+        _within(_OUTPUT_S, lambda: (sys.stdout.flush(), sys.stderr.flush()))
         for worker in multiprocessing.active_children():  # one that hangs would stay, and hold the terminal
             worker.kill()
         self._end(status)
 
     def _hold_store(self, enough: Callable[[], bool]) -> None:
-        """The store may end with this process, rank 0: the others must first have read what is in it."""
+        """Waits until the other ranks have read the store, which may end with this process, rank 0."""
+        heartbeat = self._heartbeat
         until = time.monotonic() + min(5 * self._beat_s, self._gone_s)
-        while self._board is not None and time.monotonic() < until and not self._board.lost and not enough():
-            self._board.exchange(self._beat_s)
+        while (
+            heartbeat is not None and time.monotonic() < until and not heartbeat.store_lost and not enough()
+        ):
+            heartbeat.exchange(self._beat_s)
             time.sleep(self._beat_s / 10)
 
     def _watch(self) -> None:
@@ -184,76 +209,82 @@ class Watchdog:
         before = time.monotonic()
         while not self._stopped.wait(tick):
             now = time.monotonic()
-            self._awake += min(now - before, 4 * tick)
+            self._awake_s += min(now - before, 4 * tick)
             before = now
             if self._patient or (self._calls, self._signs) != progress:
-                progress, since = (self._calls, self._signs), self._awake
-            if self._is_over() or (self._calls and self._has_stalled(self._awake - since)):
-                self._leave_process(1)
+                progress, since = (self._calls, self._signs), self._awake_s
+            if self._run_is_over() or (self._calls and self._has_stalled(self._awake_s - since)):
+                self._end_process(1)
                 return
 
-    def _is_over(self) -> bool:
-        """Whether another process has reported, or one is lost, which is said."""
-        board = self._board
-        if board is None:
+    def _run_is_over(self) -> bool:
+        """Whether another rank has reported, or is lost, which is reported here."""
+        heartbeat = self._heartbeat
+        if heartbeat is None:
             return False
-        if board.first is not None:
-            if board.first[0] == self.rank:
+        if heartbeat.report is not None:
+            if heartbeat.report[0] == self.rank:
                 return False  # the thread that has reported ends the process
-            time.sleep(min(1.0, self._beat_s))  # a launcher kills all when one ends: first let it be said
+            # A launcher kills all ranks when one ends: the report must be printed before.
+            time.sleep(min(1.0, self._beat_s))
             return True
-        if board.lost or self._awake - board.talked > self._gone_s:
-            if 0 in board.notes and board.notes[0].left:
+        if heartbeat.store_lost or self._awake_s - heartbeat.answered_at > self._gone_s:
+            if 0 in heartbeat.statuses and heartbeat.statuses[0].left:
                 return False
             message = self._lost_store()
             if message is not None:
-                self._show(f"prcl: {message}")
+                self._print(f"prcl: {message}")
             return True
-        gone = self._unheard(self._gone_s)
-        if gone:
-            self.report(_gone(gone))
-        return bool(gone)
+        silent = self._silent_ranks(self._gone_s)
+        if silent:
+            self.report(_gone(silent))
+        return bool(silent)
 
     def _has_stalled(self, quiet_s: float) -> bool:
+        """Whether this rank has stalled and its report, or another rank's, is made."""
         if self.stall_s is None or quiet_s < self.stall_s:
             return False
-        board, text = self._board, f"no progress for {self.stall_s:g} s"
+        heartbeat, text = self._heartbeat, f"no progress for {self.stall_s:g} s"
         last, alike = self.rank, False
-        if board is not None:
-            board.read_all = True
-            board.exchange(2 * self._beat_s)
-            last, alike = self._last()
+        if heartbeat is not None:
+            heartbeat.read_all = True
+            heartbeat.exchange(2 * self._beat_s)
+            last, alike = self._furthest_behind()
         if last != self.rank:
             if quiet_s < self.stall_s + 4 * self._beat_s:
-                return False  # that one knows more of it
-            assert board is not None
-            text += f", waiting for rank {last}, which is {board.notes[last].what}"
+                return False  # the rank that is furthest behind knows more details, and reports first
+            assert heartbeat is not None
+            text += f", waiting for rank {last}, which is {heartbeat.statuses[last].activity}"
         else:
-            who = f"all {self.world} processes are " if alike else f"rank {self.rank} is " if board else ""
-            more = _within(_SAYING_S, self.details) if self.details else None
-            text += f", {who}{self._what}" + (f" ({more})" if more else "")
+            who = (
+                f"all {self.world} processes are " if alike else f"rank {self.rank} is " if heartbeat else ""
+            )
+            more = _within(_OUTPUT_S, self.details) if self.details else None
+            text += f", {who}{self._activity}" + (f" ({more})" if more else "")
         self.report(f"{text}; train.stall_timeout sets how long that may take")
         return True
 
-    def _present(self) -> dict[int, int]:
+    def _calls_of_present(self) -> dict[int, int]:
         """The calls of each rank that has not left."""
         calls = {self.rank: self._calls}
-        if self._board is not None:
-            calls |= {rank: note.calls for rank, note in list(self._board.notes.items()) if not note.left}
+        if self._heartbeat is not None:
+            others = list(self._heartbeat.statuses.items())
+            calls |= {rank: status.calls for rank, status in others if not status.left}
         return calls
 
-    def _last(self) -> tuple[int, bool]:
-        """The rank that is furthest back, the lowest of several; and whether all are alike."""
-        calls = self._present()
+    def _furthest_behind(self) -> tuple[int, bool]:
+        """The rank with the fewest calls, the lowest of several; and whether all ranks have equally many."""
+        calls = self._calls_of_present()
         return min(sorted(calls), key=calls.__getitem__), len(set(calls.values())) == 1
 
-    def _unheard(self, seconds: float) -> list[int]:
-        assert self._board is not None
-        heard = self._board.heard
-        return [r for r in self._present() if r in heard and self._awake - heard[r] > seconds]
+    def _silent_ranks(self, seconds: float) -> list[int]:
+        assert self._heartbeat is not None
+        heard_at = self._heartbeat.heard_at
+        present = self._calls_of_present()
+        return [rank for rank in present if self._awake_s - heard_at.get(rank, self._awake_s) > seconds]
 
     def _lost_store(self) -> str | None:
-        # Without a store nobody can agree on who says it. The last rank is the least likely to have been on
+        # Without a store the ranks cannot agree on who reports. The last rank is the least likely to be on
         # the machine of rank 0.
         return "lost rank 0, or the machine that started it" if self.rank == self.world - 1 else None
 
@@ -268,7 +299,7 @@ def _is_collective_failure(error: Exception) -> bool:
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What `function` returns; None where that takes longer, or it raises."""
+    """The result of `function`; None where it takes longer, or raises."""
     result: list[Any] = []
 
     def call() -> None:

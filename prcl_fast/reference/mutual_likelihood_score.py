@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-MIN_VARIANCE = 1e-12
+MIN_VARIANCE = 1e-12  # of the sum s_i + s_j
 
 
 def mutual_likelihood_score(mu_a: Tensor, var_a: Tensor, mu_b: Tensor, var_b: Tensor, mean: bool) -> Tensor:
@@ -41,14 +41,10 @@ def mutual_likelihood_score_backward(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the scores, weighted by `grad` [..., M, N].
+    """Gradients of the four arguments, the scores weighted by `grad` [..., M, N]; [0] for a side not needed.
 
     With r = 1 / (s_i + s_j) and t = (mu_i - mu_j) r: d/d mu_i = -t, d/d mu_j = t, and (t^2 - r) / 2 for both
     variances, zero where their sum was clamped.
-
-    Returns:
-        Gradients of mu_a, var_a, mu_b, var_b, each shaped like its argument; those of a side that is not
-        needed are empty, of shape [0].
     """
     total = var_a.unsqueeze(-2) + var_b.unsqueeze(-3)  # [..., M, N, D]
     r = total.clamp_min(MIN_VARIANCE).reciprocal()

@@ -1,13 +1,9 @@
-"""Probabilistic InfoNCE, eq. (15) with the score of eq. (3) of the IJCV paper: loss and gradients.
+"""Probabilistic InfoNCE, eq. (15) with the score of eq. (3) of the IJCV paper, for all anchors at once.
 
-For anchor i and candidate j, with t = (mu_j - mu_i) r and r = 1 / (s_i + s_j), per dimension:
+    loss_i = -log softmax_j(MLS(i, j) / tau) at j = the positive
 
-    score(i, j) = -1/2 sum [(mu_j - mu_i) t + log(s_i + s_j)]
-    d score / d mu_i = t            d score / d s_i = (t^2 - r) / 2
-
-so that with w_j = softmax_j(score / tau) - [j is the positive], the gradients of the anchor's loss are sum_j
-w_j t / tau and sum_j w_j (t^2 - r) / (2 tau): they come out of the pass that makes the loss, and nothing is
-kept for a backward pass but one row per anchor.
+with j over the positive, the negatives and the virtual negatives of anchor i. The loss is the mean over a
+class's anchors, summed over the classes and divided by the number of classes present.
 """
 
 from __future__ import annotations
@@ -15,12 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prcl_fast.reference.norm import MIN_NORM, is_clamped
+from prcl_fast.reference.mutual_likelihood_score import MIN_VARIANCE
 from prcl_fast.reference.norm import inverse_norm as inverse_norm_of
-
-_MIN_SUM = 1e-12  # s_i + s_j is clamped here; its gradient is zero where it was
-# Bytes of one [chunk, N, D] tensor. On a CPU a few of them should fit into the cache.
-_CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 def probabilistic_info_nce(
@@ -41,101 +33,70 @@ def probabilistic_info_nce(
     normalize: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (scalar) and its gradients to the anchors' rows of mu and var, [C, A, D] each.
+    """Loss, differentiable in mu and var, and its gradients to the anchors' rows of them, [C, A, D] each.
 
     The gradients are empty unless `needs_grad`. All three are float32, or float64 where mu is. Beside
-    virtual_mu stands virtual_known, [C] bool; a virtual_var of None is zeros.
+    virtual_mu stands virtual_known, [C] bool; a virtual_var of None is zeros. Holds [C, A, N, D] tensors.
     """
-    num_classes, num_anchors = anchor_index.shape
-    dim = mu.shape[1]
     work = torch.float64 if mu.dtype == torch.float64 else torch.float32
-    scale = 1.0 / (tau * dim) if mean else 1.0 / tau
+    num_classes, num_anchors = anchor_index.shape
+    mu, var = (x.movedim(1, -1).flatten(0, 2).to(work) for x in (mu, var))  # [P, D]
+
+    def unit(means: Tensor, index: Tensor | None = None) -> Tensor:
+        """The means as the score takes them; where inverse norms of pixels are given, of their value."""
+        if not normalize:
+            return means
+        norm = inverse_norm_of(means, -1, work)
+        if inverse_norm is not None and index is not None:
+            norm = norm + (inverse_norm.flatten()[index] - norm).detach()
+        return means * norm[..., None]
+
+    # Rows that do not count may hold nan: they are replaced by 0, and their variances by 1, before any use.
     present = positive_count > 0  # [C]
-    weight = _anchor_weights(anchor_index, present, class_factor, work).flatten()  # [C*A]
+    drawn = (anchor_index >= 0) & present[:, None]  # [C, A]
+    mu_row, s_i = (
+        torch.where(drawn[..., None], x[anchor_index], fill).requires_grad_(x.requires_grad or needs_grad)
+        for x, fill in ((mu, 0.0), (var, 1.0))
+    )
+    mu_i = unit(mu_row, anchor_index)  # [C, A, D]
 
-    mu_rows, var_rows = _pixel_rows(mu), _pixel_rows(var)  # [P, D]
-    prototype_mu = positive_mean.to(work)
-    prototype_var = torch.where(present[:, None], positive_variance.to(work), 1.0)
-    if normalize:
-        inverse_norm = (
-            inverse_norm_of(mu, 1, work) if inverse_norm is None else inverse_norm
-        ).flatten()  # [P]
-        prototype_mu = _normalized(prototype_mu)
-    else:
-        inverse_norm = None
-    virtual = None
+    # Candidates, the positive first: means and variances [C, A, K, D], and which of them count [C, A, K].
+    index = negative_index.repeat_interleave(num_anchors // negative_index.shape[1], 1)  # [C, A, N]
+    groups = [
+        [x[:, None, None] for x in (unit(positive_mean.to(work)), positive_variance, present)],
+        [unit(mu[index].detach(), index), var[index].detach(), index >= 0],
+    ]
     if virtual_mu is not None and virtual_known is not None:
-        virtual = _virtual_rows(virtual_mu.to(work), virtual_var, virtual_known, normalize)
+        classes = torch.arange(num_classes, device=mu.device)
+        usable = virtual_known & (classes != classes[:, None])  # [C, C]
+        values = [
+            unit(virtual_mu.to(work)),
+            torch.zeros_like(virtual_mu) if virtual_var is None else virtual_var,
+        ]
+        groups.append(
+            [x.flatten(0, 1)[None, None] for x in values]
+            + [usable.repeat_interleave(virtual_mu.shape[1], 1)[:, None]]
+        )
+    mu_j, s_j, counts = (
+        torch.cat([part.expand(num_classes, num_anchors, *part.shape[2:]) for part in parts], 2)
+        for parts in zip(*groups, strict=True)
+    )
+    counts = counts & drawn[..., None]
+    mu_j, s_j = torch.where(counts[..., None], mu_j, 0.0), torch.where(counts[..., None], s_j.to(work), 1.0)
 
-    loss = mu.new_zeros((), dtype=work)
-    shape = (num_classes * num_anchors, dim) if needs_grad else (0,)
-    grad_mu, grad_var = mu.new_zeros(shape, dtype=work), mu.new_zeros(shape, dtype=work)
-
-    anchors, negatives = anchor_index.flatten(), negative_index.flatten(0, 1)  # [C*A], [C*G, N]
-    anchors_per_group = num_anchors // negative_index.shape[1]
-    if _values_are_at_hand(mu.device):
-        # Classes without anchors need no work; no sum was clamped if the anchors' variances alone are larger.
-        used = weight.nonzero()[:, 0]
-        may_clamp = bool((var_rows[anchors[used]] <= _MIN_SUM).any())
-    else:
-        used, may_clamp = torch.arange(len(anchors), device=mu.device), True
-    candidates = max(negatives.shape[1], 1)
-    chunk = max(1, _CHUNK_BYTES.get(mu.device.type, 1 << 26) // (candidates * dim * weight.element_size()))
-    for rows in used.split(chunk):
-        classes = rows // num_anchors
-        pixel = anchors[rows].clamp(min=0)
-        anchor_mu, anchor_var = mu_rows[pixel].to(work), var_rows[pixel].to(work)  # [chunk, D]
-        if inverse_norm is not None:
-            anchor_mu = anchor_mu * inverse_norm[pixel, None]
-
-        groups = [_pairs(anchor_mu, anchor_var, prototype_mu[classes, None], prototype_var[classes, None])]
-        drawn = negatives[rows // anchors_per_group]
-        kept = drawn >= 0
-        # The anchor itself stands in for a negative that is missing: as finite as the rest, and masked below.
-        other = torch.where(kept, drawn, pixel[:, None]).flatten()
-        other_mu = mu_rows.index_select(0, other).to(work)
-        if inverse_norm is not None:
-            other_mu *= inverse_norm[other, None]
-        other_var = var_rows.index_select(0, other).to(work)
-        shape_3d = (*kept.shape, dim)
-        groups.append(_pairs(anchor_mu, anchor_var, other_mu.view(shape_3d), other_var.view(shape_3d)))
-        scores = [groups[0][0], groups[1][0].masked_fill(~kept, -torch.inf)]
-        if virtual is not None:
-            rows_mu, rows_var, owner = virtual
-            groups.append(_pairs(anchor_mu, anchor_var, rows_mu[None], rows_var[None]))
-            usable = (owner >= 0) & (owner != classes[:, None])
-            scores.append(groups[2][0].masked_fill(~usable, -torch.inf))
-
-        logits = torch.cat(scores, dim=1) * scale  # the positive first
-        row_weight = weight[rows]
-        row_loss = torch.logsumexp(logits, dim=1) - logits[:, 0]
-        loss += torch.where(row_weight > 0, row_loss * row_weight, 0.0).sum()
-        if not needs_grad:
-            continue
-
-        w = torch.softmax(logits, dim=1)
-        w[:, 0] = -w[:, 1:].sum(1)  # softmax - 1, without the cancellation
-        w *= (row_weight * scale)[:, None]
-        row_mu, row_var = torch.zeros_like(anchor_mu), torch.zeros_like(anchor_mu)
-        # Sums instead of matmuls, which autocast and TF32 would round.
-        for (_, t, r), w_group in zip(groups, w.split([g[0].shape[1] for g in groups], dim=1), strict=True):
-            row_mu += (w_group[..., None] * t).sum(1)
-            slope = t.square_().sub_(r)
-            if may_clamp:
-                slope.masked_fill_(r >= 1.0 / _MIN_SUM, 0.0)
-            row_var += slope.mul_(w_group[..., None]).sum(1)
-        if inverse_norm is not None:
-            # d(mu / |mu|): the part across mu, over |mu|. Below the clamp the norm counts as a constant.
-            along = (anchor_mu * row_mu).sum(1, keepdim=True) * anchor_mu
-            row_mu -= torch.where(is_clamped(inverse_norm[pixel, None]), 0.0, along)
-            row_mu *= inverse_norm[pixel, None]
-        counts = row_weight[:, None] > 0
-        grad_mu[rows] = torch.where(counts, row_mu, 0.0)
-        grad_var[rows] = torch.where(counts, row_var.mul_(0.5), 0.0)
+    s = (s_i[:, :, None] + s_j).clamp(min=MIN_VARIANCE)
+    score = -0.5 * ((mu_i[:, :, None] - mu_j).square() / s + s.log()).sum(-1)  # [C, A, K]
+    logits = score / (tau * mu.shape[1] if mean else tau)
+    counts[..., 0] = True  # the loss of an anchor that is not drawn is multiplied by 0
+    losses = logits.masked_fill(~counts, -torch.inf).logsumexp(-1) - logits[..., 0]  # [C, A]
+    weight = drawn / (drawn.sum(1, keepdim=True).clamp(min=1) * present.sum().clamp(min=1)).to(work)
+    if class_factor is not None:
+        weight = weight * class_factor.to(work)[:, None]
+    loss = (weight * losses).sum()
     if not needs_grad:
-        return loss, grad_mu, grad_var
-    shape_rows = (num_classes, num_anchors, dim)
-    return loss, grad_mu.view(shape_rows), grad_var.view(shape_rows)
+        return loss, loss.new_empty(0), loss.new_empty(0)
+    grad_mu, grad_var = torch.autograd.grad(loss, (mu_row, s_i), retain_graph=True)
+    return loss, grad_mu, grad_var
 
 
 def probabilistic_info_nce_backward(
@@ -169,57 +130,3 @@ def probabilistic_info_nce_backward(
         full = full.view(batch, height, width, -1).permute(0, 3, 1, 2)
         gradients.append(full.to(dtype).contiguous(memory_format=memory_format))
     return gradients[0], gradients[1]
-
-
-def _values_are_at_hand(device: torch.device) -> bool:
-    """Whether the host may look at values without stalling the device."""
-    return device.type == "cpu"
-
-
-def _anchor_weights(
-    anchor_index: Tensor, present: Tensor, class_factor: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """[C, A]: what turns the anchors' losses into the loss."""
-    drawn = (anchor_index >= 0) & present[:, None]
-    num_present = present.sum()
-    share = drawn.to(dtype) / (drawn.sum(1, keepdim=True).clamp(min=1) * num_present.clamp(min=1))
-    if class_factor is not None:
-        share = share * class_factor.to(dtype)[:, None]
-    return share
-
-
-def _virtual_rows(
-    mean: Tensor, variance: Tensor | None, known: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and variances [C*V, D] of the virtual negatives and the class of each, -1 where it is unknown."""
-    num_classes, number, _ = mean.shape
-    # Rows of unknown classes may hold nan, which a weight of 0 does not undo.
-    unknown = ~known[:, None, None]
-    mean = mean.masked_fill(unknown, 0.0)
-    variance = torch.zeros_like(mean) if variance is None else variance.to(mean.dtype)
-    variance = variance.masked_fill(unknown, 1.0)
-    if normalize:
-        mean = _normalized(mean)
-    owner = torch.where(known, torch.arange(num_classes, device=mean.device), -1)
-    return mean.flatten(0, 1), variance.flatten(0, 1), owner.repeat_interleave(number)
-
-
-def _pixel_rows(x: Tensor) -> Tensor:
-    """[B, D, h, w] -> [B*h*w, D], a view where x is channels_last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _normalized(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=MIN_NORM)
-
-
-def _pairs(
-    anchor_mu: Tensor, anchor_var: Tensor, other_mu: Tensor, other_var: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score without constant [chunk, N], t and r [chunk, N, D], for other rows [chunk or 1, N, D]."""
-    total = (anchor_var[:, None] + other_var).clamp_(min=_MIN_SUM)
-    difference = other_mu - anchor_mu[:, None]
-    r = total.reciprocal()
-    t = difference * r
-    score = total.log().addcmul_(difference, t).sum(-1).mul_(-0.5)
-    return score, t, r

@@ -9,11 +9,19 @@ from prcl_fast.reference.norm import inverse_norm
 
 
 def prototype_statistics(
-    mu: Tensor, var: Tensor, label: Tensor, valid: Tensor, num_classes: int, with_norms: bool = False
+    mu: Tensor,
+    var: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    with_norms: bool = False,
+    order: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums of 1 / s and of mu / s over each class's valid pixels, in float64, one image at a time.
 
-    Pixels that do not count are masked before the sums, so what they hold, even NaN, never enters.
+    Pixels that do not count are masked before the sums, so what they hold, even NaN, never enters. The class
+    lists `order` and `start` spare kernels a sort; here labels are compared.
 
     Returns:
         precision [C, D] float32, weighted mean [C, D] float32, count [C] int64; inverse norm [B, h, w] of the

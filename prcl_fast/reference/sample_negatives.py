@@ -1,11 +1,19 @@
-"""Negatives: for each anchor a class from the given distribution, then a pixel of that class, uniformly."""
+"""Negatives: for each anchor a class from the given distribution, then a pixel of that class, uniformly.
+
+The element of negative n of anchor a of class c is (c * A + a) * N + n. The class comes from (w0, w1), the
+pixel from (w2, w3): weights q[c, k] = floor(p[c, k] * 2^31) in float64 with p clamped to [0, 1] and NaN taken
+as 0, and q[c, k] = 0 where k = c or where class k has no valid pixel; Q[c, k] = min(q[c, 0] + ... + q[c, k],
+2^31); T = Q[c, C-1]; k = number of values of Q[c, :] that are <= bounded(w0, w1, T);
+index = list_k[bounded(w2, w3, n_k)], where list_k holds the class's n_k valid pixels, ascending. T = 0 gives
+-1.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from prcl_fast.reference.philox import Purpose, bounded, philox_words
+from prcl_fast.reference.philox import NEGATIVES, bounded, philox_words
 
 # Draws per pass. On a CPU the working set should stay in the cache, on a GPU launches should be few.
 _CHUNK = {"cpu": 1 << 15, "cuda": 1 << 22}
@@ -32,7 +40,7 @@ def sample_negatives(
     for begin in range(0, per_class, step):
         end = min(begin + step, per_class)
         element = first + torch.arange(begin, end, device=order.device)  # [C, chunk]
-        w0, w1, w2, w3 = philox_words(seed, element, Purpose.NEGATIVES)
+        w0, w1, w2, w3 = philox_words(seed, element, NEGATIVES)
         x = bounded(w0, w1, cumulative[:, -1:])
         drawn_class = torch.searchsorted(cumulative, x, right=True).clamp_(max=num_classes - 1)
         position = start[drawn_class] + bounded(w2, w3, count[drawn_class])

@@ -4,7 +4,8 @@
     sigma^2 = sigmoid(log(e^z + f)) = (e^z + f) / (1 + f + e^z),  f = 1e-6,
 
 per channel of x [B, D, h, w]. The papers give the layers alone, Linear-BN-ReLU-Linear-BN ([AAAI] and [IJCV],
-network structure); gain, bias and floored sigmoid are those of the authors' public code.
+network structure); gain, bias and floored sigmoid are those of the authors' public code. With t = e^-|z|
+nothing overflows: sigma^2 is (1 + f t) / (1 + (1 + f) t) for z > 0, and else (t + f) / (1 + f + t).
 """
 
 from __future__ import annotations
@@ -26,14 +27,11 @@ def variance_head_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def variance_head(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """sigma^2 [B, D, h, w] in `dtype` and x's memory format.
-
-    With t = e^-|z| nothing overflows: (1 + f t) / (1 + (1 + f) t) for z > 0, (t + f) / (1 + f + t) otherwise.
-    """
+    """sigma^2 [B, D, h, w] in `dtype` and x's memory format."""
     z = gamma * _normalized(x, mean, var, eps) + beta
     t = torch.exp(-z.abs())
-    numerator = torch.where(z > 0, 1 + FLOOR * t, t + FLOOR)
-    return _as(x, (numerator / _denominator(z, t)).to(dtype))
+    y = torch.where(z > 0, 1 + FLOOR * t, t + FLOOR) / _denominator(z, t)
+    return y.to(dtype).contiguous(memory_format=memory_format_of(x))
 
 
 def variance_head_backward_sums(
@@ -55,23 +53,21 @@ def variance_head_backward(
     means: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The gradient of x, in x's dtype and memory format.
+    """The gradient gamma / sqrt(var + eps) * (dz - m_0 - m_1 * xhat) of x, in its dtype and memory format.
 
-        gamma / sqrt(var + eps) * (dz - m_0 - m_1 * xhat)
-
-    Args:
-        means: m [2, D], the sums of `variance_head_backward_sums` over the pixels that `mean` and `var` were
-            taken of, divided by their number; None where these two are constants.
+    `means` is m [2, D], the sums of `variance_head_backward_sums` over the pixels of which `mean` and `var`
+    were taken, divided by their number; None where these two are constants.
     """
     xhat = _normalized(x, mean, var, eps)
     dz = _grad_z(grad, gamma * xhat + beta)
     if means is not None:
-        dz = dz - _per_channel(means[0]) - _per_channel(means[1]) * xhat
-    return _as(x, (gamma * _per_channel((var + eps).rsqrt()) * dz).to(x.dtype))
+        dz = dz - means[0, :, None, None] - means[1, :, None, None] * xhat
+    grad_x = gamma * (var + eps).rsqrt()[:, None, None] * dz
+    return grad_x.to(x.dtype).contiguous(memory_format=memory_format_of(x))
 
 
 def _normalized(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    return (_wide(x) - _per_channel(mean)) * _per_channel((var + eps).rsqrt())
+    return (_wide(x) - mean[:, None, None]) * (var + eps).rsqrt()[:, None, None]
 
 
 def _denominator(z: Tensor, t: Tensor) -> Tensor:
@@ -86,11 +82,3 @@ def _grad_z(grad: Tensor, z: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _as(x: Tensor, values: Tensor) -> Tensor:
-    return values.contiguous(memory_format=memory_format_of(x))
-
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values[:, None, None]

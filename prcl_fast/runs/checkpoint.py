@@ -1,4 +1,4 @@
-"""Checkpoints of a run: best.pt, last.pt and its predecessors last-1.pt, last-2.pt, ..., newest first."""
+"""Checkpoints of a run: write, find, load and rotate best.pt, last.pt, last-1.pt, last-2.pt, ..."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from prcl_fast.config import Config, parse_config
-from prcl_fast.errors import InputError, RunError
-from prcl_fast.files.writing import TEMPORARY, cannot_write, staged, write_whole
+from prcl_fast.config import Config, parse_stored_config
+from prcl_fast.errors import InputError, RunError, WriteError
+from prcl_fast.files.writing import replacing, sync, write_bytes, write_errors
 from prcl_fast.methods import Method, build_method
 from prcl_fast.runs import checkpoint_file
 from prcl_fast.runs.checkpoint_file import DamagedCheckpointError, check_state
@@ -24,7 +24,7 @@ from prcl_fast.runs.checkpoint_file import DamagedCheckpointError, check_state
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What a checkpoint holds for evaluation and prediction."""
+    """The contents of a checkpoint for evaluation and prediction."""
 
     path: Path
     config: Config
@@ -35,32 +35,35 @@ class LoadedRun:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` so that `path` holds either the former or the new checkpoint, whatever happens.
+    """Writes `state`; at every moment `path` holds the former or the new checkpoint.
 
     Raises:
-        RunError: it cannot be written; the line says which whole checkpoint there is instead.
+        RunError: it cannot be written; the message names an undamaged checkpoint.
     """
     try:
-        write_whole(path, checkpoint_file.pack(state))
-    except OSError as error:
+        write_bytes(path, checkpoint_file.pack(state), durable=True)
+    except WriteError as error:
         raise _not_saved(path, error) from None
 
 
 def save_last(folder: Path, state: dict[str, Any], keep: int) -> None:
     """Writes folder/last.pt and keeps the former ones as last-1.pt, last-2.pt, ...: `keep` >= 1 in all.
 
-    Whenever the process ends, one of these files is whole and at most one save old. One process may save.
+    Whenever the process is killed, one of these files is undamaged and at most one save old. Only one process
+    of a run may save.
 
     Raises:
-        RunError: it cannot be written; the line says which whole checkpoint there is instead.
+        RunError: it cannot be written; the message names an undamaged checkpoint.
     """
     last = folder / "last.pt"
     try:
-        (folder / f"best.pt{TEMPORARY}").unlink(missing_ok=True)  # of a run that was killed
-        with staged(last, checkpoint_file.pack(state)):
-            free_last(folder, keep)
-        remove_older(folder, keep)
-    except OSError as error:
+        with replacing(last, durable=True) as file:
+            file.write(checkpoint_file.pack(state))
+            sync(file)  # before the former ones change their names
+            _free_last(folder, keep)
+        with write_errors(last):
+            _remove_older(folder, keep)
+    except WriteError as error:
         raise _not_saved(last, error) from None
 
 
@@ -76,13 +79,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole one of last.pt, last-1.pt, ... and its state; None where there is none of them.
+    """The newest undamaged checkpoint of last.pt, last-1.pt, ... and its state; None where there is no file.
 
-    `say` is told of each damaged one. It is renamed to NAME.damaged, so that it takes no part in
-    `save_last`; where none is whole, all are left as they are. One process of a run may call this.
+    Each damaged checkpoint is renamed to NAME.damaged, out of the rotation of `save_last`, and `say` gets a
+    line. If all are damaged, they stay as they are. Only one process of a run may call this.
 
     Raises:
-        InputError: none is whole, or the newest is another program's or version's.
+        InputError: all are damaged, or the newest was written by another program or version.
         RunError: a damaged one cannot be renamed.
     """
     found, damaged = _newest_whole(folder)
@@ -91,17 +94,27 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, d
             raise InputError("; ".join(damaged.values()))
         return None
     path, state = found
-    for spoilt, reason in damaged.items():
+    for broken, reason in damaged.items():
         say(f"{reason}; {path.name} of iteration {state['iteration']} is used instead")
         try:
-            os.replace(spoilt, spoilt.with_name(spoilt.name + ".damaged"))
+            os.replace(broken, broken.with_name(broken.name + ".damaged"))
         except OSError as error:
-            raise RunError(f"{spoilt}: cannot be renamed: {error.strerror or error}") from None
+            raise RunError(f"{broken}: cannot be renamed: {error.strerror or error}") from None
     return found
 
 
+def last_checkpoints(folder: Path) -> list[Path]:
+    """The existing ones of last.pt, last-1.pt, ..., newest first. Raises OSError."""
+    paths = [folder / name for name in os.listdir(folder)]
+    return sorted((path for path in paths if _age(path) >= 0), key=_age)
+
+
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint file itself, or a run folder's best.pt, else its newest last one. Raises InputError."""
+    """`path` itself where it is a file; best.pt of the run folder `path`, else its newest last.pt.
+
+    Raises:
+        InputError: no such file or folder, or no checkpoint in the folder.
+    """
     if path.is_dir():
         found = _checkpoints(path)
         if not found:
@@ -121,8 +134,8 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
         others = [other.name for other in _checkpoints(file.parent) if other.name != file.name]
         beside = f"; beside it: {', '.join(others)}" if others else "; no other checkpoint is beside it"
         raise InputError(f"{error}{beside}") from None
-    config = parse_config(state["config"], str(file))
-    # The checkpoint holds every weight: a file of initial ones may be long gone.
+    config = parse_stored_config(state["config"], str(file))
+    # The checkpoint holds every weight; the file of the initial weights may no longer exist.
     config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
     classes = tuple(state["classes"])
     method = build_method(config, len(classes))
@@ -143,7 +156,7 @@ def restore(method: Method, state: dict[str, Any], origin: Path) -> None:
 
 
 def _newest_whole(folder: Path) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, str]]:
-    """The newest whole one of the last checkpoints, and what is wrong with each newer one."""
+    """The newest undamaged one of the last checkpoints, and the fault of each newer one."""
     damaged: dict[Path, str] = {}
     for path in _last(folder):
         try:
@@ -167,26 +180,20 @@ def _last(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: cannot be read: {error.strerror or error}") from None
 
 
-def _not_saved(path: Path, error: OSError) -> RunError:
-    """What went wrong, and what the run can go on from."""
+def _not_saved(path: Path, error: WriteError) -> RunError:
+    """The error and the checkpoint from which the run can go on."""
     rest = "no whole last.pt is beside it"
     with contextlib.suppress(InputError):
         found, _ = _newest_whole(path.parent)
         if found is not None:
             rest = f"{found[0].name} of iteration {found[1]['iteration']} is whole"
-    return RunError(f"{cannot_write(path, error)}; {rest}")
+    return RunError(f"{error}; {rest}")
 
 
-def last_checkpoints(folder: Path) -> list[Path]:
-    """last.pt, last-1.pt, ..., newest first, as far as they are there. Raises OSError."""
-    paths = [folder / name for name in os.listdir(folder)]
-    return sorted((path for path in paths if _age(path) >= 0), key=_age)
+def _free_last(folder: Path, keep: int) -> None:
+    """Frees the name last.pt: each file takes the next older name, up to the first free one. Raises OSError.
 
-
-def free_last(folder: Path, keep: int) -> None:
-    """Frees the name last.pt: each takes the next older name, up to the first free one. Raises OSError.
-
-    The oldest of `keep` gives way only where all names are taken, and at every moment the others are there.
+    The oldest of `keep` is overwritten only where all names are taken. At every moment the others exist.
     """
     present = {_age(path) for path in last_checkpoints(folder)}
     free = next(age for age in range(keep) if age not in present or age == keep - 1)
@@ -194,8 +201,8 @@ def free_last(folder: Path, keep: int) -> None:
         os.replace(folder / _name(age - 1), folder / _name(age))
 
 
-def remove_older(folder: Path, keep: int) -> None:
-    """Removes what is older than `keep` checkpoints, as after a run that kept more. Raises OSError."""
+def _remove_older(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, as after a run that kept more. Raises OSError."""
     for path in last_checkpoints(folder):
         if _age(path) >= keep:
             path.unlink()

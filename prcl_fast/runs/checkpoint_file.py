@@ -1,8 +1,8 @@
-"""A checkpoint's bytes: a file of `torch.save` that carries the SHA-256 of itself.
+"""Checkpoint files: a file of `torch.save` with its own SHA-256, verified before it is unpickled.
 
-`torch.save` writes a ZIP archive, and such an archive may end with a comment. Ours is a fixed text and the
-SHA-256, in hexadecimal, of every byte of the file before it. PyTorch skips the comment, so plain
-`torch.load` opens the file; we compare the checksum before anything is unpickled.
+`torch.save` writes a ZIP archive, and such an archive may end with a comment. Here the comment is a fixed
+text and the SHA-256, in hexadecimal, of all bytes before it. PyTorch skips the comment, so plain `torch.load`
+opens the file too.
 """
 
 from __future__ import annotations
@@ -28,9 +28,20 @@ _FORMAT = "prcl_fast-checkpoint"
 _VERSION = 2
 _COMMENT = b"prcl_fast-checkpoint sha256 "
 _DIGEST = 64  # hexadecimal digits
-_END_RECORD = b"PK\x05\x06"  # 22 bytes, of which the last two are the comment's length
+_END_RECORD = b"PK\x05\x06"  # begins 22 bytes whose last two are the comment's length
 _END = 22
-_BLOCK = 1 << 20
+_BLOCK = 1 << 20  # bytes hashed at a time
+
+_KINDS: dict[str, type] = {
+    "config": dict,
+    "classes": list,
+    "palette": list,
+    "iteration": int,
+    "method": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "progress": dict,
+}
 
 
 class DamagedCheckpointError(InputError):
@@ -39,12 +50,12 @@ class DamagedCheckpointError(InputError):
 
 def pack(state: dict[str, Any]) -> memoryview:
     """The bytes of the checkpoint file of `state`."""
-    # In memory first: PyTorch's own writer ends a full disk with its C++ error, this one with an OSError.
+    # In memory, because PyTorch's own writer answers a full disk with a C++ error instead of an OSError.
     archive = io.BytesIO()
     torch.save({"format": _FORMAT, "version": _VERSION, **state}, archive)
     archive.seek(-2, os.SEEK_END)
     archive.write(struct.pack("<H", len(_COMMENT) + _DIGEST) + _COMMENT)
-    with archive.getbuffer() as data:  # released, or the archive could not grow
+    with archive.getbuffer() as data:  # the archive can grow again once this is released
         digest = hashlib.sha256(data).hexdigest()
     archive.write(digest.encode())
     return archive.getbuffer()
@@ -59,7 +70,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     check_regular(path, "checkpoint")
     try:
-        # One open file for both passes: a run may put a newer one under the name at any time.
+        # One open file for both passes: a run may replace it by a newer one at any time.
         with path.open("rb") as file:
             _verify(file, path)
             check_torch_file(path, "checkpoint")
@@ -85,53 +96,11 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _verify(file: BinaryIO, path: Path) -> None:
-    size = file.seek(0, os.SEEK_END)
-    count = f"({size} bytes)"
-    hashed = size - _DIGEST
-    if _read_at(file, hashed - len(_COMMENT) - _END, _END + len(_COMMENT)).endswith(_COMMENT):
-        file.seek(0)
-        digest = hashlib.sha256()
-        while hashed:
-            block = file.read(min(hashed, _BLOCK))
-            if not block:
-                break
-            digest.update(block)
-            hashed -= len(block)
-        if file.read(_DIGEST) != digest.hexdigest().encode():
-            raise DamagedCheckpointError(f"{path}: damaged: its checksum does not match {count}")
-        return
-    # The format's name is the first thing in the archive's first file, and is stored as it is.
-    if not size or _FORMAT.encode() in _read_at(file, 0, 4096):
-        end = _read_at(file, size - _END, _END)
-        if end.startswith(_END_RECORD) and end.endswith(b"\0\0"):  # a whole archive without a comment
-            raise InputError(f"{path}: made by an older version of prcl_fast, which this one cannot read")
-        raise DamagedCheckpointError(f"{path}: damaged: truncated, or overwritten at its end {count}")
-    raise DamagedCheckpointError(f"{path}: damaged, or not a checkpoint of prcl_fast {count}")
-
-
-def _read_at(file: BinaryIO, position: int, count: int) -> bytes:
-    file.seek(max(position, 0))
-    return file.read(count)
-
-
-KINDS: dict[str, type] = {
-    "config": dict,
-    "classes": list,
-    "palette": list,
-    "iteration": int,
-    "method": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "progress": dict,
-}
-
-
 def check_state(state: Mapping[str, Any], path: Path) -> None:
-    """Raises InputError naming `path` and the entry that is missing or of another kind."""
-    for key, kind in KINDS.items():
+    """Raises InputError that names `path` and the entry that is missing or of the wrong type."""
+    for key, kind in _KINDS.items():
         if not isinstance(state.get(key), kind):
-            raise InputError(f"{path}: incomplete checkpoint, it lacks {key} or holds another kind of it")
+            raise InputError(f"{path}: incomplete checkpoint, it lacks {key} or holds a wrong type of it")
     tensors_of(state["method"], path)
     whole = {
         "classes": all(isinstance(name, str) for name in state["classes"]),
@@ -167,7 +136,39 @@ def check_optimizer(
             for index, entry in buffers.items()
         )
     ):
-        raise InputError(f"{path}: does not fit this configuration: its optimizer's state is another one's")
+        raise InputError(
+            f"{path}: does not fit this configuration: the state of its optimizer is of other parameters"
+        )
+
+
+def _verify(file: BinaryIO, path: Path) -> None:
+    size = file.seek(0, os.SEEK_END)
+    count = f"({size} bytes)"
+    hashed = size - _DIGEST
+    if _read_at(file, hashed - len(_COMMENT) - _END, _END + len(_COMMENT)).endswith(_COMMENT):
+        file.seek(0)
+        digest = hashlib.sha256()
+        while hashed:
+            block = file.read(min(hashed, _BLOCK))
+            if not block:
+                break
+            digest.update(block)
+            hashed -= len(block)
+        if file.read(_DIGEST) != digest.hexdigest().encode():
+            raise DamagedCheckpointError(f"{path}: damaged: its checksum does not match {count}")
+        return
+    # The archive's first file begins with the format's name, uncompressed.
+    if not size or _FORMAT.encode() in _read_at(file, 0, 4096):
+        end = _read_at(file, size - _END, _END)
+        if end.startswith(_END_RECORD) and end.endswith(b"\0\0"):  # a whole archive without a comment
+            raise InputError(f"{path}: made by an older version of prcl_fast, which this one cannot read")
+        raise DamagedCheckpointError(f"{path}: damaged: truncated, or overwritten at its end {count}")
+    raise DamagedCheckpointError(f"{path}: damaged, or not a checkpoint of prcl_fast {count}")
+
+
+def _read_at(file: BinaryIO, position: int, count: int) -> bytes:
+    file.seek(max(position, 0))
+    return file.read(count)
 
 
 def _names(group: object) -> object:

@@ -1,9 +1,10 @@
-"""Reading metrics.jsonl, the record that a run keeps of itself."""
+"""The metrics of a run, metrics.jsonl: its lines, its records and the run's results."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,36 @@ from typing import Any
 import numpy as np
 
 from prcl_fast.errors import InputError
+from prcl_fast.files.reading import check_regular
+
+METRICS = "metrics.jsonl"
+_TAIL = 1 << 18  # bytes that hold the newest records: some hundred
+_LONGEST = 1 << 30  # bytes of a file; a run of 10^6 records writes less
+_LATEST = 1 << 53  # iterations beyond it are no float64
+
+# The keys that figures draw; the others may hold anything.
+DRAWN = {
+    *("loss", "loss_supervised", "loss_unsupervised", "loss_contrast", "chance", "miou", "miou_student"),
+    *("variance_mean", "variance_std", "mu_mean", "mu_std"),
+    *("variance_auroc", "variance_auroc_student", "confidence_auroc"),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of metrics.jsonl.
+
+    Attributes:
+        text: its bytes, without the line end.
+        record: what it holds; None where it holds no record.
+        fault: what is wrong with it, "" where nothing is.
+        torn: it has no line end and no record: its writer was killed, or is still writing.
+    """
+
+    text: bytes
+    record: Mapping[str, Any] | None
+    fault: str
+    torn: bool
 
 
 @dataclass(frozen=True)
@@ -20,61 +51,6 @@ class Metrics:
 
     train: tuple[Mapping[str, Any], ...]
     evaluations: tuple[Mapping[str, Any], ...]
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Reads metrics.jsonl.
-
-    Raises:
-        InputError: missing, without any record, or corrupt, with the number of the line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a run writes it while it trains") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    records: dict[str, list[Mapping[str, Any]]] = {"train": [], "eval": []}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            record = _record(f"{path}:{number}", line)
-            records[record["kind"]].append(record)
-    if not records["train"] and not records["eval"]:
-        raise InputError(f"{path}: holds no record yet")
-    return Metrics(tuple(records["train"]), tuple(records["eval"]))
-
-
-def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations and values of one key, float64 [n] each; records without it, or with null, are left out."""
-    pairs = [(record["iteration"], record[key]) for record in records if record.get(key) is not None]
-    iterations, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    return iterations, values
-
-
-def _record(where: str, line: str) -> Mapping[str, Any]:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        raise InputError(f"{where}: not a line of JSON") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object")
-    if record.get("kind") not in ("train", "eval"):
-        raise InputError(f"{where}: kind: expected train or eval, got {record.get('kind')!r}")
-    if type(record.get("iteration")) is not int:
-        raise InputError(f"{where}: iteration: expected an integer, got {record.get('iteration')!r}")
-    for key in DRAWN & record.keys():
-        value = record[key]
-        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise InputError(f"{where}: {key}: expected a number, got {value!r}")
-    return record
-
-
-# The keys that figures draw; the others may hold anything.
-DRAWN = {
-    *("loss", "loss_supervised", "loss_unsupervised", "loss_contrast", "chance", "miou", "miou_student"),
-    *("variance_mean", "variance_std", "mu_mean", "mu_std"),
-    *("variance_auroc", "variance_auroc_student", "confidence_auroc"),
-}
 
 
 @dataclass(frozen=True)
@@ -89,13 +65,66 @@ class RunResult:
     evaluations: tuple[Mapping[str, Any], ...] = ()
 
 
+def read_lines(path: Path, *, tail: bool = False) -> list[Line]:
+    """The lines of metrics.jsonl in order, blank ones included.
+
+    Args:
+        tail: only the newest lines; enough for the state of a run, however long it is.
+
+    Raises:
+        InputError: naming the file: missing, no plain file, too long or not readable.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; a run writes it while it trains")
+    size = check_regular(path, "metrics file")
+    if size > _LONGEST:
+        raise InputError(f"{path}: {size} bytes; a metrics file has at most {_LONGEST}")
+    try:
+        with path.open("rb") as file:
+            if tail and size > _TAIL:
+                file.seek(size - _TAIL)
+                file.readline()  # the rest of a line
+            *lines, end = file.read(_LONGEST).split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return [_line(text, ended=True) for text in lines] + [_line(end, ended=False)]
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The records of metrics.jsonl. A torn last line is left out.
+
+    Raises:
+        InputError: as `read_lines` does; no record, or a faulty line, which is named by its number.
+    """
+    records: dict[str, list[Mapping[str, Any]]] = {"train": [], "eval": []}
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.record is not None:
+            records[line.record["kind"]].append(line.record)
+        elif line.fault and not line.torn:
+            raise InputError(f"{path}:{number}: {line.fault}")
+    if not records["train"] and not records["eval"]:
+        raise InputError(f"{path}: holds no record yet")
+    return Metrics(tuple(records["train"]), tuple(records["eval"]))
+
+
+def newest_records(path: Path) -> list[Mapping[str, Any]]:
+    """The last records of metrics.jsonl, newest first, none where it is missing; faulty lines are left out.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if not os.path.exists(path):
+        return []
+    return [line.record for line in reversed(read_lines(path, tail=True)) if line.record is not None]
+
+
 def read_result(folder: Path) -> RunResult:
     """The results of the run in `folder`.
 
     Raises:
         InputError: its metrics are missing or corrupt; the line is named.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     if path.is_file() and path.stat().st_size == 0:  # a run that has just started
         return RunResult(None, None, None, 0, None)
     metrics = read_metrics(path)
@@ -110,3 +139,49 @@ def read_result(folder: Path) -> RunResult:
         seconds if isinstance(seconds, (int, float)) else None,
         metrics.evaluations,
     )
+
+
+def series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and values of one key, float64 [n] each; records without it, or with null, are left out."""
+    pairs = [(record["iteration"], record[key]) for record in records if record.get(key) is not None]
+    iterations, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return iterations, values
+
+
+def _line(text: bytes, *, ended: bool) -> Line:
+    if not text.strip():
+        return Line(text, None, "", torn=False)
+    try:
+        record = json.loads(text.decode())
+    except UnicodeDecodeError:
+        return Line(text, None, "cannot be read as UTF-8 text", torn=False)
+    except (ValueError, RecursionError):  # also a number of too many digits; nested too deep
+        return Line(text, None, "not a line of JSON", torn=not ended)
+    fault = _fault(record)
+    return Line(text, None if fault else record, fault, torn=False)
+
+
+def _fault(record: object) -> str:
+    if not isinstance(record, dict):
+        return "expected a JSON object"
+    if record.get("kind") not in ("train", "eval"):
+        return f"kind: expected train or eval, got {_shown(record.get('kind'))}"
+    iteration = record.get("iteration")
+    if type(iteration) is not int or not 0 <= iteration < _LATEST:
+        return f"iteration: expected an integer, got {_shown(iteration)}"
+    for key in sorted(DRAWN & record.keys()):
+        if record[key] is not None and not _is_number(record[key]):
+            return f"{key}: expected a number, got {_shown(record[key])}"
+    return ""
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
+def _shown(value: object) -> str:
+    text = type(value).__name__ if isinstance(value, (dict, list)) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

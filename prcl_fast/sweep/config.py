@@ -1,4 +1,4 @@
-"""A sweep file: the runs of one table, the product of named axes and seeds, each a checked configuration."""
+"""Sweep files: the runs of one table, as the product of named axes and seeds."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 class AxisEntry(Section):
-    """One entry of an axis: what it changes in a configuration."""
+    """One entry of an axis: its changes of a configuration."""
 
     config: str | None = Field(None, description="Configuration file, relative to the sweep file.")
     set: dict[str, Any] = Field({}, description="key.path: value.")
 
 
 class SweepFile(Section):
-    """A sweep file as it is written."""
+    """The keys of a sweep file."""
 
     output: PathString = Field(description="Folder of all runs and of the table.")
     config: str | None = Field(None, description="Configuration file, relative to the sweep file.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Values of the key seed.")
     set: dict[str, Any] = Field({}, description="key.path: value, for every run.")
-    axes: dict[str, dict[str, Any]] = Field(description="Axis: entry: what it changes (AxisEntry).")
+    axes: dict[str, dict[str, Any]] = Field(description="Axis: entry: its changes (AxisEntry).")
 
 
 @dataclass(frozen=True)
 class SweepRun:
     """One run of a sweep."""
 
-    name: str  # its folder below the sweep's, such as prcl/12/seed_0
-    entries: tuple[str, ...]  # of each axis, as written in the sweep file
+    name: str  # its folder in the sweep's, such as prcl/12/seed_0
+    entries: tuple[str, ...]  # one of each axis, as written in the sweep file
     seed: int
     config: Config
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: its runs in order, the last axis and the seeds moving fastest."""
+    """A sweep: its runs in order; seeds vary fastest, then the last axis."""
 
     path: Path
     output: Path
@@ -74,21 +74,21 @@ class Sweep:
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Reads a sweep file and builds the configurations of all its runs.
 
-    A run's configuration file is that of the last axis that names one, else the sweep's. On it come, in this
-    order, the sweep's `set`, the `set` of each axis's entry, the seed, and `overrides`. Strings in a `set`
-    may hold {AXIS}, the name of the run's entry, and {seed}; {{ and }} stand for braces. Paths in the sweep
-    file are relative to it, but `output` and paths in overrides to the working directory.
+    A run's configuration file is that of the last axis that names one, else the sweep's. Changes are applied
+    in this order: the sweep's `set`, the `set` of each axis's entry, the seed, `overrides`. Strings in a
+    `set` may contain {AXIS}, the name of the run's entry, and {seed}; {{ and }} stand for braces. Paths in
+    the sweep file are relative to it; `output` and paths in overrides are relative to the working directory.
 
     Args:
         overrides: `key.path=value` for every run; `output=FOLDER` replaces the sweep's.
 
     Raises:
-        InputError: naming the file and the key, for the first run that has a mistake.
+        InputError: for the first run with a mistake; names the file and the key.
     """
     tree = read_tree(path)
     if "axes" not in tree and {"data", "method", "model", "train"} & tree.keys():
         raise InputError(
-            f"{path}: the configuration of a run, not a sweep file: it has no axes; prcl train runs it"
+            f"{path}: the configuration of a run, not a sweep file: it has no axes; use prcl train"
         )
     own = [override for override in overrides if _first_key(override.partition("=")[0]) == "output"]
     for override in own:
@@ -96,7 +96,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     file = _parse(SweepFile, tree, f"{path}: ")
     axes = _axes(file, path)
     if len(set(file.seeds)) < len(file.seeds):
-        raise InputError(f"{path}: seeds: one of {file.seeds} stands twice")
+        raise InputError(f"{path}: seeds: duplicate in {file.seeds}")
     count = math.prod(map(len, axes.values())) * len(file.seeds)
     if count > MAX_RUNS:
         raise InputError(f"{path}: axes: {count} runs; a sweep has at most {MAX_RUNS}")
@@ -117,7 +117,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 class _Builder:
-    """Makes configurations; each file is read once."""
+    """Builds configurations; each file is read once."""
 
     def __init__(self, path: Path, file: SweepFile, overrides: Sequence[str]) -> None:
         self._path, self._file, self._overrides = path, file, overrides
@@ -132,7 +132,7 @@ class _Builder:
         config = named[-1] if named else self._file.config
         if config is None:
             raise InputError(
-                f"{self._path}: config: required, for no axis names a configuration file for run {name}"
+                f"{self._path}: config: required, because no axis names a configuration file for run {name}"
             )
         if config not in self._trees:
             self._trees[config] = read_tree(Path(anchored(config, self._path.parent)), self._say)
@@ -177,7 +177,7 @@ _Model = TypeVar("_Model", bound=Section)
 def _parse(model: type[_Model], tree: Any, origin: str) -> _Model:
     if not isinstance(tree, dict):
         raise InputError(f"{origin}a section of keys is expected, got {shortened(tree)}")
-    for where, key in _keys_that_are_no_text(tree, ()):
+    for where, key in _keys_other_than_text(tree, ()):
         raise InputError(f'{origin}{where}: the name {key!r} is not text; write it in quotes: "{key}"')
     try:
         return model.model_validate(tree)
@@ -185,26 +185,26 @@ def _parse(model: type[_Model], tree: Any, origin: str) -> _Model:
         raise InputError(f"{origin}{first_message(error, tree, model)}") from None
 
 
-def _keys_that_are_no_text(tree: Mapping[Any, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Numbers and words such as `off` in the place of names; below a key.path anything may stand."""
+def _keys_other_than_text(tree: Mapping[Any, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Names that YAML reads as numbers or booleans, such as `off`. Values below `set` are not checked."""
     for key, value in tree.items():
         if not isinstance(key, str):
             yield ".".join(above) or "the top level", key
         elif isinstance(value, dict) and "set" not in above:
-            yield from _keys_that_are_no_text(value, (*above, key))
+            yield from _keys_other_than_text(value, (*above, key))
 
 
 def _folders(entries: Mapping[str, Any], where: str) -> dict[str, str]:
-    """A folder name for each entry."""
+    """The folder name of each entry."""
     folders: dict[str, str] = {}
     for entry in entries:
         folder = re.sub(r"[^\w.=-]+", "_", entry).strip("_.")
         if not folder or len(folder) > _MAX_NAME:
             raise InputError(
-                f"{where}: {shortened(entry)} makes no folder name of 1 to {_MAX_NAME} letters or digits"
+                f"{where}: {shortened(entry)} cannot be a folder name of 1 to {_MAX_NAME} letters or digits"
             )
         for other, taken in folders.items():
-            # Some file systems take capitals for small letters.
+            # Some file systems ignore case.
             if taken.casefold() == folder.casefold():
                 raise InputError(
                     f"{where}: {shortened(other)} and {shortened(entry)} would share the folder {taken}"
@@ -216,7 +216,7 @@ def _folders(entries: Mapping[str, Any], where: str) -> dict[str, str]:
 def _check_key(key: str, where: str) -> None:
     own = _SWEEPS_OWN.get(_first_key(key))
     if own is not None:
-        raise InputError(f"{where}: {_first_key(key)} of a run is given by {own}")
+        raise InputError(f"{where}: {_first_key(key)} of a run is set by {own}")
     if "=" in key:
         raise InputError(f"{where}: key {shortened(key)} is not a name")
 
@@ -241,7 +241,7 @@ def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
             known = ", ".join(f"{{{word}}}" for word in words)
             raise InputError(
                 f"{where}: unknown placeholder {shortened(found[0])[1:-1]}; known: {known}; "
-                "double braces stand for themselves"
+                "write {{ and }} for braces"
             )
         return words[found[1]]
 
@@ -249,7 +249,7 @@ def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
 
 
 def _anchored(key: str, value: Any, folder: Path) -> Any:
-    """Paths below `folder` where `value` is one of the configuration's paths or a section that holds some."""
+    """`value` with its configuration paths, its own or those of a section, made relative to `folder`."""
     for section, name in PATH_KEYS:
         if key == f"{section}.{name}" and isinstance(value, str):
             return anchored(value, folder)

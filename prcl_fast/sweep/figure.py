@@ -1,4 +1,4 @@
-"""The picture of a sweep's table: lines over an axis of numbers, or its cells in the order of their means."""
+"""The figure of a sweep's table: lines over a numeric axis, or all cells sorted by their means."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from matplotlib.transforms import ScaledTranslation
 from prcl_fast.analysis.seed_statistics import Summary
 from prcl_fast.analysis.style import COLOURS, new_figure, styled
 
-# So many groups have a look of their own; with more, colours come again on other marks.
+# With more groups than colours, colours repeat with another marker.
 MARKERS = "os^DvPX"
-# Lines stand beside each other, so that their bars do: points between neighbours, and between the outermost.
-_BESIDE, _ALL_BESIDE = 5.0, 24.0
-_LARGE_RANGE = 6.0  # from here on, the largest to the smallest number: a logarithmic axis
+# Lines are shifted sideways so that error bars do not overlap: points (1/72 inch) between two, and in all.
+_SHIFT, _LARGEST_SHIFT = 5.0, 24.0
+_LARGE_RANGE = 6.0  # ratio of largest and smallest number from which the axis is logarithmic
 
 
 def draw_sweep(axes: Sequence[str], means: Mapping[tuple[str, ...], Summary]) -> Figure:
     """The figure of a sweep.
 
     Args:
-        axes: their names; the first one's entries are the rows.
+        axes: their names; the entries of the first are the rows.
         means: mIoU in % by the entries of all axes, at least one cell.
     """
     numeric = min(1, len(axes) - 1)
@@ -42,7 +42,7 @@ def _lines(axes: Sequence[str], numeric: int, means: Mapping[tuple[str, ...], Su
     with styled():
         figure = new_figure(6.2, 3.6 + 0.1 * max(0, len(lines) - 8))
         plot = figure.subplots()
-        step = min(_BESIDE, _ALL_BESIDE / len(lines))
+        step = min(_SHIFT, _LARGEST_SHIFT / len(lines))
         for index, (label, points) in enumerate(lines.items()):
             aside = (index - (len(lines) - 1) / 2) * step / 72
             numbers = sorted(points)
@@ -67,7 +67,7 @@ def _lines(axes: Sequence[str], numeric: int, means: Mapping[tuple[str, ...], Su
         plot.set_title(_miou_label(means))
         plot.margins(y=0.12)
         if len(lines) > 1:
-            # In the order in which the lines end.
+            # In the order of the lines at their right ends.
             ends = [points[max(points)].mean for points in lines.values()]
             handles = [
                 handle
@@ -80,7 +80,7 @@ def _lines(axes: Sequence[str], numeric: int, means: Mapping[tuple[str, ...], Su
 
 
 def _number_axis(plot: Axes, names: set[str]) -> None:
-    """Ticks at the entries, under the names that they have in the sweep."""
+    """Ticks at the entries, labelled as in the sweep file."""
     numbers = sorted(names, key=float)
     low, high = float(numbers[0]), float(numbers[-1])
     if low > 0 and high / low >= _LARGE_RANGE:
@@ -90,7 +90,7 @@ def _number_axis(plot: Axes, names: set[str]) -> None:
 
 
 def _sorted_dots(means: Mapping[tuple[str, ...], Summary]) -> Figure:
-    """All cells below each other, the best one on top, one colour a row of the table."""
+    """All cells sorted by mean, the best on top, in one colour for each row of the table."""
     cells = sorted(means, key=lambda cell: means[cell].mean)
     rows = list(dict.fromkeys(cell[0] for cell in means))
     with styled():

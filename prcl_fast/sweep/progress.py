@@ -1,4 +1,4 @@
-"""What `prcl sweep` shows on standard error while it trains: bars on a terminal, else one line an event."""
+"""Progress of a sweep on standard error: bars on a terminal, else one line for each event."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prcl_fast.runs.folder import newest_iteration
 from prcl_fast.runs.metrics import RunResult
 from prcl_fast.sweep.config import SweepRun
 
-# Seconds of iterations from which the time left is estimated: they come in lots of train.log_every.
-_MEMORY = 1200.0
+# Seconds over which the speed is averaged; iterations are known only every train.log_every.
+_SPEED_PERIOD = 1200.0
 
 
 class SweepProgress:
-    """The progress of `runs`, which are to be trained, after `done` others that are finished."""
+    """The progress of `runs`, of a sweep that has `done` further runs already finished."""
 
     def __init__(self, runs: Sequence[SweepRun], done: int, console: Console) -> None:
         self._console = console
@@ -29,7 +29,7 @@ class SweepProgress:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=console,
-            speed_estimate_period=_MEMORY,
+            speed_estimate_period=_SPEED_PERIOD,
             disable=not console.is_terminal,
         )
         self._iterations = {run.name: newest_iteration(run.config) for run in runs}
@@ -44,21 +44,21 @@ class SweepProgress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:  # or it would print an empty line
+        if self._console.is_terminal:  # otherwise it would print an empty line
             self._bars.stop()
 
     def started(self, run: SweepRun) -> None:
-        """The training of `run` begins, or goes on."""
+        """The training of `run` begins or continues."""
         begin = self._iterations[run.name]
         self._tasks[run.name] = self._bars.add_task(
             f"  {escape(run.name)}", total=run.config.train.iterations, completed=begin
         )
         if not self._console.is_terminal:
-            going_on = f", going on after iteration {begin}" if begin else ""
-            self._say(f"started {run.name}{going_on}")
+            continuing = f", continuing after iteration {begin}" if begin else ""
+            self._say(f"started {run.name}{continuing}")
 
     def working(self, runs: Sequence[SweepRun]) -> None:
-        """Reads how far `runs` have come."""
+        """Reads the iterations of `runs`."""
         if not self._console.is_terminal:
             return
         for run in runs:
@@ -67,7 +67,7 @@ class SweepProgress:
         self._bars.update(self._all, completed=sum(self._iterations.values()))
 
     def ended(self, run: SweepRun, failure: str | None, result: RunResult | None) -> None:
-        """The process of `run` ended; without `failure` or `result` it was stopped."""
+        """The process of `run` ended; without `failure` and `result` it was stopped."""
         if run.name in self._tasks:
             self._bars.remove_task(self._tasks.pop(run.name))
         if failure is not None:

@@ -1,9 +1,10 @@
-"""Running a sweep: each run is `prcl train` in a process of its own, on one of a few places at a time."""
+"""The runs of a sweep as processes: each is `prcl train`, on one GPU or one share of the cores."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 import yaml
@@ -22,13 +22,14 @@ from prcl_fast.config import dump_config
 from prcl_fast.config.files import PATH_KEYS
 from prcl_fast.device import choose_device
 from prcl_fast.errors import InputError
-from prcl_fast.files.writing import write_whole
+from prcl_fast.files.writing import make_folder, open_append, write_text
+from prcl_fast.machine.description import usable_cores
 from prcl_fast.sweep.config import Sweep, SweepRun
 
 LOG, CONFIGURATION = "train.log", "train.yaml"
-_LAST_WORDS = 1 << 14  # bytes from the end of train.log
-_PAUSE = 0.2  # seconds between two looks at the processes
-# What torchrun or srun said to this process would make a run wait for others.
+_TAIL = 1 << 14  # bytes read from the end of train.log
+_PAUSE = 0.2  # seconds between two polls of the processes
+# Variables of torchrun and srun, with which a run would wait for other ranks.
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_ID")
 
 
@@ -44,7 +45,7 @@ class Ended:
     """A run's process ended, or could not start.
 
     Attributes:
-        failure: why it failed; None where it did not, or was asked to stop.
+        failure: why it failed; None if it finished or was stopped.
     """
 
     run: SweepRun
@@ -53,20 +54,20 @@ class Ended:
 
 @dataclass(frozen=True)
 class Working:
-    """A short time has passed while these runs were in progress."""
+    """These runs are in progress; sent at every poll."""
 
     runs: tuple[SweepRun, ...]
 
 
 def check_output(sweep: Sweep) -> None:
-    """Raises InputError where a run of the sweep would lie inside the folder of another run."""
+    """Raises InputError if a run of the sweep would lie inside the folder of another run."""
     for above in sorted({above for run in sweep.runs for above in run.config.output.absolute().parents}):
         if (above / "metrics.jsonl").exists():
-            raise InputError(f"output: {sweep.output} would hold runs inside the run folder {above}")
+            raise InputError(f"output: {sweep.output} would put runs inside the run folder {above}")
 
 
 def check_files(runs: Sequence[SweepRun]) -> None:
-    """Raises InputError where a file of some run's data or weights is not there, before hours have passed."""
+    """Raises InputError if a file of a run's data or weights is missing, before the first run starts."""
     for run in runs:
         for section, key in PATH_KEYS:
             path = getattr(getattr(run.config, section), key)
@@ -75,9 +76,9 @@ def check_files(runs: Sequence[SweepRun]) -> None:
 
 
 def places(runs: Sequence[SweepRun], jobs: int | None, environ: Mapping[str, str]) -> list[dict[str, str]]:
-    """Where runs may be at the same time: for each place, what its processes find in their environment.
+    """The places of parallel runs, each the environment variables of its processes.
 
-    With CUDA there is one place a GPU, else `jobs` of them (1) that share the cores.
+    With CUDA there is one place for each GPU, else `jobs` places (1 by default) that share the cores.
 
     Raises:
         InputError: no such device, or more `jobs` than GPUs.
@@ -85,20 +86,20 @@ def places(runs: Sequence[SweepRun], jobs: int | None, environ: Mapping[str, str
     names = {run.config.train.device for run in runs}
     indexed = sorted(name for name in names if name.startswith("cuda:"))
     if indexed:
-        raise InputError(f"train.device: {indexed[0]}: a sweep gives each run a GPU of its own; say cuda")
+        raise InputError(f"train.device: {indexed[0]}: a sweep assigns one GPU to each run; use cuda")
     if any(choose_device(name).type == "cuda" for name in names):
         gpus = gpu_names(environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
         if jobs is not None and jobs > len(gpus):
-            raise InputError(f"--jobs: {jobs}, but this machine shows {len(gpus)} GPUs, one for each run")
+            raise InputError(f"--jobs: {jobs}, but {len(gpus)} GPUs are visible, one for each run")
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
     if jobs is None or jobs == 1:
         return [{}]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [{"OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, cores // jobs)))}] * jobs
+    threads = str(max(1, usable_cores() // jobs))
+    return [{"OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", threads)}] * jobs
 
 
 def gpu_names(visible: str | None, count: int) -> list[str]:
-    """How CUDA_VISIBLE_DEVICES, here `visible`, calls each of the `count` GPUs that this process sees."""
+    """The names of the `count` GPUs of this process in CUDA_VISIBLE_DEVICES, whose value is `visible`."""
     if visible is None:
         return [str(index) for index in range(count)]
     return [name.strip() for name in visible.split(",")][:count]
@@ -107,11 +108,11 @@ def gpu_names(visible: str | None, count: int) -> list[str]:
 def train_runs(
     runs: Sequence[SweepRun], where: Sequence[Mapping[str, str]]
 ) -> Generator[Started | Ended | Working, None, None]:
-    """Trains `runs`, one on each place of `where` at a time, and tells what happens.
+    """Trains `runs`, one on each place of `where` at a time, and yields their events.
 
-    Beside what a run writes, its folder gets its whole configuration, train.yaml, and its output, train.log.
-    SIGINT and SIGTERM are passed on to the processes: they save and end, no further one is started, and the
-    generator ends. It runs in the main thread, and must be closed, which stops what is in progress.
+    Into a run's folder go its whole configuration, train.yaml, and its output, train.log. SIGINT and SIGTERM
+    are passed on to the processes: they save and end, no further run starts, and the generator ends. It must
+    run in the main thread, and must be closed, which stops the runs in progress.
     """
     waiting, free = deque(runs), list(where)
     working: list[_Process] = []
@@ -122,7 +123,7 @@ def train_runs(
                     run = waiting.popleft()
                     try:
                         process = _Process(run, free[-1])
-                    except OSError as error:
+                    except (OSError, InputError) as error:
                         yield Ended(run, _cannot_start(run, error))
                         continue
                     free.pop()
@@ -147,26 +148,30 @@ def train_runs(
 
 
 class _Process:
-    """A run's process. Raises OSError, BlockingIOError where another process has the run."""
+    """A run's process.
+
+    Raises:
+        BlockingIOError: another process trains the run.
+        WriteError: its folder cannot be written.
+        OSError: the process cannot be started.
+    """
 
     def __init__(self, run: SweepRun, place: Mapping[str, str]) -> None:
         self.run, self.place = run, dict(place)
         folder = run.config.output
-        folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / LOG
-        with self._log.open("ab") as log:
+        make_folder(folder, "output")
+        with open_append(self._log) as log:
             _lock(log)
             self._start = log.seek(0, os.SEEK_END)
-            write_whole(
-                folder / CONFIGURATION, yaml.safe_dump(dump_config(run.config), sort_keys=False).encode()
-            )
+            write_text(folder / CONFIGURATION, yaml.safe_dump(dump_config(run.config), sort_keys=False))
             self._process = self._train(folder / CONFIGURATION, log)
         self._passed = 0
 
-    def _train(self, configuration: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _train(self, configuration: Path, log: io.FileIO) -> subprocess.Popen[bytes]:
         environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS}
-        # In a session of its own: a terminal sends Ctrl-C to its whole group, and a second one ends a run
-        # at once.
+        # A new session: a terminal sends Ctrl-C to its whole process group, and a second one would end the
+        # run immediately.
         return subprocess.Popen(
             [sys.executable, "-m", "prcl_fast.cli.main", "train", str(configuration)],
             env=environment | self.place,
@@ -177,7 +182,7 @@ class _Process:
         )
 
     def pass_on(self, signals: Sequence[int]) -> None:
-        """Sends those of `signals` that were not sent yet."""
+        """Sends those of `signals` that were not yet sent."""
         for number in signals[self._passed :]:
             self._process.send_signal(number)
         self._passed = len(signals)
@@ -186,30 +191,30 @@ class _Process:
         return self._process.poll() is not None
 
     def ask_to_stop(self) -> None:
-        """The process shall save and end."""
+        """Asks the process to save and end."""
         self._process.terminate()
 
     def wait(self) -> None:
-        """Returns when the process has ended."""
+        """Waits for the end of the process."""
         self._process.wait()
 
     def failure(self, *, stopped: bool) -> str | None:
-        """Why the ended process failed, by the last line of its log; None if it did not, or was `stopped`."""
+        """The last line of an ended process's log; None if it succeeded or was `stopped`."""
         status = self._process.returncode
         if status == 0 or stopped:
             return None
         with self._log.open("rb") as log:
             end = log.seek(0, os.SEEK_END)
-            log.seek(max(self._start, end - _LAST_WORDS))
+            log.seek(max(self._start, end - _TAIL))
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        last = lines[-1].strip().removeprefix("prcl: ") if lines else "nothing in its log"
+        last = lines[-1].strip().removeprefix("prcl: ") if lines else "its log is empty"
         return last if status > 0 else f"ended by {signal.Signals(-status).name}; {last}"
 
 
-def _lock(log: IO[bytes]) -> None:
-    """Takes the run. Its process inherits the lock with its output, and holds it even if this one is killed.
+def _lock(log: io.FileIO) -> None:
+    """Locks the run. Its process inherits the lock with its output and keeps it even if this one is killed.
 
-    Raises BlockingIOError where another process has it; where the file system knows no locks, all may pass.
+    Raises BlockingIOError if another process holds the lock. A file system without locks locks nothing.
     """
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,15 +224,17 @@ def _lock(log: IO[bytes]) -> None:
         return
 
 
-def _cannot_start(run: SweepRun, error: OSError) -> str:
+def _cannot_start(run: SweepRun, error: OSError | InputError) -> str:
     if isinstance(error, BlockingIOError):
         return "another process is training this run"
+    if isinstance(error, InputError):
+        return str(error)
     return f"{error.filename or run.config.output}: {error.strerror or error}"
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects the numbers of SIGINT and SIGTERM as they come."""
+    """Collects the numbers of received SIGINT and SIGTERM."""
     heard: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     former = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in numbers}

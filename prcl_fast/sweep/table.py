@@ -1,4 +1,4 @@
-"""The table of a sweep: rows are the entries of its first axis, columns those of the others."""
+"""The table of a sweep: rows are the entries of the first axis, columns those of the other axes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Literal
 
 from prcl_fast.analysis.seed_statistics import Summary, cell_texts, csv_table, markdown_table, summarize
 from prcl_fast.analysis.style import save_figure
-from prcl_fast.errors import InputError
 from prcl_fast.files.writing import write_text
-from prcl_fast.machine import provenance
+from prcl_fast.machine.description import provenance
 from prcl_fast.runs.folder import RunState, run_state
 from prcl_fast.runs.metrics import RunResult, read_result
 from prcl_fast.sweep.config import Sweep
@@ -27,7 +26,7 @@ _NOTHING = RunResult(None, None, None, 0, None)
 
 @dataclass(frozen=True)
 class SweepTable:
-    """A sweep with the state of its runs and the results of those that are done, by their names."""
+    """A sweep with the states of its runs and the results of the finished ones, by name."""
 
     sweep: Sweep
     states: dict[str, RunState]
@@ -40,11 +39,11 @@ class SweepTable:
 
     @property
     def columns(self) -> list[tuple[str, ...]]:
-        """The entries of the other axes; one empty column where there is a single axis."""
+        """The entries of the other axes; one empty column if there is a single axis."""
         return list(itertools.product(*list(self.sweep.axes.values())[1:]))
 
     def summary(self, row: str, column: tuple[str, ...], score: Score) -> Summary | None:
-        """One cell, over the seeds that are done."""
+        """One cell, over the finished seeds."""
         runs = [run.name for run in self.sweep.runs if run.entries == (row, *column)]
         return summarize(getattr(self.results[name], score) for name in runs if name in self.results)
 
@@ -54,7 +53,7 @@ class SweepTable:
         return [" / ".join(names), *(", ".join(column) or "mIoU" for column in self.columns)]
 
     def cells(self, score: Score, *, bold: str = "**") -> list[list[str]]:
-        """The rows as text, each beginning with its name; the best mean of each column is bold."""
+        """The rows as text, each with its name first; the best mean of each column is bold."""
         columns = [
             cell_texts([self.summary(row, column, score) for row in self.rows], bold=bold)
             for column in self.columns
@@ -62,7 +61,7 @@ class SweepTable:
         return [[row, *texts] for row, *texts in zip(self.rows, *columns, strict=True)]
 
     def caption(self) -> str:
-        """What the numbers are, and how many runs are still missing."""
+        """The meaning of the numbers, and the number of unfinished runs."""
         seeds = ", ".join(map(str, self.sweep.seeds))
         text = f"Validation mIoU in %, mean ± sample standard deviation over seeds {seeds}."
         if len(self.sweep.seeds) == 1:
@@ -72,10 +71,10 @@ class SweepTable:
 
 
 def read_table(sweep: Sweep) -> SweepTable:
-    """The table of what is there.
+    """The table of the runs so far.
 
     Raises:
-        InputError: a run's folder holds another configuration's run, or its metrics are corrupt.
+        InputError: a run's folder holds a run of another configuration, or its metrics are corrupt.
     """
     states = {run.name: run_state(run.config) for run in sweep.runs}
     results = {run.name: read_result(run.config.output) for run in sweep.runs if states[run.name].done}
@@ -86,15 +85,12 @@ def write_table(table: SweepTable) -> Path:
     """Writes table.md, .csv, .json and, once a run is done, .png into the sweep's folder; returns table.md.
 
     Raises:
-        InputError: the folder cannot be written.
+        WriteError: a file cannot be written.
     """
     folder = table.sweep.output
     texts = {"table.csv": _csv(table), "table.json": _json(table), "table.md": _markdown(table)}
-    try:
-        for name, text in texts.items():
-            write_text(folder / name, text)
-    except OSError as error:
-        raise InputError(f"output: {folder} cannot be written: {error.strerror or error}") from None
+    for name, text in texts.items():
+        write_text(folder / name, text)
     if table.results:
         axes = list(table.sweep.axes)
         means = {

@@ -1,4 +1,4 @@
-"""`prcl analyse`: what is written, which checkpoints and subsets it looks at, mistakes."""
+"""`prcl analyse`: written files, chosen checkpoints and subsets, mistakes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def each_checkpoint_is_read_once():
-    """Reading takes longer than looking; nothing here writes into what was read."""
+    """Loads a run once, because loading takes most of the time; no test modifies it."""
     known = {}
 
     def once(read):
@@ -207,7 +207,7 @@ def test_mistakes_get_one_line_and_nothing_is_written(run, tmp_path, no_pictures
     assert "analyse takes data.* only" in refused(run, "model.dim=4", out=out)
     assert "no such run or checkpoint" in refused(run, "later.pt", out=out)
     assert "has no ema, only teacher, student" in refused(run, network="ema", out=out)
-    assert "pixels: 0 is not a number" in refused(run, pixels=0, out=out)
+    assert "pixels: 0 is less than 1" in refused(run, pixels=0, out=out)
     assert "pixels: 1 of a class give" in refused(run, pixels=1, out=out)
     assert "seed: -1 is negative" in refused(run, seed=-1, out=out)
     assert not out.exists()
@@ -219,18 +219,16 @@ def test_mistakes_get_one_line_and_nothing_is_written(run, tmp_path, no_pictures
 def test_an_image_of_one_class_is_too_little(run, tmp_path, monkeypatch):
     label = "prcl_fast.data.sources.synthetic.SyntheticSource.label"
     monkeypatch.setattr(label, lambda self, name: np.full((64, 64), 255, np.uint8))
-    assert "labeled pixels of at least 2 classes are needed, here are: none" in refused(
-        run, out=tmp_path / "o"
-    )
+    assert "labeled pixels of at least 2 classes are needed; found: none" in refused(run, out=tmp_path / "o")
     monkeypatch.setattr(label, lambda self, name: np.zeros((64, 64), np.uint8))
-    assert "here are: background" in refused(run, out=tmp_path / "o")
+    assert "found: background" in refused(run, out=tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
 def test_a_checkpoint_of_another_run_or_other_classes_is_refused(run, tmp_path):
     write_run(tmp_path / "other", tiny_tree(tmp_path / "other", prototype="ema", tau=9.0))
     message = refused(run, str(tmp_path / "other/best.pt"), out=tmp_path / "o")
-    assert "best.pt: is not of the run of" in message
+    assert "best.pt: is of another run than" in message
     write_run(tmp_path / "four", tiny_tree(tmp_path / "four", name="supervised"), tuple("abcd"))
     assert "trained on other classes (a, b, c, d) than the data" in refused(tmp_path / "four")
 

@@ -1,4 +1,4 @@
-"""Separation of the classes, and sigma^2 as a sign of mistakes, against plain transcriptions."""
+"""Separation of classes, and sigma^2 as a detector of wrong pixels, against plain transcriptions."""
 
 from __future__ import annotations
 

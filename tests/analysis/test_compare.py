@@ -1,4 +1,4 @@
-"""`prcl compare`: which runs form a row, what the columns say, and what is warned of."""
+"""`prcl compare`: grouping of runs, columns and warnings."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_unfinished_runs_and_equal_seeds_are_warned_of(tmp_path):
     make(tmp_path / "b")
     unfinished, twice = compared(tmp_path).warnings
     assert unfinished == f"1 of 2 runs are not finished, the first is {tmp_path / 'a'}"
-    assert twice.startswith(f"runs of one seed stand in one row, the first is {tmp_path / 'a'}")
+    assert twice.startswith(f"a row contains runs of the same seed, the first is {tmp_path / 'a'}")
     assert compared(tmp_path).rows()[0][-2] == "4 of 6"
 
 
@@ -162,7 +162,7 @@ def test_the_command_prints_the_table_and_the_warnings(tmp_path, capsys):
     assert "0.25" in out
     assert out.splitlines()[-1] == str(tmp_path / "out" / "compare.png")
     assert error == (
-        "warning: the runs were not evaluated alike, their mIoU cannot be compared: eval.flip differ\n"
+        "warning: the runs were evaluated differently, so their mIoU cannot be compared: eval.flip differ\n"
     )
 
 

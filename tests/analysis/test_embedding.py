@@ -1,4 +1,4 @@
-"""The pixels that `prcl analyse` draws, what the network says of them, and the prototypes beside them."""
+"""Drawn pixels of `prcl analyse`, their network outputs, and the prototypes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prcl_fast.analysis.embedding import at_resolution, embed, label_maps
 from prcl_fast.analysis.prototypes import pixel_prototypes, stored_prototypes, stored_virtual_negatives
 from prcl_fast.config import parse_config
 from prcl_fast.data.pixel_draws import draw_pixels
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.engine.inference import inference
 from prcl_fast.runs.checkpoint import load_checkpoint, load_run
 from support.run_folders import write_run

@@ -1,4 +1,4 @@
-"""The pictures of `prcl analyse`: t-SNE, and the path of the prototypes."""
+"""Figures of `prcl analyse`: t-SNE, and the path of the prototypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a run: what is drawn for which method, and what is said of a corrupt record."""
+"""Figures of a run: curves and panels by method, and messages for corrupt records."""
 
 from __future__ import annotations
 

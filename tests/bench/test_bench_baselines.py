@@ -1,4 +1,4 @@
-"""The benchmarks' rivals compute what the package computes, from inputs like those of a training run."""
+"""Baselines of the benchmarks: they compute the package's losses, on inputs like those of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of virtual negatives with a memory bank measures each candidate."""
+"""`bench memory-bank`: time and state of each candidate, sizes of the banks."""
 
 from __future__ import annotations
 

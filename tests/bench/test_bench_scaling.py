@@ -1,9 +1,9 @@
-"""The benchmark of several processes: its formulas say what a step sends, its networks take their time."""
+"""`bench scaling`: formulas and measured collectives agree, and simulated networks take their time."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,9 +16,10 @@ import torch.distributed as dist
 from rich.console import Console
 
 from bench.ops.run import read_result
-from bench.scaling import __main__ as scaling
+from bench.scaling import command as scaling
 from bench.scaling import run as scaling_run
-from bench.scaling.run import USED, EqualProcesses, measure_contrast, simulated
+from bench.scaling.process_groups import USED, EqualProcesses, simulated
+from bench.scaling.run import measure_contrast
 from bench.scaling.traffic import (
     GATHERING,
     GRADIENTS,
@@ -34,23 +35,16 @@ from bench.scaling.traffic import (
 )
 from prcl_fast.config import Config, parse_config
 from prcl_fast.engine.trainer import Trainer
+from support.bench_command import run_bench
 from support.tiny import tiny_tree
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs `python -m bench.scaling ARGUMENTS`; exit status, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["scaling", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            scaling.main()
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
-
-    return call
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `python -m bench scaling ARGUMENTS`; exit status, standard output, standard error."""
+    return functools.partial(run_bench, capsys, "scaling")
 
 
 def tiny(folder: Path, processes: int) -> Config:
@@ -206,7 +200,7 @@ def test_the_result_holds_the_parts_asked_for_and_is_drawn(
     assert set(read_result(file, scaling.KIND)) == {"kind", "machine", "options", "paper"}
     status, _, error = run("--plot", str(file))
     assert status == 2
-    assert error == "bench.scaling: scaling: holds no table or no simulation; measure without naming parts\n"
+    assert error == "bench scaling: scaling: holds no table or no simulation; measure without naming parts\n"
 
     monkeypatch.setattr(scaling, "SIMULATED", (1, 2))
     monkeypatch.setattr(scaling_run, "ROUNDS", 1)
@@ -223,6 +217,6 @@ def test_the_result_holds_the_parts_asked_for_and_is_drawn(
 def test_a_number_of_processes_that_cannot_share_the_batch_is_one_line(run: Callable[..., Any]) -> None:
     status, _, error = run("--processes", "1,3")
     assert status == 2
-    assert error.startswith("bench.scaling: --processes")
+    assert error.startswith("bench scaling: --processes")
     assert error.count("\n") == 1
     assert not dist.is_initialized()

@@ -1,4 +1,4 @@
-"""The file for a machine with a GPU and no network: its contents, its size, and its wheels unpacked."""
+"""`bench gpu-bundle`: contents and size of the bundle, and unpacking of its wheels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import bundle, wheels
-from bench.gpu.bundle import BundleError, required_packages, shrink, write_bundle
+from bench.gpu.bundle import required_packages, shrink, write_bundle
 from bench.gpu.wheels import Wheel, unpack_missing
+from prcl_fast.errors import InputError
 
 HERE = f"manylinux_2_17_{platform.machine()}"
 ABSENT = "absentpackage"  # not installed anywhere
@@ -77,7 +78,7 @@ def test_a_bundle_holds_sources_libraries_wheels_and_commit(tmp_path: Path) -> N
 def test_a_bundle_without_a_library_is_refused(tmp_path: Path) -> None:
     root = checkout(tmp_path / "root")
     (root / bundle._LIBRARIES[1]).unlink()
-    with pytest.raises(BundleError, match=r"_native_cuda.so was not built: nvcc must be on PATH"):
+    with pytest.raises(InputError, match=r"_native_cuda.so was not built: nvcc must be on PATH"):
         write_bundle(root, tmp_path / "bundle.tar.gz", [])
 
 
@@ -86,13 +87,13 @@ def test_a_bundle_outside_a_checkout_is_refused(tmp_path: Path, monkeypatch: pyt
     for name in bundle._LIBRARIES:
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / name).touch()
-    with pytest.raises(BundleError, match="is no git checkout"):
+    with pytest.raises(InputError, match="is no git checkout"):
         write_bundle(tmp_path / "root", tmp_path / "bundle.tar.gz", [])
 
 
 def test_a_bundle_that_is_too_large_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     root = checkout(tmp_path / "root")
-    with pytest.raises(BundleError, match=r"bundle.tar.gz would have \d+ bytes, more than 500"):
+    with pytest.raises(InputError, match=r"bundle.tar.gz would have \d+ bytes, more than 500"):
         write_bundle(root, tmp_path / "out" / "bundle.tar.gz", [], largest=500)
     assert not list((tmp_path / "out").iterdir())
 
@@ -118,7 +119,7 @@ def test_packages_come_with_what_they_need_in_the_versions_of_this_environment()
 
 
 def test_a_package_whose_version_is_not_known_is_refused() -> None:
-    with pytest.raises(BundleError, match=f"{ABSENT} is not installed here"):
+    with pytest.raises(InputError, match=f"{ABSENT} is not installed here"):
         required_packages("3.12", (ABSENT,))
 
 
@@ -127,7 +128,7 @@ def test_a_failing_download_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         bundle.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said)
     )
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(InputError) as caught:
         bundle.download({"absent": "1"}, "3.12", tmp_path)
     assert str(caught.value) == (
         "pip cannot download wheels for Python 3.12: ERROR: No matching distribution found for absent==1"

@@ -1,4 +1,4 @@
-"""The rivals' network says what the package's does, by PyTorch's operations alone."""
+"""The network of the alternatives: outputs of the package's network, by PyTorch's ops alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prcl_fast.models.network import SegmentationNetwork
 
 
 class Operations(TorchDispatchMode):
-    """The namespaces of what is called."""
+    """The namespaces of the called ops."""
 
     def __init__(self) -> None:
         super().__init__()

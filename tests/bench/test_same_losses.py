@@ -1,4 +1,4 @@
-"""The comparison of runs that should have the same losses."""
+"""`bench same-losses`: differences, bounds and controls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from bench import compared_runs
 from bench.step import same_losses
 from prcl_fast.config import Config
 from support.tiny import tiny_tree
@@ -59,7 +60,7 @@ def test_on_a_gpu_a_second_plain_run_is_a_control(
     file, result = tmp_path / "tiny.yaml", tmp_path / "result.json"
     file.write_text(yaml.safe_dump(tiny_tree(tmp_path / "run")))
     monkeypatch.setattr(same_losses, "choose_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(same_losses.machine, "describe", lambda device: {"device_type": device})
+    monkeypatch.setattr(compared_runs.machine, "describe", lambda device: {"device_type": device})
     distances = iter((0.0, 0.3, 0.1, 0.25, disk))
 
     def losses(config: Config, steps: int, *, nudged: bool = False) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Loops and their instructions as read off SASS."""
+"""Loops and their instructions in SASS."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""The profile of the training step: its stages, its rows and its file."""
+"""`bench step-profile`: stages, rows and report of the result."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.step import profile as step_profile
-from bench.step.profile import KIND, main, profile_step, report
+from bench.step.profile import KIND, profile_step, report
+from support.bench_command import run_bench
 
 TINY = (
     "train.threads=1",
@@ -66,12 +66,9 @@ def test_the_report_shows_the_largest_rows(stages: list[dict[str, Any]]) -> None
     assert all(stages[-1]["kernels"][i]["name"][:20] in lines[3 + i] for i in range(3))
 
 
-def test_a_mistake_in_an_override_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["step_profile", str(tmp_path / "x.json"), "small", "train.nothing=1"])
-    assert main() == 2
-    said = capsys.readouterr().err
-    assert said.startswith("bench.step.profile: ")
+def test_a_mistake_in_an_override_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, said = run_bench(capsys, "step-profile", str(tmp_path / "x.json"), "small", "train.nothing=1")
+    assert code == 2
+    assert said.startswith("bench step-profile: ")
     assert "unknown key train.nothing" in said
     assert said.count("\n") == 1

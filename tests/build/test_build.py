@@ -17,7 +17,7 @@ import pytest
 from setuptools import Distribution
 
 import prcl_fast
-from prcl_fast.ops import _native
+from prcl_fast.ops import native
 from support.paths import ROOT
 
 PACKAGE = Path(prcl_fast.__file__).parent
@@ -77,7 +77,7 @@ def built(tmp_path: Path) -> list[str]:
 
 @pytest.mark.skipif(NO_NATIVE, reason="PRCL_NO_NATIVE is set")
 def test_the_cpu_library_is_built_and_loads() -> None:
-    assert _native.cpu_library_error() is None
+    assert native.cpu_library_error() is None
 
 
 @pytest.mark.skipif(not BUILD_FILE.is_file(), reason="the libraries were not built here")

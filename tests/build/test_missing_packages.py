@@ -1,4 +1,4 @@
-"""A machine that has only what the ops need: their tests run, and all else says what it lacks."""
+"""Missing packages: tests of the ops run without them, and benchmarks name the one they lack."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.paths import ROOT
 
 
 def without(package: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m ARGUMENTS` where importing the package fails as it does where it is not installed."""
+    """Runs `python -m ARGUMENTS` with the package not importable."""
     (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('not here', name='{package}')\n")
     environment = os.environ | {"PYTHONPATH": str(folder), "PRCL_TEST_PLACE": "cpu-torch"}
     command = [sys.executable, "-m", *arguments]
@@ -58,11 +58,11 @@ def test_only_a_missing_package_skips_a_test_file(missing: str, outcome: str) ->
 
 @pytest.mark.parametrize(
     ("command", "package"),
-    [("bench", "typer"), ("bench.step", "pydantic"), ("bench.step.same_losses", "pydantic")],
+    [("ops", "typer"), ("step", "pydantic"), ("same-losses", "pydantic")],
 )
 def test_a_benchmark_names_the_package_that_it_lacks_with_status_2(
     tmp_path: Path, command: str, package: str
 ) -> None:
-    result = without(package, tmp_path, command, "--help")
+    result = without(package, tmp_path, "bench", command, "--help")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"{command}: needs the package {package}, which is not installed\n"
+    assert result.stderr == f"bench {command}: needs the package {package}, which is not installed\n"

@@ -1,4 +1,4 @@
-"""Every mistake of a user: one line that names the file, key or argument, exit status 2, nothing written."""
+"""Mistakes in the input: one line that names the file, key or argument, exit status 2, nothing written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def data(tmp_path: Path, data_set: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Runs `prcl ARGUMENTS`, which must end with status 2; the one line that it says."""
+    """Runs `prcl ARGUMENTS`, which must end with status 2; returns its one line."""
     argv, sys.argv = sys.argv, ["prcl", *arguments]
     try:
         with pytest.raises(SystemExit) as caught:

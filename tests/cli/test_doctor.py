@@ -1,4 +1,4 @@
-"""`prcl doctor` names what runs where, and why something does not."""
+"""`prcl doctor`: the backends of each op, and reasons of unavailable ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from prcl_fast import __version__
 from prcl_fast.cli.doctor import doctor
-from prcl_fast.ops import _backend, _native
-from prcl_fast.ops._preference import _PREFERENCE, preference
+from prcl_fast.ops import native, registry
 from support.paths import ROOT
 
 
@@ -30,37 +29,38 @@ def test_versions_and_every_op_are_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     text = output(monkeypatch)
     assert __version__ in text
     assert torch.__version__ in text
-    for name in _backend.op_names():
+    for name in registry.op_names():
         assert name in text
 
 
 def test_the_automatic_choice_is_shown_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [line.split() for line in output(monkeypatch).splitlines() if "│ cpu " in line]
-    assert [row[1] for row in rows] == list(_backend.op_names())
+    assert [row[1] for row in rows] == list(registry.op_names())
     for row in rows:
         dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        assert row[5:12:2] == [_backend.automatic(row[1], "cpu", dtype) for dtype in dtypes]
+        assert row[5:12:2] == [registry.automatic(row[1], "cpu", dtype) for dtype in dtypes]
 
 
 def test_the_reason_of_a_preference_stands_beside_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     text = output(monkeypatch, columns=400)
     rows = [line for line in text.splitlines() if "│ cpu " in line]
-    for name, row in zip(_backend.op_names(), rows, strict=True):
+    for name, row in zip(registry.op_names(), rows, strict=True):
         number = row.rstrip(" │").split()[-1]
-        assert f"{number} native before torch, {preference(name, 'cpu').reason}" in text.splitlines()
+        assert f"{number} native before torch, {registry.reason_of_order(name, 'cpu')}" in text.splitlines()
 
 
-def test_every_op_has_a_preference_and_every_preference_an_op() -> None:
-    assert set(_PREFERENCE) == set(_backend.op_names())
-    for devices in _PREFERENCE.values():
-        assert set(devices) == {"cpu", "cuda"}
-        for choice in devices.values():
-            assert set(choice.order) < set(_backend.BACKENDS)
-            assert choice.reason.startswith(("measured: ", "estimated ", "by design: "))
+def test_every_op_has_a_reason_for_its_order_and_every_reason_an_op() -> None:
+    assert set(registry.ORDER) == set(registry.REASONS) == {"cpu", "cuda"}
+    for device, order in registry.ORDER.items():
+        assert set(order) <= set(registry.BACKENDS)
+        assert set(registry.REASONS[device]) <= set(registry.op_names())
+        for name in registry.op_names():
+            reason = registry.reason_of_order(name, device)
+            assert reason.startswith(("measured: ", "estimated ", "by design: "))
 
 
 def test_a_measured_preference_names_a_stored_result() -> None:
-    reasons = {choice.reason for devices in _PREFERENCE.values() for choice in devices.values()}
+    reasons = {reason for devices in registry.REASONS.values() for reason in devices.values()}
     files = {
         re.search(r"bench/results/[\w.]+", reason) for reason in reasons if reason.startswith("measured")
     }
@@ -69,12 +69,12 @@ def test_a_measured_preference_names_a_stored_result() -> None:
 
 
 def test_a_missing_library_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "_PACKAGE", tmp_path)
-    _native.cpu_library_error.cache_clear()
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    native.cpu_library_error.cache_clear()
     try:
         text = output(monkeypatch)
     finally:
-        _native.cpu_library_error.cache_clear()
+        native.cpu_library_error.cache_clear()
     assert "_native.so was not built: install prcl_fast again without PRCL_NO_NATIVE" in text
     row = next(line for line in text.splitlines() if " mutual_likelihood_score " in line).split()
     assert row[5] == "torch"  # op, device, float32 between bars

@@ -1,4 +1,4 @@
-"""`prcl eval`: the digits of the evaluation in training, overrides, and mistakes."""
+"""`prcl eval`: the same mIoU as during training, overrides, and mistakes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from prcl_fast.cli.eval import evaluate_command
 from prcl_fast.config import override_config
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.errors import InputError
 from prcl_fast.runs.checkpoint import load_run
@@ -88,7 +88,7 @@ def test_an_unknown_key_is_refused(run):
 def test_a_checkpoint_of_other_classes_than_the_data_is_refused(tmp_path):
     classes = tuple("abcd")
     write_run(tmp_path, tiny_tree(tmp_path, name="supervised"), classes)
-    with pytest.raises(InputError, match=r"best\.pt: trained on 4 classes, the data have"):
+    with pytest.raises(InputError, match=r"best\.pt: trained on 4 classes, the data set has"):
         evaluate_command(tmp_path, device="cpu")
     source_classes = build_source(load_run(tmp_path, CPU).config.data).classes
     write_run(tmp_path, tiny_tree(tmp_path, name="supervised"), ("sky", *source_classes[1:]))

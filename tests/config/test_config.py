@@ -74,7 +74,7 @@ def test_a_dumped_configuration_reads_back_equal(file: Path) -> None:
 
 
 def test_one_place_has_one_spelling_from_wherever_it_is_named(tmp_path: Path, file: Path) -> None:
-    """The same run from a file of its own and from one in another folder is one configuration."""
+    """Two files in different folders that describe the same run give the same configuration."""
     (tmp_path / "sweeps").mkdir()
     across = tmp_path / "sweeps" / "run.yaml"
     across.write_text("base: ../run.yaml\ndata: {root: ../images}\n")

@@ -1,4 +1,4 @@
-"""The files of configs/: each is read, each of the papers trains, and each method moves its weights."""
+"""The files of configs/: all can be read, those of the papers train, every method updates its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(SWEEPS))
 PAPERS = [path for path in RUNS if path.parent.name in ("voc", "cityscapes")]
 
 IMAGES = {"labeled": 2, "unlabeled": 2, "val": 1}
-# Small, and nothing that depends on a machine; the settings of the method stay.
+# Small and independent of the machine; the settings of the method stay.
 SMALL = (
     "data.crop=[64, 64]",
     "model.backbone=resnet18",
@@ -113,7 +113,7 @@ def test_rows_of_the_ijcv_paper_have_its_omega_and_its_schedule(name: str) -> No
 
 
 def test_the_deep_stem_is_where_the_papers_have_it() -> None:
-    # AAAI: "to compare with state-of-the-art methods"; IJCV, 4.2: so, too, and the original beside baselines.
+    # AAAI: "to compare with state-of-the-art methods"; IJCV, 4.2: likewise, and the plain stem for baselines.
     rows = {
         (path.stem, run.entries[0])
         for path in SWEEPS
@@ -163,7 +163,7 @@ def test_mean_teacher_mixes_nothing_and_is_a_row_apart_from_classmix(name: str) 
 
 
 def methods_on_data() -> list[Path]:
-    """The first file of each method and kind of data."""
+    """The first file of each method and kind of data set."""
     chosen: dict[tuple[str, str], Path] = {}
     for path in RUNS:
         config = load_config(path)
@@ -173,14 +173,14 @@ def methods_on_data() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def data_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Overrides of `data` that lead to generated images in the layout of each kind."""
+    """Overrides of `data` for generated images in the layout of each kind."""
     folder = tmp_path_factory.mktemp("data")
     write_synthetic(folder / "voc", SyntheticConfig(size=[64, 64], **IMAGES))
     write_cityscapes(folder / "cityscapes")
     return {
         "voc": on_disk(folder / "voc"),
         "cityscapes": on_disk(folder / "cityscapes"),
-        # The same files, as anybody's folder of images and masks.
+        # The same files as a user's folders of images and masks.
         "folder": [
             *on_disk(folder / "voc"),
             "data.images=JPEGImages",

@@ -1,4 +1,4 @@
-"""Augmentation: exact on labels, image and label always move together, nothing leaks in from outside."""
+"""Augmentation: labels stay exact, image and label move together, no padding enters the image."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from prcl_fast.data.draws import (
     BOX_AREA,
     STRONG_NUMBERS,
     WEAK_NUMBERS,
-    Purpose,
     StrongDraws,
     WeakDraws,
-    generator,
     strong_draws,
     weak_draws,
 )
 from prcl_fast.data.source import IGNORE
+from prcl_fast.data.streams import Purpose, generator
 
 FILL = [0.485, 0.456, 0.406]
 OFF = AugmentConfig(scale=[1.0, 1.0], flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)
@@ -97,7 +96,7 @@ def test_scaling_equals_bilinear_images_and_nearest_exact_labels(scaled):
     image, label, _ = augmented(pixels, geometry(scaled, (0, 0)), scaled)
     planes = pixels.permute(0, 3, 1, 2)
     bilinear = F.interpolate(planes[:, :3].float(), scaled, mode="bilinear", align_corners=False)
-    # In fractions, for pixel centres may fall on borders between pixels.
+    # In fractions, since pixel centres may fall on borders between pixels.
     rows, columns = (
         [math.floor(Fraction(2 * k + 1, 2) * native / size) for k in range(size)]
         for native, size in zip((20, 30), scaled, strict=True)
@@ -143,7 +142,7 @@ def test_image_and_label_move_together_under_random_transforms():
         image, moved, inside = weak_augment(pixels, torch.from_numpy(sizes), draws, (64, 72), FILL)
         assert torch.equal(moved == IGNORE, ~inside)
         red = image[:, 0] * 255 / 20
-        # Where the label is constant around a pixel, interpolation cannot have mixed two ids.
+        # Interpolation mixes no ids at pixels whose neighbourhood has a single label.
         planes = moved.float()[:, None]
         constant = F.pad(F.max_pool2d(planes, 5, 1) == -F.max_pool2d(-planes, 5, 1), (2, 2, 2, 2))[:, 0]
         constant &= inside
@@ -261,7 +260,7 @@ def test_blur_is_a_gaussian_of_the_drawn_sigma():
         gaussian = torch.exp(-(offset**2) / (2 * sigma**2))
         gaussian /= gaussian.sum()
         expected = gaussian[:, None] * gaussian
-        # Kernels are cut at three times the largest sigma, which leaves out at most 0.3% of the mass.
+        # Kernels are cut off at three times the largest sigma, which omits at most 0.3% of the mass.
         torch.testing.assert_close(blurred[index, 0].double(), expected, atol=1e-3, rtol=0)
         assert abs(blurred[index, 0].sum() - 1) < 1e-5
 

@@ -1,4 +1,4 @@
-"""Training batches: every one a function of its number, whatever decodes it and wherever a run starts."""
+"""Training batches: each is a function of its number, for any number of workers and any start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prcl_fast.config import Config, parse_config
 from prcl_fast.data.batches import Batch, rank_seed, training_batches
-from prcl_fast.data.source import IGNORE, Split, build_source
+from prcl_fast.data.source import IGNORE, Split
+from prcl_fast.data.sources import build_source
 from prcl_fast.data.workers import WorkerDiedError
 from prcl_fast.errors import InputError
 
@@ -42,15 +43,16 @@ def config(**changes) -> Config:
 def batches(count: int, settings: Config | None = None, *, source=None, start: int = 0, **changes):
     settings = settings or config()
     source = source or build_source(settings.data)
-    options = {"device": CPU, "unlabeled": True, **changes}
+    options = {"device": CPU, **changes}
     with contextlib.closing(training_batches(source, settings, start=start, **options)) as stream:
         return list(islice(stream, count))
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     found = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    if batch.strong is not None:
-        found |= vars(batch.strong)
+    if batch.unlabeled is not None:
+        found |= {"unlabeled_image": batch.unlabeled.image, "inside": batch.unlabeled.inside}
+        found |= vars(batch.unlabeled.strong)
     return found
 
 
@@ -64,7 +66,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 
 class NumberedSource:
-    """Image k of n is everywhere k; its label too. Sizes differ from image to image."""
+    """Image k has the value k everywhere, and so has its label. Sizes differ from image to image."""
 
     classes = tuple("abcdefghijklmnopqrstuvwxyz")
     palette = np.zeros((26, 3), dtype=np.uint8)
@@ -95,11 +97,12 @@ class NumberedSource:
 def test_shapes_types_and_ranges():
     (batch,) = batches(1)
     assert batch.labeled_image.shape == (4, 3, 48, 56)
-    assert batch.unlabeled_image.shape == (8, 3, 48, 56)
+    assert batch.unlabeled.image.shape == (8, 3, 48, 56)
     assert batch.label.shape == (4, 48, 56)
-    assert batch.inside.shape == (8, 48, 56)
-    assert (batch.label.dtype, batch.inside.dtype, batch.seed.dtype) == (torch.uint8, torch.bool, torch.int64)
-    for image in (batch.labeled_image, batch.unlabeled_image):
+    inside = batch.unlabeled.inside
+    assert inside.shape == (8, 48, 56)
+    assert (batch.label.dtype, inside.dtype, batch.seed.dtype) == (torch.uint8, torch.bool, torch.int64)
+    for image in (batch.labeled_image, batch.unlabeled.image):
         assert image.is_contiguous(memory_format=torch.channels_last)
         assert image.min() >= 0
         assert image.max() <= 1
@@ -135,10 +138,11 @@ def test_another_seed_gives_other_batches():
 
 
 def test_without_unlabeled_images_none_are_read():
-    made = batches(2, source=NumberedSource(unlabeled=0), unlabeled=False)
-    assert made[0].unlabeled_image is None
-    assert made[0].inside is None
-    assert made[0].strong is None
+    settings = config(method__name="supervised")
+    made = batches(2, settings, source=NumberedSource(unlabeled=0))
+    assert [batch.unlabeled for batch in made] == [None, None]
+    with pytest.raises(ValueError, match="a method without unlabeled images"):
+        made[0].needed_unlabeled()
 
 
 def test_images_keep_their_labels_and_unlabeled_masks_are_never_asked_for():
@@ -156,7 +160,7 @@ def test_an_epoch_shows_every_labeled_and_unlabeled_image_once():
     unlabeled = [
         round(float(image[0][inside][0]) * 255)
         for batch in made
-        for image, inside in zip(batch.unlabeled_image, batch.inside, strict=True)
+        for image, inside in zip(batch.unlabeled.image, batch.unlabeled.inside, strict=True)
     ]
     assert sorted(unlabeled) == list(range(24))
 
@@ -170,7 +174,7 @@ def test_processes_and_micro_steps_share_out_what_one_process_sees(world, accumu
         of_step = [parts[r][step * accumulate + k] for k in range(accumulate) for r in range(world)]
         for name in ("labeled_image", "label", "unlabeled_image", "inside", "color", "box", "class_score"):
             joined = torch.cat([tensors(part)[name] for part in of_step])
-            # Images of a part are padded to its own largest one, which must not show.
+            # Each part is padded to its own largest image; the padding must not show.
             assert torch.equal(joined, tensors(whole[step])[name]), name
 
 
@@ -207,7 +211,7 @@ def test_a_label_of_another_size_than_its_image_is_an_input_error():
 
 
 def look_for_deaths_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The loader waits 5 s for an item before it looks whether its workers live.
+    # The loader waits 5 s for an item before it checks whether its workers live.
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
@@ -238,7 +242,7 @@ def test_a_dying_worker_disturbs_nothing_but_the_stream(monkeypatch):
     look_for_deaths_often(monkeypatch)
     settings = config(data__workers=2)
     handler = signal.getsignal(signal.SIGCHLD)
-    stream = training_batches(NumberedSource(), settings, start=0, device=CPU, unlabeled=True)
+    stream = training_batches(NumberedSource(), settings, start=0, device=CPU)
     with contextlib.closing(stream):
         next(stream)
         assert signal.getsignal(signal.SIGCHLD) == handler
@@ -253,7 +257,7 @@ def test_a_dying_worker_disturbs_nothing_but_the_stream(monkeypatch):
 
 def test_closing_ends_the_workers():
     settings = config(data__workers=2)
-    stream = training_batches(build_source(settings.data), settings, start=0, device=CPU, unlabeled=True)
+    stream = training_batches(build_source(settings.data), settings, start=0, device=CPU)
     next(stream)
     assert len(multiprocessing.active_children()) == 2
     stream.close()
@@ -262,7 +266,7 @@ def test_closing_ends_the_workers():
 
 def test_sigterm_to_the_whole_job_leaves_the_workers_at_work():
     settings = config(data__workers=2)
-    stream = training_batches(build_source(settings.data), settings, start=0, device=CPU, unlabeled=True)
+    stream = training_batches(build_source(settings.data), settings, start=0, device=CPU)
     with contextlib.closing(stream):
         list(islice(stream, 2))
         workers = multiprocessing.active_children()
@@ -278,11 +282,11 @@ def test_an_exit_with_an_open_stream_ends_the_workers():
         import torch
         from prcl_fast.config import parse_config
         from prcl_fast.data.batches import training_batches
-        from prcl_fast.data.source import build_source
+        from prcl_fast.data.sources import build_source
         tree = {"output": "unused", "data": {"kind": "synthetic"}, "method": {"name": "supervised"}}
         config = parse_config(tree, "test")
         source = build_source(config.data)
-        stream = training_batches(source, config, start=0, device=torch.device("cpu"), unlabeled=False)
+        stream = training_batches(source, config, start=0, device=torch.device("cpu"))
         next(stream)
         raise SystemExit(7)
     """
@@ -300,7 +304,7 @@ def test_ctrl_c_ends_main_process_and_workers_without_worker_tracebacks(tmp_path
             import contextlib, signal, torch
             from prcl_fast.config import parse_config
             from prcl_fast.data.batches import training_batches
-            from prcl_fast.data.source import build_source
+            from prcl_fast.data.sources import build_source
 
             if __name__ == "__main__":
                 # A background job of a shell inherits SIGINT ignored.
@@ -312,7 +316,7 @@ def test_ctrl_c_ends_main_process_and_workers_without_worker_tracebacks(tmp_path
                     "method": {"name": "mean_teacher"},
                 }, "test")
                 source = build_source(config.data)
-                stream = training_batches(source, config, start=0, device=torch.device("cpu"), unlabeled=True)
+                stream = training_batches(source, config, start=0, device=torch.device("cpu"))
                 try:
                     with contextlib.closing(stream):
                         for number, batch in enumerate(stream):

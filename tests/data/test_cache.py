@@ -1,4 +1,4 @@
-"""The cache of decoded images: the same pixels with and without it, built once, never half, never stale."""
+"""The cache of decoded images: same pixels as without it, built once, never partial, never stale."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from collections import namedtuple
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ from prcl_fast.data.cache import decoded as cache_module
 from prcl_fast.data.cache import file as cache_file
 from prcl_fast.data.cache.decoded import ImageCache, open_cache
 from prcl_fast.data.decode import decode
-from prcl_fast.data.source import Source, build_source
+from prcl_fast.data.prefetch import tensors_of
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
 
 BOTH = ("labeled", "unlabeled")
@@ -68,7 +71,7 @@ def data(tmp_path: Path) -> DataConfig:
 
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the place of /dev/shm; what it will hold lies in the returned folder."""
+    """A folder in place of /dev/shm; returns the subfolder that will hold the cache."""
     (tmp_path / "shm").mkdir()
     monkeypatch.setattr(cache_module, "_SHARED_MEMORY", tmp_path / "shm")
     return tmp_path / "shm" / f"prcl_fast-{os.getuid()}"
@@ -82,7 +85,7 @@ def run_config(data: DataConfig, **changes) -> Config:
 
 
 def assert_pixels(data: DataConfig, cache: ImageCache) -> None:
-    """Every image is in the cache as it is decoded."""
+    """Checks that every image in the cache equals the decoded image."""
     source = build_source(data)
     for subset in BOTH:
         for index, name in enumerate(source.splits[subset].names):
@@ -91,7 +94,7 @@ def assert_pixels(data: DataConfig, cache: ImageCache) -> None:
 
 
 class Counting:
-    """A source that counts what is decoded."""
+    """A source that counts decoded images."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.decoded = source, 0
@@ -115,12 +118,12 @@ def test_batches_are_bitwise_the_same_with_and_without_a_cache(data, memory, kin
 
     def made(settings: Config) -> list[torch.Tensor]:
         source = build_source(settings.data)
-        cache = training_cache(source, settings, unlabeled=True, say=lines.append)
-        options = {"start": 0, "device": torch.device("cpu"), "unlabeled": True, "cache": cache}
+        cache = training_cache(source, settings, say=lines.append)
+        options = {"start": 0, "device": torch.device("cpu"), "cache": cache}
         stream = training_batches(source, settings, **options)
         with contextlib.closing(stream):
             batches = list(islice(stream, 4))
-        return [t for b in batches for t in (b.labeled_image, b.label, b.unlabeled_image, b.inside, b.seed)]
+        return [tensor for batch in batches for tensor in tensors_of(batch)]
 
     without = made(run_config(data, cache="none"))
     for _ in range(2):  # built, then found
@@ -219,10 +222,10 @@ def test_too_little_room_is_one_line_that_names_the_key(data, memory, monkeypatc
 
 
 def test_a_disk_that_runs_full_leaves_nothing_behind(data, monkeypatch):
-    def full(path: Path, images) -> int:
-        path.write_bytes(b"half")
+    def full(file: BinaryIO, images) -> int:
+        file.write(b"half")
         next(iter(images))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(cache_module, "write_images", full)
     with pytest.raises(InputError, match=r"data\.cache: .* ran full before all 8 images were decoded"):
@@ -256,7 +259,7 @@ def test_a_file_that_is_gone_is_an_input_error_in_a_process_that_opens_it(data):
 
 
 class Slow(Counting):
-    """A source whose decoding takes a while and is recorded in a file."""
+    """A source with slow decoding, which it records in a file."""
 
     def image(self, name: str) -> np.ndarray:
         with open(self.root / "decoded.txt", "a") as record:
@@ -310,8 +313,8 @@ SCRIPT = """
     import sys
     from pathlib import Path
     from prcl_fast.config import DataConfig
-    from prcl_fast.data import cache
-    from prcl_fast.data.source import build_source
+    from prcl_fast.data.cache import decoded as cache
+    from prcl_fast.data.sources import build_source
     cache._SHARED_MEMORY = Path(sys.argv[1])
     data = DataConfig.model_validate_json(sys.argv[2])
     subsets = ("labeled", "unlabeled")[: int(sys.argv[3])]
@@ -322,7 +325,7 @@ SCRIPT = """
 
 @contextlib.contextmanager
 def user(data: DataConfig, shared: Path, subsets: int = 2):
-    """A process with a cache in memory; gives the process, the file and the lines about its building."""
+    """A process that uses a cache in memory: the process, the file, and the lines about building it."""
     settings = data.model_copy(update={"cache": "ram"}).model_dump_json()
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(shared), settings, str(subsets)],

@@ -1,4 +1,4 @@
-"""Mixing: image, pseudo-label and confidence of a pixel always come from the same image, unchanged."""
+"""Mixing: image, pseudo-label and confidence of a pixel come unchanged from the same image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEEDS = range(6)
 
 
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random values; labels in blocks of 7 classes and 255, as pseudo-labels with padding are."""
+    """Random values, with blocks of labels from 7 classes and 255, like pseudo-labels with padding."""
     rng = np.random.default_rng(seed)
     blocks = torch.from_numpy(rng.choice([0, 1, 2, 5, 9, 17, 200, IGNORE], (B, 4, 6)).astype(np.uint8))
     label = blocks.repeat_interleave(6, 1).repeat_interleave(6, 2)
@@ -34,7 +34,7 @@ def draws(seed: int) -> StrongDraws:
 def test_a_pixel_is_its_own_or_its_partners_in_all_three_at_once(kind, seed):
     (image, label, confidence), drawn = batch(seed), draws(seed)
     mixed = mix(image, label, confidence, drawn, kind)
-    # Confidences are all different, so they say where a pixel came from.
+    # All confidences differ and thus identify the origin of a pixel.
     pasted = mixed[2] == confidence[drawn.partner]
     assert torch.equal(mixed[2], torch.where(pasted, confidence[drawn.partner], confidence))
     assert torch.equal(mixed[1], torch.where(pasted, label[drawn.partner], label))

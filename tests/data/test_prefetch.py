@@ -1,4 +1,4 @@
-"""Batches on their way to the device: one ahead on CUDA, in plain order elsewhere, errors when due."""
+"""Prefetching to the device: one ahead on CUDA, on demand on a CPU, errors when they are due."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 
 from prcl_fast.config import parse_config
 from prcl_fast.data.batches import Batch, training_batches
-from prcl_fast.data.prefetch import on_device, one_ahead, tensors_of
-from prcl_fast.data.source import build_source
+from prcl_fast.data.prefetch import one_ahead, prefetched, tensors_of
+from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class Log:
-    """Records what is started and finished."""
+    """Records starts and ends of items."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -109,7 +109,7 @@ def test_a_result_lives_no_longer_than_its_consumer_keeps_it():
 
 def test_on_the_cpu_an_item_is_placed_when_it_is_asked_for():
     log = Log()
-    for item in islice(on_device(count(), log.start, torch.device("cpu")), 2):
+    for item in islice(prefetched(count(), log.start, torch.device("cpu")), 2):
         log.events.append(f"consume {item}")
     assert log.events == ["start 0", "consume 0", "start 1", "consume 1"]
 
@@ -124,9 +124,7 @@ def made(device: str, number: int, **data) -> list[Batch]:
         },
         "test",
     )
-    stream = training_batches(
-        build_source(config.data), config, start=0, device=torch.device(device), unlabeled=True
-    )
+    stream = training_batches(build_source(config.data), config, start=0, device=torch.device(device))
     with contextlib.closing(stream):
         return list(islice(stream, number))
 
@@ -134,13 +132,14 @@ def made(device: str, number: int, **data) -> list[Batch]:
 def test_all_tensors_of_a_batch_are_found():
     (batch,) = made("cpu", 1)
     found = {id(tensor) for tensor in tensors_of(batch)}
-    expected = [v for part in (batch, batch.strong) for v in vars(part).values() if torch.is_tensor(v)]
+    sections = (batch, batch.unlabeled, batch.unlabeled.strong)
+    expected = [v for part in sections for v in vars(part).values() if torch.is_tensor(v)]
     assert len(expected) == 5 + 6
     assert found == {id(tensor) for tensor in expected}
 
 
 class FakeStream:
-    """Records in which order streams are entered and waited for."""
+    """Records the order of a stream's events."""
 
     def __init__(self, log: list[str], name: str) -> None:
         self.log, self.name = log, name
@@ -154,7 +153,7 @@ class FakeStream:
 
 
 class FakeTensor(torch.Tensor):
-    """Records the stream that it is said to be used on."""
+    """Records the stream that it is used on."""
 
     log: list[str]
 
@@ -186,7 +185,7 @@ def test_on_cuda_the_consumer_waits_for_the_event_and_owns_the_tensors(monkeypat
         tensor.log = log
         return Placed(tensor)
 
-    stream = on_device(count(), place, torch.device("cuda"))
+    stream = prefetched(count(), place, torch.device("cuda"))
     next(stream)
     placed = [["enter side", f"place {item}", "side records", "leave side"] for item in range(2)]
     assert log == [*placed[0], *placed[1], "consumer waits", "used on consumer"]
@@ -216,8 +215,8 @@ def test_memory_of_a_result_is_not_reused_before_the_consumer_is_done():
         return torch.full((1 << 22,), float(item), device=device)
 
     sums = []
-    for item in islice(on_device(count(), place, device), 20):
-        torch.cuda._sleep(5_000_000)  # the consumer is late, and lets go of the item at once
+    for item in islice(prefetched(count(), place, device), 20):
+        torch.cuda._sleep(5_000_000)  # the consumer is late, and drops the item at once
         sums.append(item.sum() / item.numel())
         del item
     assert torch.stack(sums).tolist() == list(range(20))

@@ -1,11 +1,11 @@
-"""Batch order: a pure function of (seed, step, subset), without repetition where there are enough images."""
+"""Order of the images: a function of (seed, step, subset), without repetition in a batch."""
 
 from __future__ import annotations
 
 import pytest
 
-from prcl_fast.data.draws import Purpose
-from prcl_fast.data.micro_steps import BatchSampler, share
+from prcl_fast.data.sampler import BatchSampler, rows_of
+from prcl_fast.data.streams import Purpose
 
 
 def sampler(count: int, batch: int, seed: int = 0, purpose: Purpose = Purpose.ORDER_LABELED) -> BatchSampler:
@@ -70,11 +70,11 @@ def test_seed_and_subset_change_the_order():
 
 
 @pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (2, 1), (1, 4), (3, 2)])
-def test_shares_of_processes_and_micro_steps_cover_a_batch_once(accumulate, world):
+def test_rows_of_ranks_and_micro_steps_cover_a_batch_once(accumulate, world):
     rows = list(range(24))
     for step in (0, 5):
         taken = [
-            rows[share(24, step * accumulate + part, accumulate=accumulate, rank=rank, world=world)]
+            rows[rows_of(24, step * accumulate + part, accumulate=accumulate, rank=rank, world=world)]
             for part in range(accumulate)
             for rank in range(world)
         ]

@@ -1,4 +1,4 @@
-"""The scan finds every kind of wrong label, counts the good ones, and remembers them."""
+"""The scan of labels: every kind of wrong label is found, good ones are counted and cached."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from prcl_fast.config import DataConfig
-from prcl_fast.data.source import Source, build_source
-from prcl_fast.data.tools.scan import inspect_labels, scan_labels
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source
+from prcl_fast.data.tools.scan import scan_labels
 from prcl_fast.errors import InputError
 
 NAMES = {"labeled": ("l0", "l1"), "unlabeled": ("u0",), "val": ("v0", "v1")}
@@ -20,7 +21,7 @@ NAMES = {"labeled": ("l0", "l1"), "unlabeled": ("u0",), "val": ("v0", "v1")}
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    """Three classes, images of 6 x 8; label k is filled with class k % 3, its first row is not labeled."""
+    """Three classes, images of 6 x 8; label k has class k % 3, except for its unlabeled first row."""
     for subset, names in NAMES.items():
         (tmp_path / f"{subset}.txt").write_text("\n".join(names))
         for k, name in enumerate(names):
@@ -44,7 +45,7 @@ def save_label(path: Path, value: int) -> None:
 
 
 class Counting:
-    """Counts how many labels are read."""
+    """Counts the labels that are read."""
 
     def __init__(self) -> None:
         self.read = 0
@@ -70,23 +71,23 @@ def test_pixels_are_counted_per_image_and_class(data: DataConfig, workers: int) 
 def test_an_id_out_of_range_names_file_id_and_number_of_classes(data: DataConfig) -> None:
     save_label(data.root / "labels/l1.png", 7)
     with pytest.raises(InputError, match=r"l1\.png: label id 7, but there are 3 classes"):
-        scan_labels(build_source(data))
+        scan_labels(build_source(data)).check()
 
 
 def test_a_size_that_differs_names_both_files_and_sizes(data: DataConfig) -> None:
     save_image(data.root / "images/v0.jpg", (9, 6))
     with pytest.raises(InputError, match=r"v0\.jpg is 9 x 6 pixels, its label .*v0\.png is 8 x 6"):
-        scan_labels(build_source(data))
+        scan_labels(build_source(data)).check()
 
 
 def test_all_problems_are_gathered_in_order_and_the_first_is_raised(data: DataConfig) -> None:
     save_label(data.root / "labels/l1.png", 7)
     (data.root / "labels/v1.png").write_bytes(b"no image")
-    scan = inspect_labels(build_source(data))
+    scan = scan_labels(build_source(data))
     assert [problem.split(":")[0].rpartition("/")[2] for problem in scan.problems] == ["l1.png", "v1.png"]
     assert scan.pixels["labeled"].tolist() == [[40, 0, 0, 8], [0, 0, 0, 0]]
     with pytest.raises(InputError, match=r"l1\.png.*and 1 more"):
-        scan_labels(build_source(data))
+        scan_labels(build_source(data)).check()
 
 
 def test_the_second_scan_reads_nothing_and_gives_the_same(data: DataConfig, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_bad_label_is_never_remembered_as_good(data: DataConfig, tmp_path: Pat
     save_label(data.root / "labels/l1.png", 7)
     for _ in range(2):
         with pytest.raises(InputError, match="label id 7"):
-            scan_labels(build_source(data), cache=cache)
+            scan_labels(build_source(data), cache=cache).check()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 0, "labels": {}}', '{"version": 1}'])
@@ -147,9 +148,9 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 
 def test_an_unlabeled_image_without_a_label_is_a_problem_only_where_it_is_asked_for(data: DataConfig) -> None:
     source = build_source(data)
-    scan_labels(source)
+    scan_labels(source).check()
     with pytest.raises(InputError, match=r"u0\.jpg: this unlabeled image has no label file"):
-        scan_labels(source, ("unlabeled",))
+        scan_labels(source, ("unlabeled",)).check()
 
 
 def test_a_generated_data_set_is_counted_too() -> None:

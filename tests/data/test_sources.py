@@ -1,4 +1,4 @@
-"""Data sets on disk: every layout is found, and every bad file is one line that names it."""
+"""Data sets on disk: all layouts, and one line with the file name for every bad file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from prcl_fast.config import DataConfig
-from prcl_fast.data.source import Source, build_source
-from prcl_fast.data.sources import cityscapes, voc
+from prcl_fast.data.source import Source
+from prcl_fast.data.sources import build_source, cityscapes, voc
 from prcl_fast.data.sources.images import read_image, read_mask, save_index_png
 from prcl_fast.errors import InputError
 
@@ -192,7 +192,7 @@ def test_a_list_of_cityscapes_test_images_is_told_so(tmp_path: Path) -> None:
 
 
 def folder_tree(root: Path) -> None:
-    """Images in subfolders, split lines that leave the subfolder out."""
+    """Images in subfolders, and split lines without the subfolder."""
     for place in ("train/a", "train/b", "val/c"):
         put_image(root / f"images/{place}.jpg")
     put_label(root / "labels/train/a.png", [0, 1, 2, 255, 0, 0])
@@ -406,7 +406,7 @@ def test_an_index_png_keeps_ids_and_colours(tmp_path: Path) -> None:
 
 
 def png(width: int, height: int, bits: int, colour_type: int, row: bytes) -> bytes:
-    """A PNG of equal rows, in depths that Pillow does not write."""
+    """A PNG of equal rows, in bit depths that Pillow does not write."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

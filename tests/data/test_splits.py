@@ -1,4 +1,4 @@
-"""Split files of every public form, and what must not get past them."""
+"""Split files: all public forms, and the lines that must be refused."""
 
 from __future__ import annotations
 

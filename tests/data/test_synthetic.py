@@ -1,4 +1,4 @@
-"""The generated data set: the same everywhere, learnable by shape, and on disk as VOC expects it."""
+"""The generated data set: reproducible, learnable by shape, and written in VOC's layout."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from prcl_fast.config import DataConfig, SyntheticConfig, load_config
-from prcl_fast.data.source import build_source
-from prcl_fast.data.sources import synthetic
+from prcl_fast.data.sources import build_source, synthetic
 from prcl_fast.data.sources.synthetic import CLASSES, SyntheticSource, write_synthetic
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, WriteError
 
 SMALL = {"size": [64, 80], "labeled": 5, "unlabeled": 6, "val": 5}
 
@@ -75,7 +74,7 @@ def test_any_five_consecutive_images_show_every_class():
 
 
 def test_colour_tells_something_about_the_class_but_not_all():
-    # The best guess from a pixel's quantised colour, fitted on one subset and judged on another.
+    # The best guess from a pixel's quantised colour, fitted on one subset and evaluated on another.
     made = source(labeled=60, val=30)
     counts = {}
     for subset in ("labeled", "val"):
@@ -144,7 +143,7 @@ def test_a_failed_writing_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(synthetic, "save_index_png", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(WriteError, match="no space"):
         write_synthetic(tmp_path / "shapes", SyntheticConfig(**SMALL))
     assert list(tmp_path.iterdir()) == []
 

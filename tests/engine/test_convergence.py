@@ -1,8 +1,8 @@
-"""Training with the fused kernels is training with the reference: step by step, and in where it ends.
+"""Convergence: training with the fused kernels against training with the reference.
 
 Both run the same batches from the same seeds. Rounding differs, so two free runs drift apart as chaotic
-systems do; therefore one test compares every step from common weights, closely, and the other compares two
-free runs by their smoothed losses and final mIoU, loosely.
+systems do. One test therefore compares every step from common weights, closely; the other compares the
+smoothed losses and the final mIoU of two free runs, loosely.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prcl_fast.config import Config, parse_config
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.methods import Step
-from prcl_fast.ops import _backend, use_backend
+from prcl_fast.methods import StepIndex
+from prcl_fast.ops import registry, use_backend
 from support.stub_networks import small_backbones
 from support.tiny import tiny_tree
 
@@ -31,8 +31,8 @@ LR = 0.02
 SMOOTH_LOSSES = ("loss_supervised", "loss_contrast")
 
 pytestmark = pytest.mark.skipif(
-    _backend.unavailable("probabilistic_info_nce", FUSED, "cpu") is not None,
-    reason=str(_backend.unavailable("probabilistic_info_nce", FUSED, "cpu")),
+    registry.unavailable("probabilistic_info_nce", FUSED, "cpu") is not None,
+    reason=str(registry.unavailable("probabilistic_info_nce", FUSED, "cpu")),
 )
 
 
@@ -56,7 +56,7 @@ def losses_and_gradient(
     method = trainer.method
     method.train()
     with use_backend(backend):
-        losses = method.losses(batch, Step(torch.tensor(step), STEPS))
+        losses = method.losses(batch, StepIndex(torch.tensor(step), STEPS))
         losses["loss"].backward()
     gradient = torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])
     return {name: value.detach() for name, value in losses.items()}, gradient
@@ -80,8 +80,8 @@ def test_every_step_has_the_same_losses_and_gradient(tmp_path: Path) -> None:
                 apart.append((step, got, expected, float(error)))
             reference.train_step.optimizer.step()
             reference.train_step.optimizer.zero_grad()
-            reference.method.after_step(Step(torch.tensor(step), STEPS))
-    # A confidence that rounds to the other side of a threshold changes what is drawn: rare, but right.
+            reference.method.after_step(StepIndex(torch.tensor(step), STEPS))
+    # Rarely, a confidence rounds to the other side of a threshold, which legitimately changes the draws.
     assert len(apart) <= 1, apart
 
 
@@ -103,7 +103,7 @@ def test_two_trainings_take_the_same_course(tmp_path: Path) -> None:
             summaries[backend] = trainer.run()
         curves[backend] = torch.stack(record).unfold(0, 20, 20).mean(-1)  # [STEPS / 20, losses]
     reference, fused = curves["torch"], curves[FUSED]
-    # As near as two runs that began with another rounding.
+    # As near as two runs with different roundings in the first step.
     torch.testing.assert_close(fused, reference, rtol=0.2, atol=0.05)
     assert abs(summaries[FUSED]["miou"] - summaries["torch"]["miou"]) < 6.0
     assert reference[-1].sum() < 0.8 * reference[0].sum()  # it did learn

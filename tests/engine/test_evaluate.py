@@ -1,4 +1,4 @@
-"""Evaluation: exact counts, the three modes, averaging, and independence of how images are batched."""
+"""Evaluation: exact counts, the three modes, averaging, independence of the batching."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_absent_class_is_left_out_and_a_class_only_predicted_counts_as_zero():
 
 
 class Positional(nn.Module):
-    """Two classes; the logits depend on the pixel's place in what the network is given, and on its value."""
+    """Two classes; the logits depend on the pixel's value and its place in the network's input."""
 
     def forward(self, x, representations=True):
         ramp = torch.linspace(0, 1, x.shape[3]).expand(x.shape[0], 1, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""Captured steps: when they may be, after how many eager ones, and on several processes."""
+"""Captured steps: refused configurations, eager warm-up, several processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import yaml
 from rich.console import Console
 
 from prcl_fast.config import parse_config
-from prcl_fast.engine import graph, trainer
-from prcl_fast.engine.graph import CapturedStep, on_stream, warm_up_steps
+from prcl_fast.engine import graph
+from prcl_fast.engine.graph import CapturedStep, check_capture, on_stream, warm_up_steps
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.processes.collectives import backend
@@ -29,11 +29,11 @@ CUDA = torch.device("cuda", 0)
 def check(
     monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], world: int, carrier: str = "nccl", **method: Any
 ) -> None:
-    monkeypatch.setattr(trainer, "world_size", lambda: world)
-    monkeypatch.setattr(trainer, "backend", lambda device: {"cpu": "gloo", "cuda": carrier}[device])
+    monkeypatch.setattr(graph, "world_size", lambda: world)
+    monkeypatch.setattr(graph, "backend", lambda device: {"cpu": "gloo", "cuda": carrier}[device])
     tree = tiny_tree(Path("run"), **method)
     tree["train"] |= train
-    trainer._check_graph(parse_config(tree, "tiny"), CUDA)
+    check_capture(parse_config(tree, "tiny"), CUDA)
 
 
 @pytest.mark.parametrize("sync_bn", [True, False])
@@ -47,7 +47,9 @@ def test_a_step_of_several_processes_may_be_captured_and_watched_with_nccl(
 
 
 def test_a_graph_of_gloos_collectives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"^train.graph: .* NCCL alone; these 2 processes use gloo, set it"):
+    with pytest.raises(
+        InputError, match=r"^train.graph: .* only the collectives of NCCL; these 2 processes use gloo, set it"
+    ):
         check(monkeypatch, {"graph": True}, 2, "gloo")
 
 

@@ -40,7 +40,7 @@ def _small_backbones() -> Iterator[None]:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """The folder of a supervised run that has ended."""
+    """The folder of a finished supervised run."""
     return write_trained(tmp_path / "supervised", tiny_tree(tmp_path, name="supervised"))
 
 
@@ -100,7 +100,7 @@ def test_prototypes_are_the_means_of_the_clusters_of_a_trained_networks_features
             assert nearest.unique().tolist() == [0, 1]
             means = torch.stack([rows[nearest == k].mean(0) for k in (0, 1)])
             torch.testing.assert_close(prototypes[c], means, rtol=1e-4, atol=1e-5)
-    # The student itself starts as without: Algorithm 2 returns prototypes alone.
+    # The student starts as without the key: Algorithm 2 returns only prototypes.
     alone = parse_config(pcr_tree(tmp_path / "other", trained, prototypes_from=None, warmup=1), "tiny")
     for own, other in zip(
         method.student.parameters(), Trainer(alone, QUIET).method.student.parameters(), strict=True
@@ -207,7 +207,7 @@ MISTAKES = {
     "missing": (lambda folder: None, "no such run or checkpoint"),
     "without checkpoint": (lambda folder: folder.mkdir(), "last.pt: no such"),
     "no checkpoint": (lambda folder: folder.write_text("no"), "damaged, or not a checkpoint"),
-    "unfinished": (unfinished, "has come to iteration 40 of 41"),
+    "unfinished": (unfinished, "is at iteration 40 of 41"),
     "other method": (
         lambda folder: write_trained(folder, tiny_tree(folder, name="mean_teacher")),
         "trained by method mean_teacher; prototypes come from one of method supervised",

@@ -1,4 +1,4 @@
-"""Prediction on files: what is written, at which size, and every mistake that is refused."""
+"""Prediction on files: written files, their sizes, refused inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimiser's step is PyTorch's, whatever the memory format of weights, gradients and momentum."""
+"""The optimiser's step equals PyTorch's for every memory format of weights, gradients and momentum."""
 
 from __future__ import annotations
 

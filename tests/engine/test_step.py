@@ -1,4 +1,4 @@
-"""A training step is a function of tensors on its device, which a graph can hold."""
+"""The optimiser step as a graph: replayed steps equal eager ones, on the CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trainer_in(folder: Path, train: dict[str, Any], method: dict[str, Any]) -> T
 @pytest.mark.parametrize(
     ("train", "method"),
     [
-        ({}, {"prototype": "global", "virtual_negatives": 4, "share": 4}),
+        ({}, {"prototype": "global", "virtual_negatives": 4, "anchors_per_set": 4}),
         ({"accumulate": 2, "batch_labeled": 2, "batch_unlabeled": 4}, {"prototype": "ema"}),
         ({"amp": "fp16"}, {"mix": "cutmix", "forward": "separate", "omega": "image"}),
         ({"amp": "bf16"}, {"name": "mean_teacher", "mix": "cutout"}),
@@ -55,17 +55,17 @@ def trainer_in(folder: Path, train: dict[str, Any], method: dict[str, Any]) -> T
 def test_replayed_steps_are_the_eager_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], method: dict[str, Any]
 ) -> None:
-    # What a step reads on a CPU alone.
+    # Both read from the device, but only on a CPU.
     monkeypatch.setattr(FiniteGuard, "take", lambda self: None)
     monkeypatch.setattr(contrast, "_values_are_at_hand", lambda x: False)
-    if train.get("amp") == "fp16":  # its scale alone: a CPU takes a minute for convolutions in it
+    if train.get("amp") == "fp16":  # only the gradient scale: convolutions in fp16 take a CPU a minute
         monkeypatch.setattr(step, "autocast", lambda *_: contextlib.nullcontext())
-    # The backbone is the same in all methods: one has it, the others a small one.
-    small = contextlib.nullcontext() if "share" in method else small_backbones()
+    # All methods have the same backbone: one is tested with it, the others with a small one.
+    small = contextlib.nullcontext() if "anchors_per_set" in method else small_backbones()
     with small:
         eager, replayed = (trainer_in(tmp_path / name, train, method) for name in ("eager", "replayed"))
     recording: Recording | None = None
-    phase = 0  # the first step of what is recorded
+    phase = 0  # the first recorded step
     with contextlib.closing(eager.batches()) as batches:
         for number in range(STEPS):
             micro_batches = [next(batches) for _ in range(eager.config.train.accumulate)]
@@ -152,7 +152,7 @@ def test_a_captured_run_has_the_losses_of_an_eager_one(
 
 
 def assert_near(found: Tensor, expected: Tensor, controls: dict[str, Tensor]) -> None:
-    """Losses [steps] are near in each step: as near as rounding in the first, and then as the controls."""
+    """Losses [steps] agree to rounding in the first step, and later as closely as the controls do."""
 
     def row(name: str, losses: Tensor) -> dict[str, Any]:
         return {"variant": name, "exact": False} | compared(expected[:, None], losses[:, None], window=1)

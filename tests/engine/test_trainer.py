@@ -1,4 +1,4 @@
-"""The loop: what a run leaves behind, exact resume, the guard, interruption."""
+"""The training loop: files of a run, bitwise resume, the guard, interruption."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prcl_fast.engine.guard import Failure, FiniteGuard, NonFiniteLossError
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.losses import explain_variance
-from prcl_fast.methods import Step
+from prcl_fast.methods import StepIndex
 from prcl_fast.runs.checkpoint import load_checkpoint, load_run
 from support.run_folders import final_state, same_state
 from support.stub_networks import small_backbones
@@ -37,7 +37,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(autouse=True)
 def _small_networks() -> Iterator[None]:
-    """The loop is tested here; `prcl train` in a process of its own has the whole backbone."""
+    """Small backbones for runs in this process; `prcl train` in a process of its own has a whole one."""
     with small_backbones():
         yield
 
@@ -124,13 +124,13 @@ def test_a_stopped_run_goes_on_exactly_where_it_was(tmp_path: Path, at: int) -> 
     step = first.step
 
     def stopped(batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
-        first.stop.asked = first.iteration + 1 == at  # as after a signal: the step ends, the state is saved
+        first.stop.asked = first.iteration + 1 == at  # as a signal does during this step
         return step(batches)
 
     first.step = stopped  # type: ignore[method-assign]
     with pytest.raises(InterruptedRunError, match=f"stopped at iteration {at} of 6"):
         first.run()
-    assert not records(halves.output, "eval")  # who asked may not wait for the one that is due at 3
+    assert not records(halves.output, "eval")  # an interrupt does not wait for the one that is due at 3
     run(halves)
     assert same_state(final_state(whole.output), final_state(halves.output))
     for kind in ("train", "eval"):
@@ -191,7 +191,7 @@ def _wait_for_steps(process: subprocess.Popen, output: Path, share: float) -> No
     before = marker.stat().st_mtime_ns if marker.exists() else 0
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):  # for a moment, while a new one takes its name
+        with contextlib.suppress(FileNotFoundError):  # while a new one takes its name
             if marker.stat().st_mtime_ns != before:
                 break
         time.sleep(0.01)
@@ -247,13 +247,13 @@ def spoil(trainer: Trainer, iterations: Collection[int], how: str) -> None:
     """Makes a loss, or only its gradient, not finite in some steps."""
     losses = trainer.method.losses
 
-    def spoilt(batch: Batch, step: Step) -> dict[str, torch.Tensor]:
+    def spoilt(batch: Batch, step: StepIndex) -> dict[str, torch.Tensor]:
         values = losses(batch, step)
         if int(step.iteration) in iterations:
             if how == "loss_contrast":
                 values["loss_contrast"] = values["loss_contrast"] * float("nan")
                 values["loss"] = values["loss"] + values["loss_contrast"]
-                # As a network that has overflown would leave them.
+                # As after an overflow in the network.
                 for name, buffer in trainer.method.student.backbone.named_buffers():
                     if name.endswith("running_mean"):
                         buffer.data.fill_(torch.nan)
@@ -321,7 +321,7 @@ def test_a_run_of_which_every_step_is_left_out_is_stopped(tmp_path: Path) -> Non
 
 
 def test_a_gradient_that_is_infinite_at_any_loss_scale_ends_the_run(tmp_path: Path) -> None:
-    """The scaler would leave such steps out for ever, until the scale itself is 0."""
+    """The scaler alone would skip such steps until the scale is 0."""
     tree = tiny_tree(tmp_path / "run", name="supervised")
     tree["train"] |= {"amp": "fp16", "iterations": 40, "eval_every": 40, "log_every": 1}
     trainer = Trainer(parse_config(tree, "tiny"), QUIET)

@@ -1,4 +1,4 @@
-"""sigma^2 as a detector of wrong pixels, and how far the probability head has moved."""
+"""sigma^2 as a detector of wrong pixels, and the movement of the probability head."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_auroc_is_the_share_of_pairs_in_order(low: float, high: float) -> None:
     truth = torch.randint(0, 3, (2, 20, 30), generator=random, dtype=torch.uint8)
     label = torch.randint(0, 3, (2, 20, 30), generator=random, dtype=torch.uint8)
     truth[torch.rand(truth.shape, generator=random) < 0.1] = 255
-    # Wrong pixels lean to larger values.
+    # Wrong pixels tend to larger values.
     share = torch.rand(truth.shape, generator=random) ** (1 + (truth == label).float())
     variance = low + (high - low) * share
     wrong, right = split_pixels(truth, label, variance)
@@ -167,7 +167,7 @@ def test_evaluation_finds_the_auroc_of_the_pixels_that_it_counts(settings: dict[
 
 def test_the_confidence_is_measured_beside_sigma2() -> None:
     class Sure(Uncertain):
-        """The same classes, surer where the green channel is low."""
+        """The same classes, with higher confidence where the green channel is low."""
 
         def forward(self, x: Tensor, representations: bool = True) -> types.SimpleNamespace:
             output = super().forward(x, representations)

@@ -1,4 +1,4 @@
-"""No input runs code, makes the program wait, or takes more memory than its own size explains."""
+"""Hostile inputs: none runs code, blocks the program, or takes more memory than its size explains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from support.paths import PACKAGE, TESTS
 
 CORPUS = TESTS / "fuzz" / "corpus" / "data"
 
-# What runs code that stands in a file; of pickle, only its exceptions are of use.
+# These run code from a file; of pickle, only its exceptions may be used.
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {"os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "runpy.run_path"}
@@ -75,7 +75,7 @@ def test_nothing_in_the_package_runs_code_from_a_file() -> None:
         "subprocess.run(text, shell=True)",
     ],
 )
-def test_what_runs_code_is_found(source: str) -> None:
+def test_a_call_that_runs_code_is_found(source: str) -> None:
     assert loaders_of_code(source)
 
 
@@ -90,7 +90,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def awake() -> Iterator[None]:
-    """Ends a test that waits for ever."""
+    """Ends a test that blocks."""
 
     def wake(*_: object) -> None:
         raise AssertionError("still waiting after 20 seconds")
@@ -206,7 +206,7 @@ PLACES = {
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_is_no_plain_file_is_named_and_not_opened(
+def test_a_special_file_is_named_and_not_opened(
     data: Path, awake: None, capsys: pytest.CaptureFixture[str], place: str, kind: str
 ) -> None:
     if (place, kind) == ("run.pt", "a folder"):
@@ -321,7 +321,7 @@ def test_an_archive_that_unpacks_to_more_is_refused_before_it_is_read(
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_pytorch_saves_is_accepted(tmp_path: Path, zipped: bool) -> None:
+def test_a_file_saved_by_pytorch_is_accepted(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"weight": torch.arange(9)}, path, _use_new_zipfile_serialization=zipped)
     check_torch_file(path)
@@ -347,7 +347,7 @@ def test_code_in_a_file_of_tensors_is_not_run(data: Path, zipped: bool) -> None:
     assert not (data / "intruded").exists()
 
 
-def test_no_command_asks_for_the_network(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_command_uses_the_network(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def refuse(*arguments: object, **named: object) -> None:

@@ -1,4 +1,4 @@
-"""Damage to bytes, and what a spoilt input is."""
+"""Damaged bytes, and the type of a spoilt input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """A command line, and the words of which a failure must name one."""
+    """A command line, and words of which the error message must contain one."""
 
     arguments: list[str]
     named: tuple[str, ...]
@@ -37,6 +37,6 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
             extreme = rng.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
             data[start:end] = struct.pack(rng.choice("<>") + "I", extreme)
         elif data:
-            # The head of a file is where its sizes stand.
+            # The head of a file holds its sizes.
             data[rng.randrange(min(len(data), 64))] = rng.randrange(256)
     return bytes(data)

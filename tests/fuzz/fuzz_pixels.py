@@ -49,7 +49,7 @@ def _spoil_pixels(rng: random.Random, path: Path) -> None:
 
 
 def _written_anew(rng: random.Random, picture: Image.Image) -> bytes | None:
-    """The picture in another mode, size and format; None where those do not go together."""
+    """The picture in another mode, size and format; None where the format does not support the mode."""
     size = rng.choice([picture.size] * 4 + [(1, 1), (64, 63), (63, 64), (1, 2000), (300, 200)])
     kind = rng.choice(_FORMATS)
     options: dict[str, Any] = {}
@@ -58,13 +58,13 @@ def _written_anew(rng: random.Random, picture: Image.Image) -> bytes | None:
     file = io.BytesIO()
     try:
         picture.convert(rng.choice(_MODES)).resize(size).save(file, format=kind, **options)
-    except Exception:  # Pillow refuses in as many ways as it has formats
+    except Exception:  # each of Pillow's formats raises errors of its own
         return None
     return file.getvalue()
 
 
 def _other_chunks(rng: random.Random, png: bytes) -> bytes:
-    """The PNG with a header that lies, or with oversized text, and right checksums."""
+    """The PNG with a wrong header or oversized text, and right checksums."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

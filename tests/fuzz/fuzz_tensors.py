@@ -21,7 +21,7 @@ from prcl_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
 class Intruder:
-    """Unpickled by a reader that runs code, it makes the folder `intruded`."""
+    """Makes the folder `intruded` when a reader that runs code unpickles it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("intruded",))
@@ -127,9 +127,9 @@ def _other_archive(rng: random.Random, content: bytes) -> bytes:
         entries[place] = (name, damaged(rng, data))
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", compression) as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about names that are there twice
+        warnings.simplefilter("ignore")  # about duplicate names
         for name, data in entries:
             archive.writestr(zipfile.ZipInfo(name), data, compression)
     made = target.getvalue()
-    # Sizes and offsets stand in the directory at the end.
+    # The directory at the end holds sizes and offsets.
     return made[:-200] + damaged(rng, made[-200:]) if way == 8 else made

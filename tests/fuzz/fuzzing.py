@@ -1,7 +1,7 @@
-"""Runs the command line on spoilt inputs: `python tests/fuzz/fuzzing.py --count 3000 --seed 7 --kind masks`.
+"""Fuzzing of the command line: `python tests/fuzz/fuzzing.py --count 3000 --seed 7 --kind masks`.
 
-Each input is a function of its kind, its number and the files in `fuzz_corpus`. Whatever it is, the command
-ends by itself and in order: done, or with one line that names the input.
+Each input is a function of its kind, its number and the files in `fuzz_corpus`. For every input, the command
+must end by itself: with success, or with one line that names the input.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ class ThinBlock(nn.Conv2d):
 
 
 class Accepted(BaseException):
-    """The command has accepted its input, and made one step with it."""
+    """The command accepted its input and made one step."""
 
 
 class Hung(BaseException):
-    """The command was still at work after SECONDS."""
+    """The command did not end within SECONDS."""
 
 
 @contextlib.contextmanager
 def harness() -> Iterator[Path]:
-    """The folder of base files; within, networks are thin, and `prcl train` makes one step."""
+    """The folder of base files; inside the block, networks are thin and `prcl train` makes one step."""
     thin = mock.patch.dict(resnet.BLOCKS, {18: (ThinBlock, (1, 1, 1, 1))})
     one_step = mock.patch.object(trainer_module, "Trainer", _one_step)
-    # A number of threads from a file would stay with the process, and with the inputs after it.
+    # A number of threads from a file would also apply to the inputs after it.
     threads = mock.patch.object(torch, "set_num_threads")
     built_once = mock.patch.object(main_module, "app", typer.main.get_command(main_module.app))
     with thin, one_step, threads, built_once, tempfile.TemporaryDirectory() as place, _bounded_memory():
@@ -114,7 +114,7 @@ def _one_step(config: Config, *arguments: Any, **named: Any) -> None:
     model, train, data = config.model, config.train, config.data
     small = max(*data.crop, model.width, model.dim, train.batch_labeled, train.batch_unlabeled) <= 256
     if not small or data.workers or max(data.synthetic.size) > 128:
-        raise Accepted  # it may ask for more memory and processes than a test should take
+        raise Accepted  # it can need more memory and processes than a test should take
     made = Trainer(config, *arguments, **named)
     with contextlib.closing(made.batches()) as batches:
         made.step(batches)
@@ -123,7 +123,7 @@ def _one_step(config: Config, *arguments: Any, **named: Any) -> None:
 
 @contextlib.contextmanager
 def _bounded_memory() -> Iterator[None]:
-    """MEMORY bytes above what the process has now: an input that asks for all of a machine's fails here."""
+    """Limits this process to MEMORY more bytes than it has: an input that needs all memory fails here."""
     former = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, former[1]))
@@ -134,7 +134,7 @@ def _bounded_memory() -> Iterator[None]:
 
 
 def check(kind: str, number: int, folder: Path) -> str | None:
-    """Spoils a copy of the base files, runs the command, and says what is wrong with how it ended."""
+    """Spoils a copy of the base files, runs the command, and describes a wrong end of it."""
     place = folder / "input"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(folder / ("tensors" if kind in ("checkpoints", "weights") else "files"), place)
@@ -162,7 +162,7 @@ def check(kind: str, number: int, folder: Path) -> str | None:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """Every input's bytes; the configuration of a run is written anew by whoever goes on with it."""
+    """The bytes of every input file, without the output and the config.yaml that a resumed run rewrites."""
     written = (folder / "out", folder / "run" / "config.yaml")
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -172,7 +172,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _run(arguments: list[str]) -> tuple[int, str]:
-    """Exit status and standard error of a command; -1 with what it raised where it did not end in order."""
+    """Exit status and standard error of a command; -1 and the traceback where it raised an exception."""
 
     def hung(*_: object) -> None:
         raise Hung
@@ -203,13 +203,13 @@ def _run(arguments: list[str]) -> tuple[int, str]:
 
 
 def known_seeds() -> list[tuple[str, int]]:
-    """The inputs that once found something, from `fuzz_corpus/seeds.txt`: kind, number, what it was."""
+    """The inputs that once failed, from `fuzz_corpus/seeds.txt`: kind, number, description."""
     lines = (CORPUS / "seeds.txt").read_text().splitlines()
     return [(line.split()[0], int(line.split()[1])) for line in lines if line]
 
 
 def run_many(inputs: list[tuple[str, int]]) -> dict[tuple[str, int], str]:
-    """What is wrong, by input."""
+    """The failures, by input."""
     with harness() as folder:
         found = {(kind, number): check(kind, number, folder) for kind, number in inputs}
     return {key: fault for key, fault in found.items() if fault is not None}

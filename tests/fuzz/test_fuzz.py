@@ -1,10 +1,10 @@
-"""Spoilt inputs end in order: 320 of them, after those that once found something."""
+"""Spoilt inputs end with one clear line: 320 random ones, and those that once failed."""
 
 from __future__ import annotations
 
 from fuzzing import KINDS, known_seeds, run_many
 
-# So many of each that one core is done in half a minute; training and evaluation cost the most.
+# Numbers for half a minute on one core; training and evaluation cost the most.
 COUNTS = {
     "configurations": 80,
     "splits": 70,

@@ -1,4 +1,4 @@
-"""ProbabilisticContrast: prototypes over steps, what takes part, and what it says about itself."""
+"""ProbabilisticContrast: prototypes over steps, participating classes, diagnostics."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prcl_fast.losses import ProbabilisticContrast, explain_inert
 from prcl_fast.losses import contrast as contrast_module
 from prcl_fast.losses.negative_classes import negative_class_probability
-from prcl_fast.losses.virtual_negatives import virtual_negatives
+from prcl_fast.losses.virtual_negatives import draw_virtual_negatives
 from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce, prototype_statistics
 
 C, D = 4, 8
 
 
 def scene(seed: int = 0, labels: tuple[int, ...] = (0, 1, 2, 255)) -> dict[str, Tensor]:
-    """Class 3 is absent; pixels of a class lie around one direction."""
+    """A batch without class 3; the pixels of a class lie around one direction."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.tensor(labels)[torch.randint(0, len(labels), (2, 8, 9), generator=generator)]
     centre = torch.randn(256, D, generator=torch.Generator().manual_seed(99))
@@ -69,7 +69,7 @@ def test_global_prototypes_are_the_merge_of_all_steps(monkeypatch: pytest.Monkey
     merged = local(batches[0]) + local(batches[1]) + local(batches[2])
     torch.testing.assert_close(seen[-1].mean, merged.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(seen[-1].variance, merged.variance, rtol=1e-5, atol=0)
-    # Who takes part is a matter of the batch, not of the state.
+    # The batch, not the stored prototypes, decides which classes take part.
     assert torch.equal(seen[1].count, local(batches[1]).count)
     assert seen[1].count[1] == 0
 
@@ -113,8 +113,8 @@ def test_local_prototypes_are_this_batchs_and_leave_no_state(monkeypatch: pytest
 def test_shared_negatives_leave_the_expectation_of_loss_and_gradient() -> None:
     direction = torch.randn(scene()["mu"].shape, generator=torch.Generator().manual_seed(3))
     results: dict[int, list[Tensor]] = {1: [], 8: []}
-    for share, values in results.items():
-        contrast = make(prototype="local", share=share, virtual_negatives=0, tau=0.5)
+    for anchors_per_set, values in results.items():
+        contrast = make(prototype="local", anchors_per_set=anchors_per_set, virtual_negatives=0, tau=0.5)
         for step in range(200):
             batch = scene() | {"seed": torch.tensor([11, step])}
             loss = contrast(**batch)
@@ -126,8 +126,8 @@ def test_shared_negatives_leave_the_expectation_of_loss_and_gradient() -> None:
     )
     assert ((mean[0] - mean[1]).abs() < 4 * (error[0].square() + error[1].square()).sqrt()).all()
     assert (mean[0].abs() > 4 * error[0]).all()  # else the comparison would say nothing
-    with pytest.raises(ValueError, match=r"share: must divide anchors \(16\)"):
-        make(share=5)
+    with pytest.raises(ValueError, match=r"anchors_per_set: must divide anchors \(16\)"):
+        make(anchors_per_set=5)
 
 
 @pytest.mark.parametrize("prototype", ["global", "ema"])
@@ -187,7 +187,7 @@ def test_negative_classes_follow_the_scores_of_the_prototypes() -> None:
 
 def test_virtual_negatives_spread_by_the_variance_around_the_mean() -> None:
     positive = local(scene())
-    virtual = virtual_negatives(positive, 2000, 2.0, torch.tensor([1, 1]), positive.variance)
+    virtual = draw_virtual_negatives(positive, 2000, 2.0, torch.tensor([1, 1]), positive.variance)
     assert virtual.shape == (C, 2000, D)
     present = positive.count > 0
     # 2000 draws: the standard error of the mean is 2.2 % of the spread, of the spread 1.6 %.
@@ -204,7 +204,7 @@ def test_virtual_negatives_raise_the_loss() -> None:
 
 
 def test_deterministic_contrast_is_info_nce_of_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rebuilt from the drawn indices with cosine similarities alone."""
+    """The loss is rebuilt from the drawn indices with cosine similarities alone."""
     drawn = []
 
     def spy(*args: Any, **options: Any) -> Tensor:
@@ -288,7 +288,7 @@ def test_compiles_whole_and_updates_the_state() -> None:
 
 
 class CountedCalls(TorchDispatchMode):
-    """How often each op of the package is called."""
+    """Number of calls of each op of the package."""
 
     def __init__(self) -> None:
         super().__init__()

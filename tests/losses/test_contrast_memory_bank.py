@@ -1,4 +1,4 @@
-"""The contrast's memory bank: mu and sigma^2 of pixels of every class as further negatives [IJCV, 5.3]."""
+"""Memory bank of the contrast: mu and sigma^2 of earlier pixels as further negatives [IJCV, 5.3]."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_contrast_takes_its_further_negatives_from_the_bank(
     bank_options = {"virtual_var": variance, "virtual_known": known}
     assert torch.equal(loss, probabilistic_info_nce(*drawn, mean, **options, **bank_options))
     assert loss > probabilistic_info_nce(*drawn, None, **options)
-    # They are what pixels of the class had in some step.
+    # They equal mu and sigma^2 of pixels of the class in some step.
     for c in range(C):
         seen = torch.cat([_pixels(scene(step), c) for step in range(4)])
         rows = torch.cat([mean[c], variance[c]], dim=1)

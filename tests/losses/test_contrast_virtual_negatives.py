@@ -1,4 +1,4 @@
-"""The contrast as in eq. (15): virtual negatives of every class with a global prototype, and its terms."""
+"""The contrast of eq. (15): virtual negatives of all classes with a global prototype, and its terms."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_with_one_class_present_and_others_known_the_loss_is_not_0(device: str, 
 
 def test_masses_are_the_softmax_of_eq_15(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = spy(monkeypatch)
-    contrast = make(**{**PAPER, "tau": 5.0}, virtual_negatives=3, share=2)
+    contrast = make(**{**PAPER, "tau": 5.0}, virtual_negatives=3, anchors_per_set=2)
     contrast(**scene(0))
     contrast(**scene(1))
     mu, var, anchors, negatives, positive, virtual, _ = drawn[-1]

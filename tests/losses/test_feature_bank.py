@@ -1,4 +1,4 @@
-"""The memory bank: a ring of each class's latest features."""
+"""The memory bank: a ring buffer of each class's latest features."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def seed(step: int) -> Tensor:
 
 
 def one_pixel_each(step: int, classes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features that say their step and class; one pixel of each class, and others that are not to be kept."""
+    """Features that encode step and class; one valid pixel of each class among invalid ones."""
     label = torch.full((1, 2, 4), 255)
     valid = torch.ones_like(label, dtype=torch.bool)
     for c in classes:
@@ -42,7 +42,7 @@ def test_a_ring_keeps_the_latest_features_of_each_class_in_order() -> None:
         classes = (0, 1) if step % 3 else (0,)  # class 1 now and then, class 2 never
         bank.add(*one_pixel_each(step, classes), seed(step))
         for c in classes:
-            # A step may add two rows, but no pixel twice because there are too few.
+            # A step may add two rows of a class, but with one pixel it adds one.
             rings[c][count[c] % size] = 10.0 * (step + 1) + c
             count[c] += 1
         assert bank.features[..., 0].tolist() == rings
@@ -69,7 +69,7 @@ def test_rows_are_drawn_from_all_of_a_classes_valid_pixels_and_no_others() -> No
 
 
 def distributions(step: int) -> dict[str, Tensor]:
-    """Class 2 has 3 valid pixels, class 0 some 30; class 1 is absent at first."""
+    """Class 2 has 3 valid pixels, class 0 about 30; class 1 is absent at first."""
     generator = torch.Generator().manual_seed(step)
     label = torch.randint(0, 2 if step else 1, (2, 5, 6), generator=generator)
     label[0, 0, :3] = 2
@@ -128,7 +128,7 @@ def test_means_and_variances_are_kept_and_drawn_as_a_plain_transcription_says() 
 
 
 def test_a_row_that_is_not_finite_is_left_out() -> None:
-    """One step that is not finite makes its own loss so, but must not spoil the next ones."""
+    """A step that is not finite must not affect later steps."""
     bank = FeatureBank(C, D, D, size=21, rows=6)
     batch = distributions(1)
     batch["mu"][:, 1] = torch.where(batch["label"] == 0, torch.nan, batch["mu"][:, 1])

@@ -30,7 +30,7 @@ def test_supervised_loss_is_the_mean_over_labeled_pixels() -> None:
 
 
 def exact_losses(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, H, W] float64: -log softmax at the label, 0 where ignored; and where it is not ignored."""
+    """-log softmax at the label, [B, H, W] float64, 0 where ignored; and the mask of kept pixels."""
     full = F.interpolate(logits.double(), label.shape[1:], mode="bilinear", align_corners=True)
     kept = label != 255
     loss = -full.log_softmax(1).gather(1, label.long().where(kept, 0)[:, None])[:, 0]
@@ -84,7 +84,7 @@ def test_omega_image_is_the_public_code_of_the_aaai_papers_authors() -> None:
     confidence[0] = 0.0
     loss, kept = exact_losses(logits, label)
     weight = (confidence >= 0.7).sum((1, 2)).double() / kept.sum((1, 2))
-    # Their mean is over positive losses: here, those that are not ignored.
+    # The public code takes the mean over positive losses: here, over all pixels that are not ignored.
     assert (loss[kept] > 0).all()
     expected = (weight[:, None, None] * loss)[loss > 0].mean()
     assert_loss_and_gradient("image", expected, (logits, label, confidence))
@@ -124,8 +124,8 @@ def test_lambda_c_falls_from_its_initial_value_to_exp_alpha_of_it() -> None:
     assert lambda_c(1.0, torch.tensor(50), 100, alpha=-4.0) == pytest.approx(0.36787944117144233)
 
 
-def test_poly_lr_falls_to_its_floor_and_stays_there() -> None:
+def test_poly_lr_falls_to_0_and_stays_there() -> None:
     assert poly_lr(0.1, torch.tensor(0), 10) == 0.1
     assert poly_lr(0.1, torch.tensor(5), 10, power=2.0) == pytest.approx(0.025)
     assert poly_lr(0.1, torch.tensor(10), 10) == 0.0
-    assert poly_lr(0.1, torch.tensor(12), 10, floor=1e-6) == 1e-6
+    assert poly_lr(0.1, torch.tensor(12), 10) == 0.0

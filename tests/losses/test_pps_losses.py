@@ -1,4 +1,4 @@
-"""The losses of PPS against plain transcriptions of eq. (7), (9) and (10)."""
+"""Losses of PPS against plain transcriptions of eq. (7), (9) and (10)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_contrast_is_between_pixels_that_share_a_prototype_eq_7(normalize: bool)
 
 
 def test_contrast_has_negatives_of_the_same_class_and_of_every_other_prototype_alike() -> None:
-    # Prototypes 0 and 1 are of one class; 2 has nine pixels in ten of the others'.
+    # Prototypes 0 and 1 belong to one class; 2 has nine in ten of the other pixels.
     prototype = torch.full((1, 20, 20), 2)
     prototype[:, 0, :10], prototype[:, 0, 10:] = 0, 1
     features = torch.nn.functional.one_hot(prototype, 3).movedim(-1, 1).double()
@@ -48,7 +48,7 @@ def test_contrast_has_negatives_of_the_same_class_and_of_every_other_prototype_a
     valid = torch.ones_like(prototype, dtype=torch.bool)
     settings: dict[str, Any] = {"tau": 0.5, "num_anchors": 50, "num_negatives": 1000}
     assert float(contrast(features, prototype, valid, **settings)) == pytest.approx(expected, rel=1e-5)
-    # ... and where prototype 1's pixels look like 0's, about half of 0's negatives do.
+    # ... and if prototype 1's pixels equal those of 0, about half of 0's negatives equal them.
     features[:, 0] += features[:, 1]
     features[:, 1] = 0
     alike = contrast(features, prototype, valid, **settings)

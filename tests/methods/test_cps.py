@@ -1,4 +1,4 @@
-"""CPS against a plain transcription: each network learns from what the other says."""
+"""CPS against a plain transcription: each network learns from the other's labels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from prcl_fast.config import parse_config
 from prcl_fast.data.batches import Batch
-from prcl_fast.methods import CPS, Step, build_method
+from prcl_fast.methods import CPS, StepIndex, build_method
 from support.stub_networks import IGNORE, PixelNetwork, cross_entropy, cut_mixed, small_batch, upsampled
 from support.tiny import tiny_tree
 
 C = 3
-STEP = Step(torch.tensor(0), 10)
+STEP = StepIndex(torch.tensor(0), 10)
 
 
 @pytest.fixture(params=["cutmix", "none"])
@@ -29,23 +29,20 @@ def cps(request: pytest.FixtureRequest) -> CPS:
 
 
 def said(logits: Tensor, known: Tensor) -> Tensor:
-    """The class of the largest logit at each pixel, none where it is not known."""
+    """The class of the largest logit at each pixel, IGNORE where `known` is False."""
     return upsampled(logits).argmax(1).masked_fill(~known, IGNORE)
 
 
 def plain_losses(cps: CPS, batch: Batch) -> tuple[Tensor, Tensor]:
     """L_s and L_cps as in the paper."""
     networks = (cps.student, cps.second)
-    assert batch.unlabeled_image is not None
-    assert batch.inside is not None
-    assert batch.strong is not None
     labeled = [network(cps.normalize(batch.labeled_image)).logits for network in networks]
-    weak = [network(cps.normalize(batch.unlabeled_image)).logits for network in networks]
+    weak = [network(cps.normalize(batch.unlabeled.image)).logits for network in networks]
     supervised = cross_entropy(labeled[0], batch.label) + cross_entropy(labeled[1], batch.label)
-    labels = [said(logits, batch.inside) for logits in weak]
-    if cps.mix == "cutmix":
-        labels = [cut_mixed(label, batch.strong) for label in labels]
-        image = cut_mixed(batch.unlabeled_image, batch.strong)
+    labels = [said(logits, batch.unlabeled.inside) for logits in weak]
+    if cps.settings.mix == "cutmix":
+        labels = [cut_mixed(label, batch.unlabeled.strong) for label in labels]
+        image = cut_mixed(batch.unlabeled.image, batch.unlabeled.strong)
         mixed = [network(cps.normalize(image)).logits for network in networks]
         return supervised, cross_entropy(mixed[0], labels[1]) + cross_entropy(mixed[1], labels[0])
     cross = cross_entropy(weak[0], labels[1]) + cross_entropy(weak[1], labels[0])
@@ -70,16 +67,15 @@ def test_each_network_learns_the_others_labels_and_labels_carry_no_gradient(cps:
 def test_labels_of_mixed_images_come_from_the_images_as_they_are_in_training_mode(cps: CPS) -> None:
     cps.train()
     cps.losses(small_batch(C), STEP)
-    # (training, with a graph): both networks on the unlabeled images, then on all; without mixing at once.
-    expected = [(True, False), (True, True)] if cps.mix == "cutmix" else [(True, True)]
+    # (training mode, with a graph) of each pass: unlabeled images, then all; without mixing, one pass.
+    expected = [(True, False), (True, True)] if cps.settings.mix == "cutmix" else [(True, True)]
     assert cps.student.calls == cps.second.calls == expected
 
 
 def test_a_batch_of_ignored_pixels_gives_a_zero_that_stays_in_the_graph(cps: CPS) -> None:
     batch = small_batch(C)
     batch.label.fill_(IGNORE)
-    assert batch.inside is not None
-    batch.inside.fill_(False)
+    batch.unlabeled.inside.fill_(False)
     losses = cps.losses(batch, STEP)
     losses["loss"].backward()
     assert losses["loss"] == losses["loss_cross"] == 0

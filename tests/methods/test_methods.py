@@ -1,4 +1,4 @@
-"""Every method learns, and goes on after a stop exactly where it was."""
+"""Every method: it learns, and resumes bitwise after a stop."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_method_learns_in_thirty_steps(tmp_path: Path, method: dict[str, A
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_pps_learns_in_a_hundred_steps(tmp_path: Path, accumulate: int) -> None:
-    # A transformer decoder that starts from nothing takes longer, and first needs labels.
+    # A transformer decoder with random weights takes longer, and needs labels first.
     train = {"iterations": 100, "batch_labeled": 4, "batch_unlabeled": 4, "accumulate": accumulate}
     tree = dump_config(small(tmp_path / "run", PPS | {"warmup": 70}, **train))
     tree["model"] |= {"dim": 64, "width": 32}
@@ -105,7 +105,7 @@ def check_learning(trainer: Trainer, warm_up: int) -> None:
 @pytest.mark.parametrize(
     ("method", "stops"),
     [
-        # Before K-means makes the prototypes, where it is about to, and after it.
+        # Stops before, at and after the iteration in which K-means makes the prototypes.
         ({"name": "pcr", "warmup": 2} | SURE, (1, 2, 3)),
         ({"name": "cps"}, (2,)),
         (PPS, (2,)),
@@ -126,9 +126,7 @@ def test_a_stopped_run_goes_on_exactly_where_it_was(
         step = first.step
 
         def stopped(batches: Iterator[Batch], first=first, step=step, at=at) -> dict[str, torch.Tensor]:
-            first.stop.asked = (
-                first.iteration + 1 == at
-            )  # as after a signal: the step ends, the state is saved
+            first.stop.asked = first.iteration + 1 == at  # as a signal does during this step
             return step(batches)
 
         first.step = stopped  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ from support.tiny import tiny_tree
 
 
 def apart(pcr: PCR) -> None:
-    """Moves the teacher away from the student, so that it shows whose labels they are."""
+    """Moves the teacher away from the student, so that their labels differ."""
     with torch.no_grad():
         for parameter in pcr.teacher.network.parameters():
             parameter.add_(0.3 * draw(*parameter.shape, seed=7))
@@ -37,7 +37,7 @@ def test_the_warm_up_learns_from_labels_alone_and_keeps_their_features() -> None
     torch.testing.assert_close(losses["loss"], cross_entropy(output.logits, batch.label))
     assert torch.equal(losses["loss"], losses["loss_supervised"])
     assert all(value == 0 for name, value in losses.items() if name not in ("loss", "loss_supervised"))
-    label = batch.label[:, ::2, ::2]  # those that the network's pixels are on
+    label = batch.label[:, ::2, ::2]  # at the network's pixels
     for c in range(C):
         allowed = {tuple(row) for row in output.features.movedim(1, -1)[label == c].tolist()}
         kept = int(pcr.samples.count[c])
@@ -59,12 +59,10 @@ def test_both_predictors_learn_from_labels_and_from_confident_pseudo_labels() ->
     losses = pcr.losses(batch, step(4))
 
     unlabeled = pcr.pseudo_labeled(batch)
-    assert batch.inside is not None
-    assert batch.strong is not None
     # Eq. (7): the teacher's linear predictor labels the weakly augmented images.
-    weak = pcr.teacher(pcr.normalize(batch.unlabeled_image)).logits
-    label = upsampled(weak.double()).argmax(1).masked_fill(~batch.inside, IGNORE)
-    assert torch.equal(unlabeled.label.long(), cut_mixed(label, batch.strong))
+    weak = pcr.teacher(pcr.normalize(batch.unlabeled.image)).logits
+    label = upsampled(weak.double()).argmax(1).masked_fill(~batch.unlabeled.inside, IGNORE)
+    assert torch.equal(unlabeled.label.long(), cut_mixed(label, batch.unlabeled.strong))
     certain = unlabeled.confidence >= tau
     assert 0.2 < certain.float().mean() < 0.8
     outputs = [pcr.student(image) for image in (pcr.normalize(batch.labeled_image), unlabeled.image)]
@@ -104,14 +102,17 @@ def test_prototypes_alone_label_the_unlabeled_images_and_learn_from_their_labels
     apart(pcr)
     before, unlabeled = pcr.predictor.prototypes.clone(), pcr.pseudo_labeled(batch)
     losses = pcr.losses(batch, step(4))
-    assert batch.unlabeled_image is not None
-    assert batch.inside is not None
-    assert batch.strong is not None
-    weak = pcr.teacher(pcr.normalize(batch.unlabeled_image)).features
+    weak = pcr.teacher(pcr.normalize(batch.unlabeled.image)).features
     probability = upsampled(plain_scores(weak.double(), before.double())).softmax(1)
     confidence, label = probability.max(1)
-    label, confidence = label.masked_fill(~batch.inside, IGNORE), confidence.masked_fill(~batch.inside, 0)
-    label, confidence = cut_mixed(label, batch.strong), cut_mixed(confidence, batch.strong)
+    label, confidence = (
+        label.masked_fill(~batch.unlabeled.inside, IGNORE),
+        confidence.masked_fill(~batch.unlabeled.inside, 0),
+    )
+    label, confidence = (
+        cut_mixed(label, batch.unlabeled.strong),
+        cut_mixed(confidence, batch.unlabeled.strong),
+    )
     certain = confidence >= 0.5
     assert 0.2 < certain.float().mean() < 0.8
     assert torch.equal(unlabeled.label.long(), label)
@@ -204,7 +205,7 @@ def test_a_captured_step_is_forgotten_where_the_warm_up_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Captured:
-        """In place of a CUDA graph: counts the steps since it was made or told to forget."""
+        """Stand-in for a captured step: counts the steps since it was made or since `forget`."""
 
         def __init__(self, wrapped: Any) -> None:
             self.step, self.calls = wrapped, 0

@@ -16,7 +16,7 @@ from prcl_fast.data.batches import Batch
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.losses import one_prototype_per_class
-from prcl_fast.methods import PPS, Step, build_method
+from prcl_fast.methods import PPS, StepIndex, build_method
 from prcl_fast.models.network import NetworkOutput, at_resolution
 from prcl_fast.planning.memory_estimate import MemoryEstimator, tensor_bytes
 from prcl_fast.runs.checkpoint import load_run
@@ -24,7 +24,7 @@ from support.plain_pps import CLOSE, C, K, N, plain_contrast
 from support.stub_networks import IGNORE, PixelNetwork, cross_entropy, cut_mixed, small_batch, upsampled
 from support.tiny import tiny_tree
 
-STEP = Step(torch.tensor(4), 10)
+STEP = StepIndex(torch.tensor(4), 10)
 
 
 def tree(output: Path, **method: Any) -> dict[str, Any]:
@@ -39,14 +39,14 @@ def with_stubs(**settings: Any) -> PPS:
     method.student, method.second = (PixelNetwork(C, prototypes=N) for _ in range(2))  # type: ignore[assignment]
     with torch.no_grad():
         for network in method.learners():
-            network.embed.weight.mul_(0.15)  # sums stay where the odds are exact
+            network.embed.weight.mul_(0.15)  # keeps the sums below 3, where the odds are exact
     return method.double()
 
 
 def scores_of(output: NetworkOutput) -> Tensor:
     """P_m [B, C * n, h, w]."""
-    assert output.prototypes is not None
-    return output.prototypes.scores
+    assert output.prototype_scores is not None
+    return output.prototype_scores
 
 
 def class_sums(scores: Tensor) -> Tensor:
@@ -56,9 +56,6 @@ def class_sums(scores: Tensor) -> Tensor:
 
 def plain_losses(pps: PPS, batch: Batch, assignment: str) -> dict[str, Tensor]:
     networks = (pps.student, pps.second)
-    assert batch.unlabeled_image is not None
-    assert batch.inside is not None
-    assert batch.strong is not None
 
     def said(scores: Tensor, known: Tensor) -> Tensor:
         return upsampled(scores).argmax(1).masked_fill(~known, IGNORE)
@@ -76,14 +73,14 @@ def plain_losses(pps: PPS, batch: Batch, assignment: str) -> dict[str, Tensor]:
         return total / kept
 
     labeled = [network(pps.normalize(batch.labeled_image)) for network in networks]
-    weak = [network(pps.normalize(batch.unlabeled_image)) for network in networks]
-    prototypes = [said(scores_of(output), batch.inside) for output in weak]
-    classes = [said(class_sums(scores_of(output)), batch.inside) for output in weak]
-    image, inside = batch.unlabeled_image, batch.inside
-    if pps.mix == "cutmix":
-        prototypes = [cut_mixed(label, batch.strong) for label in prototypes]
-        classes = [cut_mixed(label, batch.strong) for label in classes]
-        image, inside = cut_mixed(image, batch.strong), cut_mixed(inside, batch.strong)
+    weak = [network(pps.normalize(batch.unlabeled.image)) for network in networks]
+    prototypes = [said(scores_of(output), batch.unlabeled.inside) for output in weak]
+    classes = [said(class_sums(scores_of(output)), batch.unlabeled.inside) for output in weak]
+    image, inside = batch.unlabeled.image, batch.unlabeled.inside
+    if pps.settings.mix == "cutmix":
+        prototypes = [cut_mixed(label, batch.unlabeled.strong) for label in prototypes]
+        classes = [cut_mixed(label, batch.unlabeled.strong) for label in classes]
+        image, inside = cut_mixed(image, batch.unlabeled.strong), cut_mixed(inside, batch.unlabeled.strong)
     unlabeled = [network(pps.normalize(image)) for network in networks]
     numbers = [torch.arange(K)[None, :, None, None]]
     (chosen,) = one_prototype_per_class(numbers, C, torch.tensor([pps.run_seed, STEP.iteration]))
@@ -92,7 +89,7 @@ def plain_losses(pps: PPS, batch: Batch, assignment: str) -> dict[str, Tensor]:
     for own, other in ((0, 1), (1, 0)):
         terms["s"] += supervised(scores_of(labeled[own]))
         terms["cross"] += cross_entropy(scores_of(unlabeled[own]), prototypes[other])
-        if pps.mix == "none":
+        if pps.settings.mix == "none":
             label = said(scores_of(labeled[other]), batch.label != IGNORE)
             terms["cross"] += cross_entropy(scores_of(labeled[own]), label)
         terms["activation"] += cross_entropy(scores_of(labeled[own])[:, chosen], batch.label)
@@ -140,14 +137,12 @@ def test_the_weights_are_the_papers() -> None:
 def test_the_diagnostics_say_chance_and_how_many_prototypes_have_pixels() -> None:
     pps, batch = with_stubs(mix="none"), small_batch(C)
     assert "chance" not in pps.diagnostics()
-    assert batch.inside is not None
-    assert batch.unlabeled_image is not None
     batch.label.fill_(0)
-    batch.inside.fill_(True)
+    batch.unlabeled.inside.fill_(True)
     for network in pps.learners():  # prototypes 1 and 2 are never the most similar ones
         network.queries.data[0, 1] = network.queries.data[1, 0] = -1e3 * network.queries.data[0, 0]
     pps.losses(batch, STEP)
-    images = pps.normalize(torch.cat([batch.labeled_image, batch.unlabeled_image]))
+    images = pps.normalize(torch.cat([batch.labeled_image, batch.unlabeled.image]))
     used = torch.cat([scores_of(network(images)) for network in pps.learners()]).argmax(1).unique()
     assert 2 <= len(used) < K
     found = pps.diagnostics()
@@ -168,7 +163,7 @@ def test_what_networks_share_is_one_before_and_after_a_checkpoint(tmp_path: Path
     trainer.run()
 
     def common(first: Any, second: Any) -> bool:
-        """Whether the two have in common what `shared` says, and nothing else."""
+        """Whether the two share exactly the parameters that `shared` names."""
         own = [first.classifier.decoder.queries is second.classifier.decoder.queries]
         if shared == "decoder":
             own.append(first.classifier.decoder is second.classifier.decoder)

@@ -1,4 +1,4 @@
-"""Weights cast together are those that autocast casts one by one."""
+"""Weights cast together equal the weights that autocast casts one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch norms count their batches one by one, or all of a network's together: the same numbers."""
+"""Batch counters of batch norm: the same numbers one by one and all together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.tiny import tiny_tree
 
 
 class Additions(TorchDispatchMode):
-    """Counts what is added to int64 tensors in place, by the op."""
+    """Counts in-place additions to int64 tensors by op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_a_pass_counts_the_layers_that_it_uses_by_one_addition() -> None:
 
 
 class PyTorchsLayer(nn.BatchNorm2d):
-    """Counts as nn.BatchNorm2d does, where an op takes its forward's place, too."""
+    """Counts as nn.BatchNorm2d does, also if an op replaces its forward."""
 
     def count_pass(self) -> None:
         assert self.num_batches_tracked is not None

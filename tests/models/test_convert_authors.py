@@ -77,7 +77,7 @@ def checkpoint_of(network: SegmentationNetwork) -> dict:
 
 
 def light_checkpoint_of(backbone: str, num_classes: int) -> dict:
-    """Their network; every tensor repeats one number, so that its file is small."""
+    """The authors' network; every tensor repeats one number, so that its file is small."""
     with torch.device("meta"):
         network = SegmentationNetwork(
             backbone, num_classes=num_classes, representation_dim=256, probability=True

@@ -1,4 +1,4 @@
-"""A network's state in one allocation."""
+"""FlatState: the state of a network in one tensor."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_probability_head_ignores_the_length_of_its_weight_rows(golden, recorded
     with torch.no_grad():
         recorded_head.fc1 *= torch.linspace(0.5, 30, 16)[:, None]
         recorded_head.fc2 *= torch.linspace(20, 0.1, 16)[:, None]
-    # Scaling the rows rounds them anew: a few units in the last place of float32.
+    # Scaling the rows rounds them again: a few units in the last place of float32.
     torch.testing.assert_close(recorded_head(golden["head_x"]), golden["head_y_train"], rtol=0, atol=2e-6)
 
 

@@ -1,4 +1,4 @@
-"""Gradients have the memory format of what they are gradients of."""
+"""Memory format of gradients: that of the tensor to which they belong."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.autograd.graph import Node
 from prcl_fast.config import parse_config
 from prcl_fast.device import autocast
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.methods import Step
-from prcl_fast.models.resnet import Conv3x3
+from prcl_fast.methods import StepIndex
+from prcl_fast.models.conv3x3 import Conv3x3
 from support.tiny import tiny_tree
 
 SURE = {"delta_u": 0.2, "delta_w": 0.0, "delta_s": 1.0}
@@ -36,7 +36,7 @@ def nodes(loss: Tensor) -> Iterator[Node]:
                 waiting.append(following)
 
 
-# Operations on maps [B, C, h, w]; others work on rows of pixels, whose four dimensions mean something else.
+# Operations on maps [B, C, h, w]; all others work on rows of pixels, with other dimensions.
 OF_MAPS = (
     *(
         "Convolution",
@@ -55,7 +55,7 @@ OF_MAPS = (
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Dense rows of pixels, or some channels of such rows, as concatenated maps get them back."""
+    """Whether x has dense rows of pixels, or channels of such rows, as in gradients of concatenated maps."""
     _, channels, height, width = x.shape
     pixel = x.stride(3) if width > 1 else x.stride(2) if height > 1 else channels
     strides = zip(x.shape[1:], x.stride()[1:], (1, width * pixel, pixel), strict=True)
@@ -63,7 +63,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def strange_gradients(loss: Tensor) -> list[str]:
-    """The operations on maps that take or give a gradient which is not channels_last; there are some."""
+    """The operations on maps with a gradient that is not channels_last, as input or output."""
     found, seen = [], set()
 
     def look(name: str, side: str, gradients: tuple[Tensor | None, ...]) -> None:
@@ -123,7 +123,7 @@ def test_no_gradient_of_a_step_leaves_channels_last(
     with contextlib.closing(trainer.batches()) as batches:
         for number in range(warmup + 1):
             learner.begin_step(number)
-            step = Step(torch.tensor(number), trainer.config.train.iterations)
+            step = StepIndex(torch.tensor(number), trainer.config.train.iterations)
             with autocast(trainer.device, amp):
                 losses = learner(next(batches), step)
     assert all(float(term.detach()) != 0 for term in losses.values())  # every term has a gradient

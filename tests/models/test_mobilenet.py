@@ -1,4 +1,4 @@
-"""MobileNetV2: torchvision's names and shapes, dilation for stride, features of a plain network, weights."""
+"""MobileNetV2: torchvision's names and shapes, dilation, features of a plain network, weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.methods import build_method
 from prcl_fast.models.batch_norm import BatchNorm2d
+from prcl_fast.models.build import build_network
 from prcl_fast.models.mobilenet import MobileNetV2
-from prcl_fast.models.network import SegmentationNetwork, build_network
+from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.weights import load_backbone
 from prcl_fast.planning.memory_estimate import MemoryEstimator, tensor_bytes
 from support.tiny import tiny_tree
@@ -88,7 +89,7 @@ class Residual(nn.Module):
 
 
 def plain_mobilenet(state: dict[str, Tensor]) -> nn.Sequential:
-    """The published network of output stride 32 from PyTorch's layers, holding the values of `state`."""
+    """The published network of output stride 32, built from PyTorch's layers with the values of `state`."""
     values = [
         value
         for name, value in state.items()

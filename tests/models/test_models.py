@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from prcl_fast.config import ModelConfig
 from prcl_fast.errors import InputError
+from prcl_fast.models.build import build_network
+from prcl_fast.models.conv3x3 import Conv3x3
 from prcl_fast.models.deeplab import ASPP, ImagePooling
-from prcl_fast.models.network import BACKBONES, SegmentationNetwork, build_network
-from prcl_fast.models.resnet import Conv3x3, ResNet
+from prcl_fast.models.network import BACKBONES, SegmentationNetwork
+from prcl_fast.models.resnet import ResNet
 
 # torchvision's ResNets without fc: entries of the state dict, parameters, channels of layer1 and layer4.
 TORCHVISION = {

@@ -1,4 +1,4 @@
-"""The head of prototypes of PPS: transformer decoder, dot products, and sums of eq. (8)."""
+"""The query head of PPS: transformer decoder, dot products, and sums of eq. (8)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def head(**settings: Any) -> QueryHead:
 def test_scores_are_dot_products_and_a_class_has_the_sum_of_its_prototypes_eq_8() -> None:
     own = head()
     features, high = draw(2, 5, 6, 7), draw(2, 6, 2, 3, seed=1)
-    logits, (scores, projection) = own(features, high, project=True)
+    logits, scores, projection = own(features, high, project=True)
     embedding, prototypes = own.embedding(features), own.decoder(high)
     assert projection.shape == (2, 3, 6, 7)
     for b in range(2):
@@ -102,9 +102,9 @@ def test_scores_are_dot_products_and_a_class_has_the_sum_of_its_prototypes_eq_8(
 def test_prototypes_are_made_for_each_image_from_the_backbones_map() -> None:
     own = head()
     features, high = draw(2, 5, 6, 7), draw(2, 6, 2, 3, seed=1)
-    before = own(features, high, project=False)[1]
-    assert before.projection is None
+    _, before, projection = own(features, high, project=False)
+    assert projection is None
     high[1] += draw(6, 2, 3, seed=2)
-    after = own(features, high, project=False)[1]
-    assert torch.equal(before.scores[0], after.scores[0])
-    assert (before.scores[1] != after.scores[1]).all()
+    _, after, _ = own(features, high, project=False)
+    assert torch.equal(before[0], after[0])
+    assert (before[1] != after[1]).all()

@@ -1,4 +1,4 @@
-"""Batch norm over several processes: the numbers of one batch norm over all of their images."""
+"""Synchronised batch norm: equal to one batch norm over the images of all processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @dataclass(frozen=True)
 class Case:
-    """What a layer is given: images of each process, size of a map, and how it is made."""
+    """Input of a layer: images of each process, size of the maps, and their construction."""
 
     images: tuple[int, ...] = (4, 2)
     size: tuple[int, int] = (4, 3)
@@ -73,7 +73,7 @@ class Case:
 
 
 def run(norm: nn.BatchNorm2d, case: Case, rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Two passes of a layer over its rows of the batch, the last one backwards, too."""
+    """Two forward passes of a layer over its rows of the batch, and a backward pass of the second."""
     for seed in range(PASSES):
         x = (3 + 2 * case.draw(seed))[rows].to(dtype).requires_grad_()
         y = norm(x)
@@ -140,7 +140,7 @@ def _tolerance(name: str, case: Case) -> dict[str, float]:
         return {"rtol": 1e-6, "atol": 1e-6}
     if name in ("y", "x") and case.dtype != torch.float32:
         return {"rtol": torch.finfo(case.dtype).eps, "atol": 2e-5}
-    # Two values that lie close together: their distance is what counts, and it has few bits.
+    # The difference of two close values matters, and it has few bits.
     return {"rtol": 1e-5, "atol": 1e-4 if case.size == (1, 1) else 5e-6}
 
 
@@ -247,7 +247,7 @@ def _compiled_network(rank: int) -> tuple[set[int], float]:
     network = synchronize_batch_norm(SegmentationNetwork("resnet18", base_width=8, num_classes=3, width=16))
     compiled = torch.compile(network, backend="eager")
     images = torch.randn(4, 3, 32, 32)[2 * rank : 2 * rank + 2]
-    # A compilation for each of its twenty layers would come to the limit.
+    # One compilation for each of its twenty layers would exceed the limit.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         compiled(images)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -266,7 +266,7 @@ def test_a_compiled_network_on_two_processes_is_compiled_once_and_counts_each_pa
 
 @contextlib.contextmanager
 def alone_in_a_group() -> Iterator[None]:
-    """One process takes the way of several: what it gathers and sums is its own."""
+    """Makes one process take the path of several; it gathers and sums its own values."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sync_batch_norm, "world_size", lambda: 2)
         patch.setattr(sync_batch_norm, "gathered", lambda values: values[None])
@@ -315,7 +315,7 @@ class _AsOnCuda(DistributedDataParallel):
 
 
 def _host_read(rank: int, config: dict[str, Any]) -> str | None:
-    """What a step, after two to begin with, reads on the host."""
+    """Host reads of one step, after two warm-up steps."""
     with pytest.MonkeyPatch.context() as patch, small_backbones(), cuda_batch_norm():
         patch.setattr(step, "DistributedDataParallel", _AsOnCuda)
         trainer = Trainer(parse_config(config, "tiny"), Console(quiet=True))

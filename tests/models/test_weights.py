@@ -9,7 +9,8 @@ import torch
 
 from prcl_fast.config import ModelConfig
 from prcl_fast.errors import InputError
-from prcl_fast.models.network import SegmentationNetwork, build_network
+from prcl_fast.models.build import build_network
+from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.resnet import ResNet
 from prcl_fast.models.weights import load_backbone, load_network, load_weights, save_network
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prcl_fast.ops import _backend, _native, mutual_likelihood_score, use_backend
-from prcl_fast.ops._backend import BackendUnavailableError
+from prcl_fast.ops import mutual_likelihood_score, native, registry, use_backend
+from prcl_fast.ops.registry import BackendUnavailableError
 from support import backends
 
 OP = "mutual_likelihood_score"
@@ -19,29 +19,29 @@ OP = "mutual_likelihood_score"
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The op's backends all run the reference and note their names; all can run on the CPU."""
-    table = _backend._implementations[OP]
+    table = registry._implementations[OP]
     noted: list[str] = []
 
-    def noting(name: str) -> _backend.Implementation:
+    def noting(name: str) -> registry.Implementation:
         def function(*arguments: object) -> object:
             noted.append(name)
             return table["torch"].function(*arguments)
 
-        return _backend.Implementation(function)
+        return registry.Implementation(function)
 
-    monkeypatch.setitem(_backend._implementations, OP, {name: noting(name) for name in _backend.BACKENDS})
+    monkeypatch.setitem(registry._implementations, OP, {name: noting(name) for name in registry.BACKENDS})
     return noted
 
 
 @pytest.fixture
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package as it is where nothing could be compiled."""
-    monkeypatch.setattr(_native, "_PACKAGE", tmp_path)
-    for function in (_native.cpu_library_error, _native.cuda_library_error):
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    for function in (native.cpu_library_error, native.cuda_library_error):
         function.cache_clear()
     yield
     monkeypatch.undo()
-    for function in (_native.cpu_library_error, _native.cuda_library_error):
+    for function in (native.cpu_library_error, native.cuda_library_error):
         function.cache_clear()
 
 
@@ -59,9 +59,9 @@ def test_auto_prefers_native_and_a_choice_is_obeyed(calls: list[str]) -> None:
 
 
 def test_auto_takes_the_next_backend_that_can_run(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    table = _backend._implementations[OP]
+    table = registry._implementations[OP]
     broken = dataclasses.replace(table["native"], unavailable=lambda device_type, dtype: "it is broken")
-    monkeypatch.setitem(_backend._implementations, OP, table | {"native": broken})
+    monkeypatch.setitem(registry._implementations, OP, table | {"native": broken})
     score()
     assert calls == ["torch"]
 
@@ -98,7 +98,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 def test_a_backend_that_cannot_run_says_why_and_nothing_else_is_run_instead() -> None:
     with use_backend("native"), pytest.raises(BackendUnavailableError, match="no native code for meta"):
-        _backend.select(OP, "meta")
+        registry.select(OP, "meta")
 
 
 def test_everything_runs_where_nothing_was_compiled(nothing_built: None) -> None:
@@ -109,7 +109,7 @@ def test_everything_runs_where_nothing_was_compiled(nothing_built: None) -> None
 
 def test_a_library_that_does_not_load_gives_the_loaders_reason(nothing_built: None, tmp_path: Path) -> None:
     (tmp_path / "_native.so").write_bytes(b"not a library")
-    reason = _native.cpu_library_error()
+    reason = native.cpu_library_error()
     assert reason is not None
     assert "_native.so did not load" in reason
     assert "invalid ELF header" in reason or "file too short" in reason
@@ -119,10 +119,10 @@ def test_a_cuda_library_that_does_not_load_is_told_from_one_that_is_not_there(
     nothing_built: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert str(_native.cuda_library_error()).startswith("_native_cuda.so was not built: ")
-    _native.cuda_library_error.cache_clear()
+    assert str(native.cuda_library_error()).startswith("_native_cuda.so was not built: ")
+    native.cuda_library_error.cache_clear()
     (tmp_path / "_native_cuda.so").write_bytes(b"not a library")
-    assert str(_native.cuda_library_error()).startswith("_native_cuda.so did not load: ")
+    assert str(native.cuda_library_error()).startswith("_native_cuda.so did not load: ")
 
 
 def test_an_older_pytorch_is_named(
@@ -130,13 +130,13 @@ def test_an_older_pytorch_is_named(
 ) -> None:
     (tmp_path / "_native.so").touch()
     monkeypatch.setattr(torch, "__version__", "2.10.1")
-    assert _native.cpu_library_error() == "_native.so needs PyTorch 2.11 or newer; this is 2.10.1"
+    assert native.cpu_library_error() == "_native.so needs PyTorch 2.11 or newer; this is 2.10.1"
 
 
 def test_every_op_has_every_backend() -> None:
     """A loss made of several ops must run as a whole on the backend that was chosen."""
-    for name in _backend.op_names():
-        assert tuple(_backend._implementations[name]) == _backend.BACKENDS
+    for name in registry.op_names():
+        assert tuple(registry._implementations[name]) == registry.BACKENDS
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prcl_fast.reference.philox import Purpose, bounded, philox_4x32, philox_words
+from prcl_fast.reference.philox import NEGATIVES, bounded, philox_4x32, philox_words
 
 ONES = 0xFFFFFFFF
 
@@ -30,7 +30,7 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tu
 
 def test_words_place_element_purpose_step_and_seed_in_counter_and_key() -> None:
     seed, step, element = -(0x1234 << 32) - 77, (5 << 32) + 9, 123_456
-    got = philox_words(torch.tensor([seed, step]), torch.tensor(element), Purpose.NEGATIVES)
+    got = philox_words(torch.tensor([seed, step]), torch.tensor(element), NEGATIVES)
     expected = philox_4x32(
         tuple(map(torch.tensor, (element, 2, 9, 5))),
         tuple(map(torch.tensor, (seed & ONES, (seed >> 32) & ONES))),

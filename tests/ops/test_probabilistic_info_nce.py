@@ -9,7 +9,7 @@ import torch
 
 from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce
 from support.backends import run_everywhere
-from support.info_nce_scene import B, C, H, W, by_hand, in_float64, scene
+from support.info_nce_scene import B, C, H, W, by_hand, by_reference, in_float64, scene
 
 place = run_everywhere("probabilistic_info_nce")
 
@@ -31,11 +31,11 @@ def test_loss_and_gradients_equal_the_equation(
     options: dict[str, Any] = {"tau": tau, "reduction": reduction, "normalize": normalize}
     expected = by_hand(case, **options)
     expected_grads = torch.autograd.grad(expected, (case["mu"], case["var"]))
-    loss = probabilistic_info_nce(**case, **options)
-    grads = torch.autograd.grad(3 * loss, (case["mu"], case["var"]))
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for got, want in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(got, 3 * want, rtol=1e-10, atol=1e-13)
+    for loss in (probabilistic_info_nce(**case, **options), by_reference(**case, **options)):
+        grads = torch.autograd.grad(3 * loss, (case["mu"], case["var"]))
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        for got, want in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(got, 3 * want, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize(

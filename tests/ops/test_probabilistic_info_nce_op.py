@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prcl_fast.chunked import probabilistic_info_nce as chunked
 from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce
 from prcl_fast.reference import probabilistic_info_nce as reference
 from support.backends import run_everywhere
@@ -14,7 +15,7 @@ from support.info_nce_scene import A, B, C, D, H, N, V, W, scene
 place = run_everywhere("probabilistic_info_nce")
 
 
-def test_path_that_cannot_look_at_values_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks, and empty anchors computed and masked: absent classes and NaN features must not leak."""
     case = scene()
     with torch.no_grad():
@@ -41,11 +42,13 @@ def test_path_that_cannot_look_at_values_agrees(monkeypatch: pytest.MonkeyPatch)
         True,
     )
     expected = reference.probabilistic_info_nce(*arguments)
-    monkeypatch.setitem(reference._CHUNK_BYTES, "cpu", 3 * N * D * 8)
-    monkeypatch.setattr(reference, "_values_are_at_hand", lambda device: False)
-    for got, want in zip(reference.probabilistic_info_nce(*arguments), expected, strict=True):
-        assert torch.isfinite(got).all()
-        torch.testing.assert_close(got, want)
+    at_hand = chunked.probabilistic_info_nce(*arguments)
+    monkeypatch.setitem(chunked._CHUNK_BYTES, "cpu", 3 * N * D * 8)
+    monkeypatch.setattr(chunked, "_values_are_at_hand", lambda device: False)
+    for results in (at_hand, chunked.probabilistic_info_nce(*arguments)):
+        for got, want in zip(results, expected, strict=True):
+            assert torch.isfinite(got).all()
+            torch.testing.assert_close(got, want.detach())
 
 
 def test_the_tiles_of_a_gpu_give_the_same(place: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

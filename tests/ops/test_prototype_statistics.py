@@ -1,4 +1,4 @@
-"""Prototypes in natural parameters: the sums, the merge, and what must not count."""
+"""Prototypes in natural parameters: their sums over pixels, merging by addition, pixels left out."""
 
 from __future__ import annotations
 
@@ -97,8 +97,10 @@ def test_merging_two_parts_equals_the_whole() -> None:
     mu, var, label, valid = scene()
     whole = prototype_statistics(mu, var, label, valid, C)
     first = prototype_statistics(mu[:1], var[:1], label[:1], valid[:1], C)
-    merged = first + prototype_statistics(mu[1:], var[1:], label[1:], valid[1:], C)
-    assert isinstance(merged, PrototypeStatistics)
+    rest = prototype_statistics(mu[1:], var[1:], label[1:], valid[1:], C)
+    merged = PrototypeStatistics(
+        first.precision + rest.precision, first.weighted_mean + rest.weighted_mean, first.count + rest.count
+    )
     torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(merged.variance, whole.variance, rtol=1e-6, atol=0)
     assert torch.equal(merged.count, whole.count)
@@ -261,12 +263,11 @@ def test_opcheck_and_compile() -> None:
     mu, var, label, valid = scene()
     lists = lists_of(label, valid, valid, C)
     for order, start, with_norms in ((None, None, False), (lists.valid_order, lists.valid_start, True)):
-        arguments = (mu.bfloat16(), var, label, valid, order, start, C, with_norms)
+        arguments = (mu.bfloat16(), var, label, valid, C, with_norms, order, start)
         torch.library.opcheck(torch.ops.prcl_fast.prototype_statistics.default, arguments)
 
     def mean_and_variance(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first, inverse_norm = prototype_statistics(*arguments, C, with_norms=True)
-        statistics = first + prototype_statistics(*arguments, C)
+        statistics, inverse_norm = prototype_statistics(*arguments, C, with_norms=True)
         return statistics.mean, statistics.variance, inverse_norm
 
     compiled = torch.compile(mean_and_variance, fullgraph=True, backend="aot_eager")

@@ -16,15 +16,12 @@ def logits(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))).to(dtype)
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("size", [(33, 41), (5, 6), (3, 9), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_label_and_confidence_equal_equation_1(
-    dtype: torch.dtype, size: tuple[int, int], align_corners: bool
-) -> None:
+def test_label_and_confidence_equal_equation_1(dtype: torch.dtype, size: tuple[int, int]) -> None:
     x = logits(3, 7, 5, 6, dtype=dtype)
-    label, confidence = pseudo_label(x, size, align_corners=align_corners)
-    full = F.interpolate(x.double(), size, mode="bilinear", align_corners=align_corners)
+    label, confidence = pseudo_label(x, size)
+    full = F.interpolate(x.double(), size, mode="bilinear", align_corners=True)
     probability = full.softmax(1)
     highest, argmax = probability.max(1)
     assert label.dtype == torch.uint8
@@ -92,7 +89,7 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_opcheck_and_compile() -> None:
     x = logits(2, 5, 4, 4)
-    torch.library.opcheck(torch.ops.prcl_fast.pseudo_label.default, (x, 9, 7, True))
+    torch.library.opcheck(torch.ops.prcl_fast.pseudo_label.default, (x, 9, 7))
     compiled = torch.compile(pseudo_label, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(x, (9, 7)), pseudo_label(x, (9, 7)), strict=True):
         assert torch.equal(got, expected)

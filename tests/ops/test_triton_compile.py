@@ -154,8 +154,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "pseudo_label._label_kernel": {
         "types": {"logits": "x", "label": "u8", "confidence": "fp32"},
         "floats": ("scale_y", "scale_x"),
-        "meta": {"ALIGN": True, "BLOCK": 512},
-        "others": ({"ALIGN": False},),
+        "meta": {"BLOCK": 512},
     },
     "sample_anchors._draw_kernel": {
         "types": {"seed": "i64", "order": "i32", "start": "i32", "out": "i64"},
@@ -175,14 +174,14 @@ KERNELS: dict[str, dict[str, Any]] = {
     "upsample_bilinear._upsample_kernel": {
         "types": {"x": "x", "out": "x"},
         "floats": ("scale_y", "scale_x"),
-        "meta": {"ALIGN": True, "ROWS": 8, "COLUMNS": 8, "CHANNELS": 128},
-        "others": ({"ALIGN": False}, {"COLUMNS": 64, "CHANNELS": 4}),
+        "meta": {"ROWS": 8, "COLUMNS": 8, "CHANNELS": 128},
+        "others": ({"COLUMNS": 64, "CHANNELS": 4},),
     },
     "upsample_bilinear._gather_kernel": {
         "types": {"grad": "x", "out": "x"},
         "floats": ("scale_y", "scale_x"),
-        "meta": {"ALIGN": True, "ROWS": 8, "COLUMNS": 8, "CHANNELS": 128},
-        "others": ({"ALIGN": False}, {"COLUMNS": 64, "CHANNELS": 4}),
+        "meta": {"ROWS": 8, "COLUMNS": 8, "CHANNELS": 128},
+        "others": ({"COLUMNS": 64, "CHANNELS": 4},),
     },
     "upsample_cross_entropy._loss_kernel": {
         "types": {
@@ -193,14 +192,13 @@ KERNELS: dict[str, dict[str, Any]] = {
             "log_sums": "fp32",
         },
         "floats": ("scale_y", "scale_x"),
-        "meta": {"NEEDS_GRAD": True, "ALIGN": True, "BLOCK": 512},
-        "others": ({"NEEDS_GRAD": False}, {"ALIGN": False}),
+        "meta": {"NEEDS_GRAD": True, "BLOCK": 512},
+        "others": ({"NEEDS_GRAD": False},),
     },
     "upsample_cross_entropy._axis_kernel": {
         "types": {"starts": "i32", "lows": "i32", "fractions": "fp32"},
         "floats": ("scale",),
-        "meta": {"ALIGN": False, "BLOCK": 64},
-        "others": ({"ALIGN": True},),
+        "meta": {"BLOCK": 64},
     },
     "upsample_cross_entropy._count_kernel": {
         "types": {"target": "u8", "counts": "i32"},
@@ -266,7 +264,6 @@ FUNCTIONS = {
     "interpolation.bilinear",
     "interpolation.corners",
     "interpolation.first_output",
-    "interpolation.position_of",
     "interpolation.taps",
     "launch.at_least",
     "launch.log2",

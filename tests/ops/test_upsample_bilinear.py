@@ -39,16 +39,16 @@ def features(
     return torch.empty(shape, dtype=dtype, memory_format=layout).copy_(values)
 
 
-def exact(x: Tensor, grad: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
+def exact(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Value and gradient in float64."""
     leaf = x.detach().double().requires_grad_()
-    y = F.interpolate(leaf, grad.shape[2:], mode="bilinear", align_corners=align_corners)
+    y = F.interpolate(leaf, grad.shape[2:], mode="bilinear", align_corners=True)
     return y.detach(), torch.autograd.grad(y, leaf, grad.double())[0]
 
 
-def value_and_gradient(x: Tensor, grad: Tensor, align_corners: bool = True) -> tuple[Tensor, Tensor]:
+def value_and_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.detach().requires_grad_()
-    y = upsample_bilinear(leaf, grad.shape[2:], align_corners=align_corners)
+    y = upsample_bilinear(leaf, grad.shape[2:])
     return y.detach(), torch.autograd.grad(y, leaf, grad)[0]
 
 
@@ -56,29 +56,27 @@ def far_apart(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(("shape", "size"), SIZES)
 def test_value_and_gradient_agree_with_float64(
-    shape: tuple[int, ...], size: tuple[int, int], layout: torch.memory_format, align_corners: bool
+    shape: tuple[int, ...], size: tuple[int, int], layout: torch.memory_format
 ) -> None:
     x = features(shape, layout=layout)
     grad = features((*shape[:2], *size), seed=1, layout=layout)
-    got = value_and_gradient(x, grad, align_corners)
+    got = value_and_gradient(x, grad)
     # float32 holds a position between two inputs of a wide map less closely.
     tolerance = max(1e-6, 4 * max(shape[2:]) * 2.0**-24)
-    for value, expected in zip(got, exact(x, grad, align_corners), strict=True):
+    for value, expected in zip(got, exact(x, grad), strict=True):
         assert far_apart(value, expected) < tolerance
         assert value.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("layout", FORMATS)
-def test_float64_is_computed_in_float64(layout: torch.memory_format, align_corners: bool) -> None:
+def test_float64_is_computed_in_float64(layout: torch.memory_format) -> None:
     x = features((2, 19, 5, 7), torch.float64, layout=layout)
     grad = features((2, 19, 13, 12), torch.float64, seed=1)
-    got = value_and_gradient(x, grad, align_corners)
-    for value, expected in zip(got, exact(x, grad, align_corners), strict=True):
+    got = value_and_gradient(x, grad)
+    for value, expected in zip(got, exact(x, grad), strict=True):
         assert far_apart(value, expected) < 1e-14
 
 
@@ -91,7 +89,7 @@ def test_half_precision_rounds_only_the_result(
     roundings = 1.01 if place == ("cpu", "triton") else 0.51  # the interpreter cuts off to bfloat16
     x = features((2, channels, 5, 7), dtype, layout=layout)
     grad = features((2, channels, 19, 26), dtype, seed=1, layout=layout)
-    for value, expected in zip(value_and_gradient(x, grad), exact(x, grad, True), strict=True):
+    for value, expected in zip(value_and_gradient(x, grad), exact(x, grad), strict=True):
         assert value.dtype == dtype
         torch.testing.assert_close(
             value.double(), expected, rtol=roundings * torch.finfo(dtype).eps, atol=2e-6
@@ -105,7 +103,7 @@ def test_slices_and_permuted_maps_are_read_where_they_lie() -> None:
         x = wide.contiguous(memory_format=layout)[:, 8:32]
         grad = wide_grad.contiguous(memory_format=layout)[:, 8:32]
         for other in (grad, grad.contiguous(), grad.transpose(2, 3).contiguous().transpose(2, 3)):
-            for value, expected in zip(value_and_gradient(x, other), exact(x, grad, True), strict=True):
+            for value, expected in zip(value_and_gradient(x, other), exact(x, grad), strict=True):
                 assert far_apart(value, expected) < 1e-6
                 assert value.is_contiguous(memory_format=layout)
 
@@ -114,7 +112,7 @@ def test_gradient_of_a_sum_needs_no_memory_of_its_own() -> None:
     x = features((2, 8, 3, 4), layout=torch.channels_last).requires_grad_()
     (grad,) = torch.autograd.grad(upsample_bilinear(x, (7, 9)).sum(), x)
     ones = torch.ones(2, 8, 7, 9)
-    assert far_apart(grad, exact(x, ones, True)[1]) < 1e-6
+    assert far_apart(grad, exact(x, ones)[1]) < 1e-6
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -136,13 +134,12 @@ def test_infinity_and_nan_reach_their_neighbours_alone(layout: torch.memory_form
 
 def test_first_and_second_derivatives() -> None:
     x = features((1, 2, 3, 2), torch.float64).requires_grad_()
-    for align_corners in (True, False):
 
-        def up(x: Tensor, align_corners: bool = align_corners) -> Tensor:
-            return upsample_bilinear(x, (5, 4), align_corners=align_corners)
+    def up(x: Tensor) -> Tensor:
+        return upsample_bilinear(x, (5, 4))
 
-        assert torch.autograd.gradcheck(up, (x,))
-        assert torch.autograd.gradgradcheck(up, (x,))
+    assert torch.autograd.gradcheck(up, (x,))
+    assert torch.autograd.gradgradcheck(up, (x,))
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -233,8 +230,8 @@ def test_opcheck(layout: torch.memory_format) -> None:
     last = layout == torch.channels_last
     x = features((2, 5, 3, 4), layout=layout).requires_grad_()
     grad = features((2, 5, 7, 6)).requires_grad_()
-    torch.library.opcheck(torch.ops.prcl_fast.upsample_bilinear.default, (x, 7, 6, True, last))
-    torch.library.opcheck(torch.ops.prcl_fast.upsample_bilinear_backward.default, (grad, 3, 4, True, last))
+    torch.library.opcheck(torch.ops.prcl_fast.upsample_bilinear.default, (x, 7, 6, last))
+    torch.library.opcheck(torch.ops.prcl_fast.upsample_bilinear_backward.default, (grad, 3, 4, last))
 
 
 @pytest.mark.parametrize("layout", FORMATS)

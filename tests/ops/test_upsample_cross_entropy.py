@@ -31,26 +31,24 @@ def by_hand(
     target: Tensor,
     weight: Tensor | None = None,
     ignore_index: int = 255,
-    align_corners: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    full = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=align_corners)
+    full = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=True)
     loss = F.cross_entropy(full, target, ignore_index=ignore_index, reduction="none")
     if weight is not None:
         loss = loss * (weight if weight.dim() == 3 else weight[:, None, None])
     return loss.sum() / ((target != ignore_index).sum() if reduction == "mean" else 1)
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("weight", [None, (B,), (B, H, W)])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_loss_and_gradient_equal_upsampling_then_cross_entropy(
-    dtype: torch.dtype, reduction: str, weight: tuple[int, ...] | None, align_corners: bool
+    dtype: torch.dtype, reduction: str, weight: tuple[int, ...] | None
 ) -> None:
     logits, target = scene(dtype)
     exact = logits.detach().double().requires_grad_()
-    options: dict[str, Any] = {"reduction": reduction, "align_corners": align_corners}
+    options: dict[str, Any] = {"reduction": reduction}
     if weight is not None:
         options["weight"] = torch.rand(
             weight, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
@@ -69,9 +67,7 @@ def test_gradcheck() -> None:
     small = logits.detach()[:1, :3, :3, :2].clone().requires_grad_()
     labels = target[:1, :7, :5].clamp(max=2)
     labels[0, 0, :2] = 255
-    assert torch.autograd.gradcheck(
-        lambda x: upsample_cross_entropy(x, labels, align_corners=False), (small,)
-    )
+    assert torch.autograd.gradcheck(lambda x: upsample_cross_entropy(x, labels), (small,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -89,7 +85,6 @@ def test_lower_precisions_accumulate_in_float32(dtype: torch.dtype) -> None:
     assert error < 1e-5 + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize(
     ("classes", "size", "full"),
     [
@@ -106,7 +101,7 @@ def test_lower_precisions_accumulate_in_float32(dtype: torch.dtype) -> None:
     ],
 )
 def test_any_sizes_and_classes_agree_with_float64(
-    classes: int, size: tuple[int, int], full: tuple[int, int], align_corners: bool
+    classes: int, size: tuple[int, int], full: tuple[int, int]
 ) -> None:
     generator = torch.Generator().manual_seed(classes)
     logits = (3 * torch.randn(2, classes, *size, generator=generator)).requires_grad_()
@@ -114,12 +109,12 @@ def test_any_sizes_and_classes_agree_with_float64(
     target[torch.rand(2, *full, generator=generator) < 0.2] = 255
     weight = torch.rand(2, generator=generator)
     exact = logits.detach().double().requires_grad_()
-    expected = by_hand(exact, target, weight.double(), align_corners=align_corners)
+    expected = by_hand(exact, target, weight.double())
     (expected_grad,) = torch.autograd.grad(expected, exact)
     # float32 holds a position between two inputs of a wide map less closely.
     tolerance = max(1e-5, 4 * max(size) * 2.0**-24)
     for x in (logits, logits.detach().contiguous(memory_format=torch.channels_last).requires_grad_()):
-        loss = upsample_cross_entropy(x, target, weight=weight, align_corners=align_corners)
+        loss = upsample_cross_entropy(x, target, weight=weight)
         (grad,) = torch.autograd.grad(loss, x)
         assert abs(loss.double() - expected) <= tolerance * expected
         assert (grad.double() - expected_grad).norm() <= tolerance * expected_grad.norm() + 1e-12
@@ -214,7 +209,7 @@ def test_opcheck(weight: tuple[int, ...] | None) -> None:
     logits, target = scene(torch.float32)
     weights = None if weight is None else torch.ones(weight)
     op = torch.ops.prcl_fast.upsample_cross_entropy.default
-    torch.library.opcheck(op, (logits, target, weights, 255, True, True, True))
+    torch.library.opcheck(op, (logits, target, weights, 255, True, True))
 
 
 def test_compiles_whole_with_its_backward_pass() -> None:

@@ -1,11 +1,11 @@
-"""What decoding costs, and how many workers follow from it."""
+"""Time of decoding, and the number of workers that it needs."""
 
 from __future__ import annotations
 
 import pytest
 
 from prcl_fast.config import DataConfig
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.planning.decode_cost import DecodeCost, SubsetCost, decode_cost, workers_needed
 
 

@@ -1,4 +1,4 @@
-"""`prcl profile`: the parts of a step, and what it leaves behind."""
+"""`prcl profile`: the parts of a step, and the written files."""
 
 from __future__ import annotations
 

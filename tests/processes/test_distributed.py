@@ -1,4 +1,4 @@
-"""Several processes: the same mathematics as one, and the same state in all."""
+"""Training on several ranks: the mathematics of one process, and the same state on all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prcl_fast.methods.pcr import cluster_centers
 from prcl_fast.models.heads import ProbabilityHead
 from prcl_fast.models.sync_batch_norm import synchronize_batch_norm
 from prcl_fast.ops import prototype_statistics
-from prcl_fast.processes.collectives import first_says, largest, world_size
+from prcl_fast.processes.collectives import broadcast_text, maximum, world_size
 from prcl_fast.processes.replicas import DriftError, check_alike
 from support.processes import Pair
 from support.stub_networks import small_backbones
@@ -217,19 +217,19 @@ def _helpers(rank: int) -> tuple[str, list[int], str]:
         check_alike(state)
     check_alike({"same": torch.full((2, 2), torch.nan), "integer": torch.arange(3)})
     return (
-        first_says(f"from {rank}: ä" * (1 - rank)),
-        largest(torch.tensor([rank, -rank])).tolist(),
+        broadcast_text(f"from {rank}: ä" * (1 - rank)),
+        maximum(torch.tensor([rank, -rank])).tolist(),
         str(caught.value),
     )
 
 
-def test_what_processes_tell_each_other(two: Pair) -> None:
+def test_text_maximum_and_drift_are_equal_on_all_ranks(two: Pair) -> None:
     for text, most, drift in two(_helpers):
         assert text == "from 0: ä"
         assert most == [1, 0]
         assert "no longer hold the same other (1 of 2 entries differ)" in drift
     assert world_size() == 1
-    assert first_says("alone") == "alone"
+    assert broadcast_text("alone") == "alone"
 
 
 def _steps(rank: int, config: dict[str, Any], steps: int) -> dict[str, Tensor]:
@@ -307,9 +307,7 @@ def _first_step(rank: int, config: dict[str, Any]) -> dict[str, Tensor]:
         batch = next(batches)
     # Unevenly over the images, wherever they are.
     batch.label[batch.labeled_image[:, 0] > 0.5] = 255
-    assert batch.inside is not None
-    assert batch.unlabeled_image is not None
-    batch.inside &= batch.unlabeled_image[:, 0] < 0.5
+    batch.unlabeled.inside &= batch.unlabeled.image[:, 0] < 0.5
     found = dict(trainer.train_step([batch]))
     if isinstance(method, PCR):
         found["prototypes"] = method.predictor.prototypes

@@ -1,4 +1,4 @@
-"""Runs on several processes: what becomes of them when one stops, is killed or is told something wrong."""
+"""Runs on several ranks: stops, kills, restarts and input errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.scaling import same_processes
 from prcl_fast.config import parse_config
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError
@@ -112,9 +112,7 @@ def test_losses_prototypes_and_evaluation_do_not_depend_on_the_number_of_process
     assert same_processes.compared(one, other)["losses"] > same_processes.BOUND
 
 
-def test_a_captured_graph_and_a_batch_that_cannot_be_shared_out_are_refused(
-    two: Pair, tmp_path: Path
-) -> None:
+def test_a_captured_graph_and_an_indivisible_batch_are_refused(two: Pair, tmp_path: Path) -> None:
     for line in two(_refused, shared_tree(tmp_path / "run", batch_labeled=3)):
         assert line == "train.batch_labeled: 3 is not a multiple of 2 processes x train.accumulate 1"
 
@@ -125,7 +123,7 @@ def _refused(rank: int, config: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_a_mistake_in_the_configuration_is_said_once(tmp_path: Path) -> None:
+def test_an_error_in_the_configuration_is_printed_once(tmp_path: Path) -> None:
     config = shared_tree(tmp_path / "run")
     config["method"]["tua"] = 1
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
@@ -140,7 +138,7 @@ def test_a_mistake_in_the_configuration_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> None:
+def test_sigterm_to_every_rank_saves_and_prints_once(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(_small_tree(tmp_path / "run", iterations=500, eval_every=500)))
     processes = launch("train", str(file))
@@ -156,7 +154,7 @@ def test_sigterm_to_every_process_saves_once_and_one_speaks(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_torchrun_starts_all_anew_after_one_was_killed_and_the_run_completes(tmp_path: Path) -> None:
+def test_torchrun_restarts_all_ranks_after_a_kill_and_the_run_completes(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(_small_tree(tmp_path / "run", iterations=6, eval_every=6)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

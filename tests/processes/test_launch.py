@@ -1,4 +1,4 @@
-"""Runs started by plain python, torchrun or srun: what a process learns of its place, and how all meet."""
+"""Launch and rendezvous: plain python, torchrun and srun."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from prcl_fast.errors import InputError
 from prcl_fast.processes.launch import Launch, device_of, expand_hosts, read_launch
 from support.paths import CONFIGS
+from support.processes import free_port
 
 TORCHRUN = {
     "RANK": "5",
@@ -55,11 +56,11 @@ def launch(**changes: object) -> Launch:
     return Launch(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_torchrun_says_it_all() -> None:
+def test_the_environment_of_torchrun_gives_the_whole_launch() -> None:
     assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "gpu1", 29500, "torchrun")
 
 
-def test_srun_says_it_all() -> None:
+def test_the_environment_of_srun_gives_the_whole_launch() -> None:
     assert read_launch(SRUN) == Launch(5, 7, 1, 3, "gpu003", 20000 + (7919 * 1234 + 2) % 10000, "slurm")
 
 
@@ -75,15 +76,15 @@ def test_srun_says_it_all() -> None:
         TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
     ],
 )
-def test_a_single_process_is_plain_python(environ: dict[str, str]) -> None:
+def test_a_single_process_has_no_launch(environ: dict[str, str]) -> None:
     assert read_launch(environ) is None
 
 
-def test_torchrun_inside_srun_wins() -> None:
+def test_inside_srun_torchrun_is_the_launcher() -> None:
     assert read_launch(SRUN | TORCHRUN) == read_launch(TORCHRUN)
 
 
-def test_addresses_given_win_over_slurm_s() -> None:
+def test_a_given_address_overrides_that_of_slurm() -> None:
     found = read_launch(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
     assert found is not None
     assert (found.address, found.port) == ("10.0.0.1", 1234)
@@ -142,7 +143,7 @@ def test_node_lists_are_expanded(nodes: str, hosts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("nodes", ["", "gpu[1-", "gpu[a]", "gpu[1,]", ",gpu1", "gpu[3-1]", "gpu 1"])
-def test_what_is_no_node_list_is_refused(nodes: str) -> None:
+def test_a_malformed_node_list_is_refused(nodes: str) -> None:
     with pytest.raises(InputError, match="SLURM_STEP_NODELIST"):
         expand_hosts(nodes)
 
@@ -159,7 +160,7 @@ def test_each_local_process_takes_a_device_of_its_own(name: str, monkeypatch: py
     assert device_of(None, name) == torch.device("cuda", 0)  # PyTorch takes no device without its index
 
 
-def test_a_task_with_a_gpu_bound_by_slurm_takes_the_one_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_to_which_slurm_bound_a_gpu_takes_the_visible_one(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda(monkeypatch, 1)
     assert device_of(launch(local_rank=3, by="slurm"), "cuda") == torch.device("cuda", 0)
 
@@ -190,7 +191,7 @@ SCRIPT = """
 import os, sys
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 import torch
-from prcl_fast.engine import rendezvous
+from prcl_fast.processes import rendezvous
 from prcl_fast.processes.launch import Launch
 from prcl_fast.errors import InputError, RunError
 
@@ -198,10 +199,10 @@ from prcl_fast.errors import InputError, RunError
 def work(name, address, port, world, rank, wait_s):
     here = Launch(rank, world, rank, world, address, port, "torchrun")
     device = torch.device("cpu")
-    if name == "mistaken" and rank > 0:
-        device = InputError(f"data.root: the mistake of rank {rank}")
+    if name == "input error" and rank > 0:
+        device = InputError(f"data.root: the input error of rank {rank}")
     if name in GPUS:
-        rendezvous._device_name = lambda device: GPUS[name][rank]
+        rendezvous._announcement = lambda device: GPUS[name][rank]
     with rendezvous.join(here, device, 20.0, wait_s=wait_s) as group:
         ones = torch.ones(1)
         torch.distributed.all_reduce(ones)
@@ -236,28 +237,24 @@ for _ in range(len(children)):
 
 
 @dataclass
-class Meeting:
+class Outcome:
+    """Exit statuses of the ranks of a rendezvous, and their standard error."""
+
     port: int
     statuses: list[int]
-    said: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    errors: str
 
 
 @pytest.fixture(scope="module")
-def meetings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Meeting]:
-    folder = tmp_path_factory.mktemp("meetings")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    folder = tmp_path_factory.mktemp("outcomes")
     runs = {
         "all": ("127.0.0.1", "2=0=1"),
         "missing": ("127.0.0.1", "3=0=2"),
         "headless": ("127.0.0.1", "2=1"),
         "taken": ("127.0.0.1", "2=0"),
         "unknown": ("no such host", "2=0"),
-        "mistaken": ("127.0.0.1", "3=0=1=2"),
+        "input error": ("127.0.0.1", "3=0=1=2"),
         "mixed": ("127.0.0.1", "2=0=1"),
         "shared": ("127.0.0.1", "2=0=1"),
     }
@@ -272,61 +269,61 @@ def meetings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Meeting]:
             env={k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")},
         )
     assert not process.stderr
-    meetings = {name: Meeting(ports[name], [], (folder / name).read_text()) for name in runs}
+    outcomes = {name: Outcome(ports[name], [], (folder / name).read_text()) for name in runs}
     for line in process.stdout.splitlines():
         name, status = line.split()
-        meetings[name].statuses.append(int(status))
-    return meetings
+        outcomes[name].statuses.append(int(status))
+    return outcomes
 
 
-def test_processes_come_together_and_part(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["all"]
-    assert (meeting.statuses, meeting.said) == ([0, 0], "")
+def test_all_ranks_join_and_leave_the_group(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["all"]
+    assert (outcome.statuses, outcome.errors) == ([0, 0], "")
 
 
-def test_a_rank_that_never_comes_is_named_by_one_of_the_others(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["missing"]
-    place = f"rendezvous at 127.0.0.1:{meeting.port}"
-    assert meeting.said == f"{place}: 2 of 3 processes came within 2 s; missing: rank 1\n"
-    assert sorted(meeting.statuses) == [1, 3]
+def test_a_missing_rank_is_named_by_one_other_rank(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["missing"]
+    place = f"rendezvous at 127.0.0.1:{outcome.port}"
+    assert outcome.errors == f"{place}: 2 of 3 processes arrived within 2 s; missing: rank 1\n"
+    assert sorted(outcome.statuses) == [1, 3]
 
 
-def test_a_mistake_on_some_ranks_is_said_by_one_and_ends_all(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["mistaken"]
-    assert meeting.said == "data.root: the mistake of rank 1\n"
-    assert sorted(meeting.statuses) == [1, 1, 2]
+def test_an_input_error_of_some_ranks_is_printed_by_one_and_ends_all(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["input error"]
+    assert outcome.errors == "data.root: the input error of rank 1\n"
+    assert sorted(outcome.statuses) == [1, 1, 2]
 
 
 def test_ranks_on_different_kinds_of_device_or_on_the_same_gpu_are_refused(
-    meetings: dict[str, Meeting],
+    outcomes: dict[str, Outcome],
 ) -> None:
     for name, line in (
         ("mixed", "rank 0 computes on the CPU, but rank 1 on GPU a of there"),
         ("shared", "ranks 0 and 1 share GPU a of here; give each its own"),
     ):
-        meeting = meetings[name]
-        assert meeting.said == f"rendezvous at 127.0.0.1:{meeting.port}: {line}\n"
-        assert sorted(meeting.statuses) == [1, 3]
+        outcome = outcomes[name]
+        assert outcome.errors == f"rendezvous at 127.0.0.1:{outcome.port}: {line}\n"
+        assert sorted(outcome.statuses) == [1, 3]
 
 
-def test_a_run_without_rank_0_says_where_it_was_looked_for(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["headless"]
-    place = f"rendezvous at 127.0.0.1:{meeting.port}"
-    assert meeting.said.startswith(f"{place}: rank 1 of 2 found nobody there within 2 s: ")
-    assert (meeting.said.count("\n"), meeting.statuses) == (1, [3])
+def test_without_rank_0_the_message_names_its_address(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["headless"]
+    place = f"rendezvous at 127.0.0.1:{outcome.port}"
+    assert outcome.errors.startswith(f"{place}: rank 1 of 2 found nobody there within 2 s: ")
+    assert (outcome.errors.count("\n"), outcome.statuses) == (1, [3])
 
 
-def test_a_port_that_is_taken_is_one_line(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["taken"]
-    place = f"rendezvous at 127.0.0.1:{meeting.port}"
-    assert meeting.said == f"{place}: the port is taken; MASTER_PORT sets another port\n"
-    assert meeting.statuses == [3]
+def test_a_port_that_is_taken_is_one_line(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["taken"]
+    place = f"rendezvous at 127.0.0.1:{outcome.port}"
+    assert outcome.errors == f"{place}: the port is taken; MASTER_PORT sets another port\n"
+    assert outcome.statuses == [3]
 
 
-def test_an_unknown_address_is_one_line(meetings: dict[str, Meeting]) -> None:
-    meeting = meetings["unknown"]
-    assert "unknown address" in meeting.said
-    assert (meeting.said.count("\n"), meeting.statuses) == (1, [3])
+def test_an_unknown_address_is_one_line(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["unknown"]
+    assert "unknown address" in outcome.errors
+    assert (outcome.errors.count("\n"), outcome.statuses) == (1, [3])
 
 
 def test_the_example_for_slurm_is_valid_bash() -> None:

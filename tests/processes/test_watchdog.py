@@ -1,10 +1,9 @@
-"""A run that cannot go on ends on every process, and one line says why."""
+"""The watchdog: a run that cannot go on ends on every rank with one message of the cause."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,20 +16,21 @@ from torch.distributed import HashStore
 
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.processes.watchdog import Watchdog
+from support.processes import free_port
 
 # The same periods everywhere, short ones.
 BEAT_S, GONE_S, STALL_S = 0.1, 1.0, 0.8
 
 
 class Process:
-    """A watchdog that, instead of ending the process, remembers that it would have."""
+    """A watchdog that records the statuses with which it would end the process."""
 
     def __init__(self, rank: int, world: int, store: HashStore | None, stall_s: float | None = None) -> None:
-        self.said: list[str] = []
+        self.printed: list[str] = []
         self.ended: list[int] = []
         self._over = threading.Event()
         self.watchdog = Watchdog(
-            rank, world, store, stall_s, self.said.append, self._end, beat_s=BEAT_S, gone_s=GONE_S
+            rank, world, store, stall_s, self.printed.append, self._end, beat_s=BEAT_S, gone_s=GONE_S
         )
 
     def _end(self, status: int) -> None:
@@ -38,7 +38,7 @@ class Process:
         self._over.set()
 
     def status(self) -> int | None:
-        """The status with which it ended, once it has; None where it does not."""
+        """The status with which it would have ended; None if it does not within 10 seconds."""
         self._over.wait(10.0)
         return self.ended[0] if self.ended else None
 
@@ -48,8 +48,8 @@ def processes(world: int, stall_s: float | None = None) -> list[Process]:
     return [Process(rank, world, store, stall_s) for rank in range(world)]
 
 
-def said(group: list[Process]) -> list[str]:
-    return [line for process in group for line in process.said]
+def printed(group: list[Process]) -> list[str]:
+    return [line for process in group for line in process.printed]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -59,48 +59,48 @@ def wait_until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
-def test_without_other_processes_a_stall_is_said_and_ends_the_process() -> None:
+def test_a_stall_of_a_single_process_is_reported_and_ends_it() -> None:
     process = Process(0, 1, None, STALL_S)
     process.watchdog.details = lambda: "worker 1 is at a.png"
     with process.watchdog as watchdog:
         watchdog.at("waiting for data at iteration 41")
         assert process.status() == 1
-    assert process.said == [
+    assert process.printed == [
         "prcl: no progress for 0.8 s, waiting for data at iteration 41 (worker 1 is at a.png); "
         "train.stall_timeout sets how long that may take"
     ]
 
 
-def test_details_that_fail_or_hang_do_not_keep_the_line_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prcl_fast.processes.watchdog._SAYING_S", 0.1)
+def test_details_that_fail_or_hang_do_not_delay_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prcl_fast.processes.watchdog._OUTPUT_S", 0.1)
     for details in (lambda: 1 / 0, lambda: time.sleep(60)):
         process = Process(0, 1, None, STALL_S)
         process.watchdog.details = details  # type: ignore[assignment]
         with process.watchdog as watchdog:
             watchdog.at("evaluating")
             assert process.status() == 1
-        assert process.said[0].startswith("prcl: no progress for 0.8 s, evaluating; ")
+        assert process.printed[0].startswith("prcl: no progress for 0.8 s, evaluating; ")
 
 
-def test_progress_is_no_stall_and_neither_is_the_time_before_the_first() -> None:
+def test_neither_progress_nor_the_start_is_a_stall() -> None:
     process = Process(0, 1, None, STALL_S)
     with process.watchdog as watchdog:
         time.sleep(1.5 * STALL_S)
         for i in range(12):
             watchdog.at(f"in the step of iteration {i}")
             time.sleep(STALL_S / 8)
-    assert (process.said, process.ended) == ([], [])
+    assert (process.printed, process.ended) == ([], [])
 
 
-def test_with_one_process_an_error_passes_untouched() -> None:
+def test_with_one_process_an_error_passes() -> None:
     process = Process(0, 1, None)
     with pytest.raises(RunError, match="no luck"), process.watchdog:
         raise RunError("no luck")
-    assert (process.said, process.ended) == ([], [])
+    assert (process.printed, process.ended) == ([], [])
 
 
 @pytest.mark.parametrize("faulty", [0, 2])
-def test_an_error_is_said_once_and_ends_all(faulty: int) -> None:
+def test_an_error_is_printed_once_and_ends_all_ranks(faulty: int) -> None:
     group = processes(3)
     others = [process for process in group if process is not group[faulty]]
     for process in others:
@@ -109,21 +109,21 @@ def test_an_error_is_said_once_and_ends_all(faulty: int) -> None:
         raise InputError("data.root: no such folder")
     assert group[faulty].status() == 2
     assert [process.status() for process in others] == [1, 1]
-    assert said(group) == group[faulty].said == ["prcl: data.root: no such folder"]
+    assert printed(group) == group[faulty].printed == ["prcl: data.root: no such folder"]
 
 
-def test_an_error_that_nobody_foresaw_is_said_with_its_traceback() -> None:
+def test_an_unexpected_error_is_printed_with_its_traceback() -> None:
     group = processes(2)
     with group[0].watchdog:
         with pytest.raises(ZeroDivisionError), group[1].watchdog:
             print(1 / 0)
         assert group[0].status() == 1
-    (text,) = said(group)
+    (text,) = printed(group)
     assert text.startswith("Traceback")
     assert text.endswith("ZeroDivisionError: division by zero")
 
 
-def test_only_the_first_of_several_reports_is_shown() -> None:
+def test_only_the_first_of_several_reports_is_printed() -> None:
     group = processes(3)
     for process in group:
         process.watchdog.__enter__()
@@ -135,10 +135,10 @@ def test_only_the_first_of_several_reports_is_shown() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(said(group)) == 1
+    assert len(printed(group)) == 1
 
 
-def test_the_rank_that_the_others_wait_for_reports_the_stall() -> None:
+def test_the_rank_that_is_furthest_behind_reports_the_stall() -> None:
     group = processes(3, STALL_S)
     for process in group:
         process.watchdog.__enter__()
@@ -146,10 +146,10 @@ def test_the_rank_that_the_others_wait_for_reports_the_stall() -> None:
     for process in (group[0], group[2]):
         process.watchdog.at("in the step of iteration 40")
     assert [process.status() for process in group] == [1, 1, 1]
-    assert said(group) == group[1].said
+    assert printed(group) == group[1].printed
     assert (
         group[1]
-        .said[0]
+        .printed[0]
         .startswith(
             "prcl: no progress for 0.8 s, rank 1 is waiting for data at iteration 40; train.stall_timeout"
         )
@@ -164,68 +164,68 @@ def test_a_rank_that_cannot_report_its_stall_is_named_by_another() -> None:
         process.watchdog.at("saving")
     group[0].watchdog.at("in the step of iteration 7")
     assert [process.status() for process in group] == [1, 1]
-    assert said(group) == group[0].said
-    assert "waiting for rank 1, which is saving; " in group[0].said[0]
+    assert printed(group) == group[0].printed
+    assert "waiting for rank 1, which is saving; " in group[0].printed[0]
 
 
-def test_a_stall_of_all_alike_is_said_so() -> None:
+def test_a_stall_in_the_same_activity_names_all_ranks() -> None:
     group = processes(2, STALL_S)
     for process in group:
         process.watchdog.__enter__()
         process.watchdog.at("in the step of iteration 7")
     assert [process.status() for process in group] == [1, 1]
-    assert len(said(group)) == 1
-    assert "all 2 processes are in the step of iteration 7" in said(group)[0]
+    assert len(printed(group)) == 1
+    assert "all 2 processes are in the step of iteration 7" in printed(group)[0]
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
-def test_a_process_that_is_not_heard_of_any_more_is_named(dead: int) -> None:
+def test_a_silent_rank_is_named(dead: int) -> None:
     group = processes(3)
     for process in group:
         process.watchdog.__enter__()
-    wait_until(lambda: all(0 in group[r].watchdog._board.notes for r in (1, 2)))
-    wait_until(lambda: len(group[0].watchdog._board.notes) == 2)
+    wait_until(lambda: all(0 in group[r].watchdog._heartbeat.statuses for r in (1, 2)))
+    wait_until(lambda: len(group[0].watchdog._heartbeat.statuses) == 2)
     group[dead].watchdog._stopped.set()
-    group[dead].watchdog._board.stop()
+    group[dead].watchdog._heartbeat.stop()
     alive = [process for process in group if process is not group[dead]]
     assert [process.status() for process in alive] == [1, 1]
-    assert said(group) == [f"prcl: rank {dead} is gone (killed, out of memory, or its machine lost)"]
+    assert printed(group) == [f"prcl: rank {dead} is gone (killed, out of memory, or its machine lost)"]
 
 
-def test_processes_that_leave_at_different_times_are_not_missed() -> None:
+def test_ranks_may_leave_at_different_times() -> None:
     group = processes(3)
     with group[2].watchdog:
         with group[0].watchdog, group[1].watchdog:
             pass
         time.sleep(2 * GONE_S)
-    assert not said(group)
+    assert not printed(group)
     assert not any(process.ended for process in group)
 
 
-def test_a_store_that_ends_after_rank_0_has_left_is_not_missed() -> None:
+def test_the_store_may_end_after_rank_0_has_left() -> None:
     group = processes(2)
     with group[1].watchdog:
         with group[0].watchdog:
             pass
-        board = group[1].watchdog._board
-        wait_until(lambda: 0 in board.notes and board.notes[0].left)
-        board.lost = True
+        heartbeat = group[1].watchdog._heartbeat
+        wait_until(lambda: 0 in heartbeat.statuses and heartbeat.statuses[0].left)
+        heartbeat.store_lost = True
         time.sleep(5 * BEAT_S)
-    assert (said(group), group[1].ended) == ([], [])
+    assert (printed(group), group[1].ended) == ([], [])
 
 
-def test_an_interrupt_ends_the_others_and_says_nothing() -> None:
+def test_an_interrupt_ends_the_other_ranks_silently() -> None:
     group = processes(2)
     with group[0].watchdog:
         with pytest.raises(KeyboardInterrupt), group[1].watchdog:
             raise KeyboardInterrupt
         assert group[0].status() == 1
-    assert [line for line in said(group) if line] == []
+    assert [line for line in printed(group) if line] == []
     assert not group[1].ended
 
 
-# Real runs, all at the same time: one process that forks the ranks of each, because to import PyTorch takes
-# longer than all else.
+# Real runs, all at the same time. One process forks the ranks of all runs, because importing PyTorch takes
+# longer than the runs.
 SCRIPT = """
 import os, sys, time
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
@@ -298,15 +298,9 @@ RUNS = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """The exit status of RUN.RANK; beside it in the folder of that name what it said."""
+    """The exit status of each RUN.RANK by the file of its standard error."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [f"{name}-{world}-{free_port()}" for name, (world, _) in RUNS.items()]
     process = subprocess.run(
@@ -322,7 +316,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_each_way_to_fail_ends_all_processes_with_one_line(name: str, outcomes: dict[str, int]) -> None:
+def test_each_failure_ends_all_ranks_with_one_line(name: str, outcomes: dict[str, int]) -> None:
     what, actor = name.split("-")
     world, line = RUNS[name]
     statuses: list[int] = []

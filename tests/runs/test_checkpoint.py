@@ -1,4 +1,4 @@
-"""Checkpoints: the file, its checksum, which one is found, and what is said of a damaged one."""
+"""Checkpoints: the file, its checksum, the rotation, and damaged ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from prcl_fast.errors import InputError
+from prcl_fast.files.writing import remove_leftovers
 from prcl_fast.runs import checkpoint_file
 from prcl_fast.runs.checkpoint import (
     find_checkpoint,
@@ -29,7 +30,7 @@ from support.tiny import tiny_tree
 CPU = torch.device("cpu")
 
 
-def spoil(path: Path) -> None:
+def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -90,7 +91,7 @@ def _foreign(whole: bytes) -> bytes:
     ],
     ids=["changed", "cut off", "empty", "zeros", "foreign", "version 1"],
 )
-def test_what_is_wrong_with_a_file_is_said_in_one_line(
+def test_the_fault_of_a_file_is_one_line(
     tmp_path: Path, change: Callable[[bytes], bytes], message: str
 ) -> None:
     path = tmp_path / "last.pt"
@@ -117,7 +118,7 @@ def test_a_newer_format_and_a_state_without_a_key_are_refused(
         load_checkpoint(tmp_path / "nowhere")
 
 
-def test_the_newest_are_kept_under_their_age(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_named_by_age(tmp_path: Path) -> None:
     for iteration in range(1, 6):
         save_last(tmp_path, small_state(iteration), keep=3)
     assert iterations(tmp_path) == {"last.pt": 5, "last-1.pt": 4, "last-2.pt": 3}
@@ -125,7 +126,7 @@ def test_the_newest_are_kept_under_their_age(tmp_path: Path) -> None:
     assert iterations(tmp_path) == {"last.pt": 6}
 
 
-def test_a_deleted_last_is_written_again_and_pushes_nothing_out(tmp_path: Path) -> None:
+def test_a_deleted_last_checkpoint_is_written_again_and_removes_no_other(tmp_path: Path) -> None:
     for iteration in (1, 2):
         save_last(tmp_path, small_state(iteration), keep=2)
     (tmp_path / "last.pt").unlink()
@@ -133,21 +134,21 @@ def test_a_deleted_last_is_written_again_and_pushes_nothing_out(tmp_path: Path) 
     assert iterations(tmp_path) == {"last.pt": 3, "last-1.pt": 1}
 
 
-def test_what_killed_writers_left_is_no_checkpoint_and_goes_with_the_next_save(tmp_path: Path) -> None:
-    for name in ("last.pt.tmp", "best.pt.tmp"):
-        save_checkpoint(tmp_path / "made", small_state(9))
-        (tmp_path / "made").rename(tmp_path / name)
+def test_what_killed_writers_left_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        save_checkpoint(tmp_path / f".{name}.prcl-0123456789abcdef.tmp", small_state(9))
     assert newest_checkpoint(tmp_path, silent) is None
     with pytest.raises(InputError, match=r"no best\.pt or last\.pt"):
         find_checkpoint(tmp_path)
     save_last(tmp_path, small_state(1), keep=2)
+    remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_damaged_last_gives_way_to_the_one_before_and_is_put_aside(tmp_path: Path) -> None:
+def test_a_damaged_last_checkpoint_is_renamed_and_the_one_before_is_used(tmp_path: Path) -> None:
     for iteration in range(1, 4):
         save_last(tmp_path, small_state(iteration), keep=3)
-    spoil(tmp_path / "last.pt")
+    damage(tmp_path / "last.pt")
     (tmp_path / "last-1.pt").write_bytes(b"")
     lines: list[str] = []
     found = newest_checkpoint(tmp_path, lines.append)
@@ -164,11 +165,11 @@ def test_a_damaged_last_gives_way_to_the_one_before_and_is_put_aside(tmp_path: P
     assert iterations(tmp_path) == {"last.pt": 2, "last-2.pt": 1}
 
 
-def test_where_all_are_damaged_all_are_named_and_left(tmp_path: Path) -> None:
+def test_if_all_are_damaged_all_are_named_and_left(tmp_path: Path) -> None:
     for iteration in range(1, 3):
         save_last(tmp_path, small_state(iteration), keep=2)
     for name in ("last.pt", "last-1.pt"):
-        spoil(tmp_path / name)
+        damage(tmp_path / name)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match=r"last\.pt: damaged.*; .*last-1\.pt: damaged"):
         newest_checkpoint(tmp_path, silent)
@@ -189,7 +190,7 @@ def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere", silent) is None
 
 
-def test_evaluation_finds_the_best_else_the_newest_last(tmp_path: Path) -> None:
+def test_evaluation_takes_the_best_else_the_newest_last_checkpoint(tmp_path: Path) -> None:
     for iteration in range(1, 3):
         save_last(tmp_path, small_state(iteration), keep=2)
     (tmp_path / "last-x.pt").write_bytes(b"")
@@ -200,10 +201,10 @@ def test_evaluation_finds_the_best_else_the_newest_last(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == tmp_path / "best.pt"
 
 
-def test_a_damaged_best_is_an_error_that_names_the_others(tmp_path: Path) -> None:
+def test_a_damaged_best_checkpoint_is_an_error_that_names_the_others(tmp_path: Path) -> None:
     write_run(tmp_path, tiny_tree(tmp_path))
     shutil.copy(tmp_path / "best.pt", tmp_path / "last.pt")
-    spoil(tmp_path / "best.pt")
+    damage(tmp_path / "best.pt")
     with pytest.raises(InputError, match=r"best\.pt: damaged: .*; beside it: last\.pt$"):
         load_run(tmp_path, CPU)
     assert load_run(tmp_path / "last.pt", CPU).iteration == 40

@@ -1,4 +1,4 @@
-"""Saves on a disk that fails or a process that dies: a whole checkpoint is always there, and is named."""
+"""Saves on a failing disk or by a killed process: an undamaged checkpoint always remains, and is named."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from prcl_fast.errors import RunError
+from prcl_fast.files.writing import remove_leftovers
 from prcl_fast.runs.checkpoint import find_checkpoint, newest_checkpoint, save_checkpoint, save_last
 from support.run_folders import file_size_limit, iterations, silent, small_state
 
@@ -26,10 +27,11 @@ class Disk:
 
     def __init__(self, patch: pytest.MonkeyPatch, failing: int, error: type[BaseException]) -> None:
         self.count, self.failing, self.error = 0, failing, error
-        self._open = Path.open
+        self._open, self._fdopen = os.open, os.fdopen
         for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink")):
             patch.setattr(owner, name, self._wrapped(getattr(owner, name)))
-        patch.setattr(Path, "open", lambda path, mode="r", *rest: self._opened(path, mode, *rest))
+        patch.setattr(os, "open", self._opened)
+        patch.setattr(os, "fdopen", lambda number, mode: TornFile(self._fdopen(number, mode, 0), self))
 
     def reach(self) -> None:
         self.count += 1
@@ -43,11 +45,10 @@ class Disk:
 
         return call
 
-    def _opened(self, path: Path, mode: str, *rest: Any) -> Any:
-        if "r" in mode:
-            return self._open(path, mode, *rest)
-        self.reach()
-        return TornFile(self._open(path, mode, *rest), self)
+    def _opened(self, path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            self.reach()
+        return self._open(path, flags, mode)
 
 
 class TornFile:
@@ -55,12 +56,6 @@ class TornFile:
 
     def __init__(self, file: Any, disk: Disk) -> None:
         self._file, self._disk = file, disk
-
-    def __enter__(self) -> TornFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -79,7 +74,6 @@ def fail_at_every_step(
     for step in itertools.count(1):
         folder = tmp_path / str(step)
         folder.mkdir()
-        (folder / "best.pt.tmp").write_bytes(b"PK")
         for iteration in range(1, before + 1):
             save_last(folder, small_state(iteration), keep + 1)  # one more than the next save keeps
         with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +92,7 @@ def test_a_run_killed_at_any_step_of_a_save_goes_on_from_it_or_the_one_before(
     tmp_path: Path, before: int, keep: int
 ) -> None:
     failed = fail_at_every_step(tmp_path, PowerCut, before, keep)
-    assert len(failed) >= 6  # a leftover, open, write, fsync, rename, the folder's fsync
+    assert len(failed) >= 6  # create, write, fsync, fsync again, rename, the folder's fsync
     reached = set()
     for folder, _ in failed:
         found = newest_checkpoint(folder, silent)
@@ -110,12 +104,13 @@ def test_a_run_killed_at_any_step_of_a_save_goes_on_from_it_or_the_one_before(
             assert state["iteration"] in {before, before + 1}
             assert find_checkpoint(folder) == path
             reached.add(state["iteration"])
+        remove_leftovers(folder)  # as the next start does
         save_last(folder, small_state(50), keep)
         save_last(folder, small_state(51), keep)
         left = iterations(folder)
         assert (left["last.pt"], left.get("last-1.pt")) == (51, 50 if keep > 1 else None)
         assert len(left) <= keep
-        assert not list(folder.glob("*.tmp"))
+        assert not list(folder.glob(".*"))
     assert reached == {before, before + 1}
 
 
@@ -132,7 +127,7 @@ def test_an_error_at_any_step_of_a_save_says_what_is_whole_and_leaves_no_tempora
             assert found[1]["iteration"] in {before, before + 1}
             rest = f"{found[0].name} of iteration {found[1]['iteration']} is whole"
         assert str(raised) == f"{folder / 'last.pt'}: cannot be written: Input/output error; {rest}"
-        assert not (folder / "last.pt.tmp").exists()
+        assert not list(folder.glob(".*"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
@@ -144,10 +139,15 @@ def test_an_error_at_any_step_of_a_save_says_what_is_whole_and_leaves_no_tempora
     ],
 )
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(
-    tmp_path: Path, name: str, save: Callable[[Path], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, save: Callable[[Path], None]
 ) -> None:
     save_last(tmp_path, small_state(3), keep=2)
-    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+
+    def open_on_full_disk(descriptor: int, mode: str) -> BinaryIO:
+        os.close(descriptor)
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(os, "fdopen", open_on_full_disk)
     message = rf"{name}: cannot be written: No space left on device; last\.pt of iteration 3 is whole$"
     with pytest.raises(RunError, match=message):
         save(tmp_path)

@@ -1,4 +1,4 @@
-"""The log of a run: what metrics.jsonl and TensorBoard hold, after a resume and on a disk that fails."""
+"""The log of a run: metrics.jsonl and TensorBoard, after a resume and on a failing disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows."""
+    """The scalars as TensorBoard reads them."""
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
@@ -73,13 +73,13 @@ def test_a_run_that_goes_on_hides_what_lies_after_its_start(
 
 
 @pytest.mark.parametrize(
-    "spoilt",
+    "damaged",
     [b'{"kind": "train", "iter', b"\xff\xfe\x00", bytes(64), b'{"iteration": "x"}', b"[1]"],
     ids=repr,
 )
-def test_a_spoilt_line_of_the_former_process_is_dropped(tmp_path: Path, spoilt: bytes) -> None:
+def test_a_damaged_line_of_the_former_process_is_dropped(tmp_path: Path, damaged: bytes) -> None:
     good = b'{"kind": "train", "iteration": 2, "note": "\xc3\xa9"}'
-    (tmp_path / "metrics.jsonl").write_bytes(good + b"\n" + spoilt + b"\n" + good + b"\n" + spoilt)
+    (tmp_path / "metrics.jsonl").write_bytes(good + b"\n" + damaged + b"\n" + good + b"\n" + damaged)
     with open_log(tmp_path, start=4):
         pass
     assert (tmp_path / "metrics.jsonl").read_bytes() == (good + b"\n") * 2
@@ -154,7 +154,11 @@ def test_a_name_that_something_else_has_taken_is_named_at_the_start(tmp_path: Pa
         (tmp_path / taken).write_text("")
     else:
         (tmp_path / taken).mkdir()
-    with pytest.raises(RunError, match=f"{taken}: cannot be written: "):
+    reason = {
+        "metrics.jsonl": "read as a metrics file: it is a folder",
+        "tensorboard": "written: File exists",
+    }
+    with pytest.raises(RunError, match=f"{taken}: cannot be {reason[taken]}"):
         open_log(tmp_path, start=2)
     assert not list(tmp_path.glob("*.tmp"))
 

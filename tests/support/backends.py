@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils import _pytree as tree
 
-from prcl_fast.ops import _backend, _native, use_backend
+from prcl_fast.ops import native, registry, use_backend
 from support import cuda_emulation
 from support.paths import ROOT
 
@@ -69,13 +69,10 @@ def on_backend(backend: str) -> Iterator[None]:
         with use_backend(backend):
             yield
         return
-    native = _native.ops
-    _native.ops = lambda: torch.ops.prcl_fast_emulated
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "ops", lambda: torch.ops.prcl_fast_emulated)
         with use_backend("native"):
             yield
-    finally:
-        _native.ops = native
 
 
 def skip_on_one_thread(device: str, backend: str) -> None:
@@ -131,8 +128,8 @@ def _missing_dtype(op: str, device: str, backend: str, dtype: torch.dtype) -> st
     """Why a place has no code for a dtype, or None; what keeps it from running float32 is no such reason."""
     if backend == "emulated":  # the same code, compiled for the CPU
         device, backend = "cuda", "native"
-    reason = _backend.unavailable(op, backend, device, dtype)
-    return None if reason == _backend.unavailable(op, backend, device) else reason
+    reason = registry.unavailable(op, backend, device, dtype)
+    return None if reason == registry.unavailable(op, backend, device) else reason
 
 
 def _reason(op: str, device: str, backend: str) -> str | None:
@@ -140,4 +137,4 @@ def _reason(op: str, device: str, backend: str) -> str | None:
         return "PyTorch sees no CUDA device"
     if backend == "emulated":
         return cuda_emulation.load()
-    return _backend.unavailable(op, backend, device)
+    return registry.unavailable(op, backend, device)

@@ -1,14 +1,17 @@
-"""A small scene of anchors, negatives and prototypes for the tests of the InfoNCE, and eq. (15) on it."""
+"""A small scene of anchors, negatives and prototypes for the tests of the InfoNCE, and its exact loss."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce, use_backend
+from prcl_fast.ops import PrototypeStatistics, probabilistic_info_nce
+from prcl_fast.reference import probabilistic_info_nce as reference
 
 B, D, H, W = 2, 6, 5, 4
 C, A, N, V = 5, 7, 9, 3
@@ -41,12 +44,19 @@ def scene(dtype: torch.dtype = torch.float64, var_dtype: torch.dtype | None = No
     }
 
 
+def by_reference(mu: Tensor, var: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """The reference's loss, on the CPU wherever the test runs; autograd differentiates it."""
+    with pytest.MonkeyPatch.context() as patch:
+        op = importlib.import_module("prcl_fast.ops.probabilistic_info_nce")
+        patch.setattr(op, "_op", reference.probabilistic_info_nce)
+        return probabilistic_info_nce(mu, var, *arguments, **options)
+
+
 def in_float64(mu: Tensor, var: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss and gradients to mu and var by the reference, on the CPU, wherever the test runs."""
+    """Loss and gradients to mu and var by the reference in float64."""
     exact = [x.detach().double().requires_grad_() for x in (mu, var)]
-    with use_backend("torch"):
-        loss = probabilistic_info_nce(*exact, *arguments, **options)
-        return loss.detach(), torch.autograd.grad(loss, exact)
+    loss = by_reference(*exact, *arguments, **options)
+    return loss.detach(), torch.autograd.grad(loss, exact)
 
 
 def by_hand(
@@ -58,7 +68,7 @@ def by_hand(
     virtual_var: Tensor | None = None,
     virtual_known: Tensor | None = None,
 ) -> Tensor:
-    """Eq. (15) an anchor and a pair at a time, differentiable, all but the anchors constants, in float64.
+    """Eq. (15) written once more from the paper, a pair at a time: differentiable, in float64.
 
     C is the classes with an anchor's prototype in the batch, C~_g those that `virtual_known` names.
     """

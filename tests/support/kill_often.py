@@ -1,10 +1,10 @@
-"""Kills a training on two processes again and again, and compares its end with that of an undisturbed one.
+"""Repeated kills of a training on two ranks, whose final state is compared with an undisturbed training.
 
 python tests/support/kill_often.py [--kills 100] [--seed 0] [--steps 300] [--folder DIR] [--json FILE]
 
-Each time, after a random wait, both processes get SIGKILL, or one of them, and then the other must end by
-itself. Whatever checkpoint is there must then be whole; the next start goes on from it. Exit status 1 unless
-the final weights, momentum and prototypes are equal bit for bit. In the same folder, the script goes on.
+After a random wait, one or both ranks get SIGKILL; a rank that is left must end by itself. All checkpoints
+must then be undamaged, and the next start resumes. Exit status 1 unless the final weights, momentum and
+prototypes are bitwise equal. In a folder of an earlier call, the script goes on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def kill_often(folder: Path, kills: int, steps: int, seed: int) -> dict[str, object]:
-    """Trains once undisturbed and once killed; what happened, and whether both end the same."""
+    """Trains once undisturbed and once with kills; the counts, and whether both final states are equal."""
     folder.mkdir(parents=True, exist_ok=True)
     configs = {name: _config(folder, name, steps) for name in ("whole", "killed")}
     _finish(configs["whole"])
@@ -68,7 +68,7 @@ def kill_often(folder: Path, kills: int, steps: int, seed: int) -> dict[str, obj
             if all(process.returncode == 0 for process in processes):
                 break  # the run is over before all kills were made
             raise SystemExit(f"ended by itself: {errors}")
-        # Before they have met, a process would wait minutes for one that may just be late.
+        # Before the rendezvous, a rank would wait minutes for one that may only be late.
         victims = draw.choice((processes, processes, processes[:1], processes[1:])) if started else processes
         for process in victims:
             os.killpg(process.pid, signal.SIGKILL)
@@ -123,7 +123,7 @@ def _finish(config: Path) -> None:
 
 
 def _wait(processes: list[subprocess.Popen[str]], output: Path, draw: random.Random) -> bool:
-    """Until a random moment: mostly after the run went on, which is the result, at times while it starts."""
+    """Waits until a random moment: mostly after the run went on (True), at times while it starts."""
     if draw.random() < 0.2:
         time.sleep(8 * draw.random())
         return False
@@ -140,12 +140,12 @@ def _wait(processes: list[subprocess.Popen[str]], output: Path, draw: random.Ran
 def _saved_at(output: Path) -> int:
     try:
         return (output / "last.pt").stat().st_mtime_ns
-    except FileNotFoundError:  # also for a moment, while a new one takes its name
+    except FileNotFoundError:  # or a new one takes its name at this moment
         return 0
 
 
 def _stopped(process: subprocess.Popen[str]) -> str:
-    """Ends a process and its workers; what it said."""
+    """Ends a process and its workers; its standard error."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     return "" if process.stderr is None or process.stderr.closed else process.communicate()[1]

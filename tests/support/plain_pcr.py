@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prcl_fast.config import parse_config
 from prcl_fast.losses import FeatureBank, PrototypePredictor
-from prcl_fast.methods import PCR, Step, build_method
+from prcl_fast.methods import PCR, StepIndex, build_method
 from prcl_fast.models.teacher import EMATeacher
 from support.stub_networks import PixelNetwork
 from support.tiny import tiny_tree
@@ -73,5 +73,5 @@ def with_stub(**settings: Any) -> PCR:
     return method
 
 
-def step(iteration: int) -> Step:
-    return Step(torch.tensor(iteration), 6)
+def step(iteration: int) -> StepIndex:
+    return StepIndex(torch.tensor(iteration), 6)

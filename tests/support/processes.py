@@ -1,4 +1,4 @@
-"""Processes in one group, for tests: they stay, and run one function after the other."""
+"""Processes for tests: a process group that runs function after function, and launched commands."""
 
 from __future__ import annotations
 
@@ -69,10 +69,15 @@ def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
             connection.send((traceback.format_exc(), None))
 
 
+def free_port() -> int:
+    """A port of this machine that was free a moment ago."""
+    with socket.create_server(("", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def launch(*arguments: str, world: int = WORLD, **options: Any) -> list[subprocess.Popen[str]]:
     """Starts `prcl ARGUMENTS` in `world` processes, each a process group, with torchrun's environment."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(world):
         environment = os.environ | {

@@ -1,4 +1,4 @@
-"""Run folders: their final states compared; and some without training: checkpoints, metrics, a full disk."""
+"""Run folders without training: checkpoints, metrics, a full disk; and comparison of final states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from prcl_fast.config import dump_config, parse_config
-from prcl_fast.data.source import build_source
+from prcl_fast.data.sources import build_source
 from prcl_fast.methods import build_method
 from prcl_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 
@@ -40,7 +40,7 @@ def write_run(folder: Path, tree: dict[str, Any], classes: tuple[str, ...] | Non
 
 
 def small_state(iteration: int, size: int = 8) -> dict[str, Any]:
-    """What a checkpoint must hold, with one tensor of `size` numbers for a method."""
+    """The state of a checkpoint, with one tensor of `size` numbers for a method."""
     return {
         "config": {},
         "classes": ["a", "b"],
@@ -54,12 +54,12 @@ def small_state(iteration: int, size: int = 8) -> dict[str, Any]:
 
 
 def iterations(folder: Path) -> dict[str, int]:
-    """The checkpoint files in `folder`, each whole, with their iterations."""
+    """The iterations of the checkpoint files in `folder`, all of them undamaged."""
     return {path.name: load_checkpoint(path)["iteration"] for path in folder.glob("*.pt")}
 
 
 def silent(line: str) -> None:
-    """For what has nothing to say."""
+    """A `say` that expects no line."""
     raise AssertionError(line)
 
 

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.config import AugmentConfig
-from prcl_fast.data.batches import Batch
+from prcl_fast.data.batches import Batch, UnlabeledBatch
 from prcl_fast.data.draws import STRONG_NUMBERS, StrongDraws, strong_draws
 from prcl_fast.models import network
 from prcl_fast.models.network import NetworkOutput
-from prcl_fast.models.query_head import PrototypeScores
 
 IGNORE = 255
 
@@ -73,9 +72,7 @@ class PixelNetwork(nn.Module):
         prototypes = self.queries + features.mean((2, 3))[:, None, None]
         scores = torch.einsum("bcnd,bdhw->bcnhw", prototypes, features)
         projection = features.square() if representations else None
-        return NetworkOutput(
-            scores.sum(2), None, None, features, PrototypeScores(scores.flatten(1, 2), projection)
-        )
+        return NetworkOutput(scores.sum(2), None, None, features, scores.flatten(1, 2), projection)
 
 
 def small_batch(classes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Batch:
@@ -88,7 +85,8 @@ def small_batch(classes: int, dtype: torch.dtype = torch.float64, seed: int = 0)
     inside[1, :, :2] = False
     uniform = np.random.default_rng(seed).random((2, STRONG_NUMBERS))
     strong = strong_draws(uniform, (7, 9), AugmentConfig())
-    return Batch(images[:2], label.to(torch.uint8), images[2:], inside, strong, torch.tensor([3, seed]))
+    unlabeled = UnlabeledBatch(images[2:], inside, strong)
+    return Batch(images[:2], label.to(torch.uint8), unlabeled, torch.tensor([3, seed]))
 
 
 def upsampled(scores: Tensor, size: tuple[int, int] = (7, 9)) -> Tensor:

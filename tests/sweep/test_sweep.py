@@ -1,4 +1,4 @@
-"""`prcl sweep`: what is checked before anything runs, and how runs are started, stopped and gone on with."""
+"""`prcl sweep`: checks before the first run; starting, stopping and resuming runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_runs_may_not_lie_inside_another_run(tmp_path):
     path = write_sweep(tmp_path)
     write_made_up_run(read_sweep(path).runs[0].config, {6: 1.0})
     inside = tmp_path / "out/supervised/2/seed_0/more"
-    with pytest.raises(InputError, match=r"output: .*more would hold runs inside the run folder .*seed_0"):
+    with pytest.raises(InputError, match=r"output: .*more would put runs inside the run folder .*seed_0"):
         sweep_command(path, [f"output={inside}"], dry_run=True)
 
 
@@ -89,9 +89,9 @@ def test_each_gpu_is_a_place_and_the_cpu_has_as_many_as_asked(tmp_path, monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert places(runs, None, {}) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     assert places(runs, 1, {"CUDA_VISIBLE_DEVICES": "5,7"}) == [{"CUDA_VISIBLE_DEVICES": "5"}]
-    with pytest.raises(InputError, match="--jobs: 3, but this machine shows 2 GPUs"):
+    with pytest.raises(InputError, match="--jobs: 3, but 2 GPUs are visible"):
         places(runs, 3, {})
-    with pytest.raises(InputError, match=r"train.device: cuda:1: a sweep gives each run a GPU"):
+    with pytest.raises(InputError, match=r"train.device: cuda:1: a sweep assigns one GPU to each run"):
         places(read_sweep(write_sweep(tmp_path), ["train.device=cuda:1"]).runs, None, {})
     assert gpu_names("GPU-a, GPU-b", 1) == ["GPU-a"]
 
@@ -114,7 +114,7 @@ printf '{"kind": "eval", "iteration": 6, "miou": 50.0, "miou_student": 40.0}\\n'
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """In place of a training: slow, failing, waiting to be stopped or killed, by the run's name."""
+    """Replaces training: slow, failing, waiting for a signal or killed, by the run's name."""
     script = tmp_path / "python"
     script.write_text(STAND_IN)
     script.chmod(0o755)
@@ -141,7 +141,7 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_named_at_the_end(stand
     }
     assert error.splitlines()[-2:] == [
         "prcl: run fails/seed_0 failed: data.root: no such folder",
-        "prcl: run killed/seed_0 failed: ended by SIGKILL; nothing in its log",
+        "prcl: run killed/seed_0 failed: ended by SIGKILL; its log is empty",
     ]
     assert error.splitlines()[1:3] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 1.5 min; 1 of 4 runs"]
     again = read_sweep(path).runs[0].config
@@ -205,6 +205,24 @@ def test_a_run_that_another_process_trains_is_not_started_twice(stand_in, tmp_pa
     first.close()
 
 
+def test_a_log_that_is_a_link_or_a_pipe_fails_its_run_and_no_other(stand_in, tmp_path):
+    runs = read_sweep(stand_in("linked", "piped", "c")).runs
+    logs = [run.config.output / "train.log" for run in runs[:2]]
+    for log in logs:
+        log.parent.mkdir(parents=True)
+    (tmp_path / "victim").write_text("precious")
+    logs[0].symlink_to(tmp_path / "victim")
+    os.mkfifo(logs[1])
+    events = [event for event in train_runs(runs, [{}]) if not isinstance(event, Working)]
+    assert events == [
+        Ended(runs[0], f"{logs[0]}: cannot be written: it is a link"),
+        Ended(runs[1], f"{logs[1]}: cannot be written: it is a pipe"),
+        Started(runs[2]),
+        Ended(runs[2], None),
+    ]
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
 def test_runs_of_one_configuration_are_noted(stand_in, capsys):
     sweep_command(stand_in("a", "b"))
     assert "note: run b/seed_0 has the same configuration as a/seed_0\n" in capsys.readouterr().err
@@ -229,14 +247,14 @@ def test_a_sweep_goes_on_after_sigint_and_ends_with_its_table(tmp_path, capsys):
     out, error = process.communicate(timeout=100)
     assert (process.returncode, out) == (1, ""), error
     assert error.splitlines()[-1] == (
-        "prcl: stopped: 1 of 8 runs are not finished; the same command goes on from there"
+        "prcl: stopped: 1 of 8 runs are not finished; the same command resumes them"
     )
     assert (first / "last.pt").exists()
 
     sweep_command(path, overrides)
     out, error = capsys.readouterr()
     assert json.loads(out.splitlines()[-1])["done"] == 8
-    assert "started supervised/2/seed_0, going on after iteration" in error
+    assert "started supervised/2/seed_0, continuing after iteration" in error
     assert "going on from iteration" in (first / "train.log").read_text()
     scores = [float(line["miou"]) for line in csv.DictReader((tmp_path / "out/table.csv").open())]
     assert scores[1:] == [40.0] * 7

@@ -1,4 +1,4 @@
-"""Sweep files: which runs they mean, and what is said of a mistake in one."""
+"""Sweep files: their runs and configurations, and messages for mistakes."""
 
 from __future__ import annotations
 
@@ -69,19 +69,22 @@ def test_output_on_the_command_line_is_the_sweeps(tmp_path):
         ({"axes": {"m": {12: {}}}}, 'axes.m: the name 12 is not text; write it in quotes: "12"'),
         ({"axes": {"seed": {"a": {}}}}, "axes.seed: seeds are listed by the key seeds"),
         ({"axes": {"m": {"a b": {}, "A+b": {}}}}, "axes.m: 'a b' and 'A+b' would share the folder a_b"),
-        ({"axes": {"m": {"..": {}}}}, "axes.m: '..' makes no folder name"),
+        ({"axes": {"m": {"..": {}}}}, "axes.m: '..' cannot be a folder name"),
         ({"seed": [0]}, "unknown key seed; did you mean seeds?"),
         ({"seeds": []}, "seeds: list should have at least 1 item"),
-        ({"seeds": [1, 1]}, "seeds: one of [1, 1] stands twice"),
+        ({"seeds": [1, 1]}, "seeds: duplicate in [1, 1]"),
         ({"seeds": list(range(4000))}, "axes: 16000 runs; a sweep has at most 10000"),
         ({"config": "none.yaml"}, "none.yaml: no such configuration file"),
-        ({"config": None}, "config: required, for no axis names a configuration file for run supervised/2/"),
+        (
+            {"config": None},
+            "config: required, because no axis names a configuration file for run superv",
+        ),
         ({"set": {"optim.lrr": 1}}, "run supervised/2/seed_0: unknown key optim.lrr; did you mean lr?"),
         (
             {"set": {"data.val": "{label}.txt"}},
             "set.data.val: unknown placeholder {label}; known: {method}, ",
         ),
-        ({"set": {"seed": 3}}, "set: seed of a run is given by the sweep's key seeds"),
+        ({"set": {"seed": 3}}, "set: seed of a run is set by the sweep's key seeds"),
         ({"set": {"optim.lr.x=1": 3}}, "set: key 'optim.lr.x=1' is not a name"),
         ({"set": {"seed_.x": 1, "a..b": 2}}, "set.a..b: an empty part"),
     ],

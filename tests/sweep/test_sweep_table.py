@@ -1,4 +1,4 @@
-"""The table of a sweep: mean and deviation over seeds, its files and its picture."""
+"""The table of a sweep: mean and standard deviation over seeds, files and figure."""
 
 from __future__ import annotations
 

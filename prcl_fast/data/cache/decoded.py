@@ -1,8 +1,7 @@
-"""Decoded training images kept in memory that processes share, or on disk: `data.cache`.
+"""The cache of decoded training images, `data.cache`: in shared memory or on disk.
 
-One file holds all images. Whoever comes first builds it, under a lock that ends with its process; the
-others wait. It is written under a temporary name and renamed, and every process that opens it compares its
-checksums.
+One file holds all images. The first process builds it under a lock that ends with the process; all others
+wait. The file is written under a temporary name and renamed. Every process verifies its checksums.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from prcl_fast.data.cache.file import VERSION, DamagedFileError, ImageFile, writ
 from prcl_fast.data.cache.locks import locked, remove_unused, use_until_exit
 from prcl_fast.data.decode import decode
 from prcl_fast.data.source import Source
-from prcl_fast.errors import InputError
-from prcl_fast.files.writing import replacing, user_cache
-from prcl_fast.machine import available_memory
+from prcl_fast.errors import InputError, WriteError
+from prcl_fast.files.writing import remove_leftovers, replacing, user_cache
+from prcl_fast.machine.description import usable_cores
+from prcl_fast.machine.memory import available_memory
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SAMPLE = 8  # images of each subset that are decoded to estimate the room needed
@@ -36,12 +36,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 _log = logging.getLogger(__name__)
 
-_Item = tuple[str, bool]  # name of an image, and whether its label belongs to it
+_Item = tuple[str, bool]  # name of an image, and whether its label is stored with it
 Say = Callable[[str], None]
 
 
 class ImageCache:
-    """The decoded images of some subsets, by their positions in the splits. Travels to worker processes."""
+    """The decoded images of some subsets, by position in their splits. Can be sent to worker processes."""
 
     def __init__(self, file: ImageFile, first: dict[str, int]) -> None:
         self._file, self._first = file, first
@@ -52,10 +52,10 @@ class ImageCache:
         return self._file.path
 
     def image(self, subset: str, index: int) -> np.ndarray:
-        """uint8 [H, W, 4], read-only: image number `index` of a subset, as `decode` gives it.
+        """Image number `index` of a subset as `decode` returns it, uint8 [H, W, 4], read-only.
 
         Raises:
-            InputError: this process opens the file for the first time, and it is gone.
+            InputError: the file was removed before this process first opened it.
         """
         try:
             return self._file[self._first[subset] + index]
@@ -66,14 +66,14 @@ class ImageCache:
 def open_cache(
     source: Source, data: DataConfig, subsets: Sequence[str], say: Say | None = None
 ) -> ImageCache:
-    """The cache of `data.cache` (ram or disk), built if there is none or if it is damaged.
+    """The cache of `data.cache` (ram or disk), built if it is missing or damaged.
 
-    Its file has the name of a hash of all that shapes the pixels (`Source.pixel_state`). In memory, it goes
-    with the last process that uses it; what a killed process left is used, or removed when another is built.
+    The name of its file is a hash of the state of all images (`Source.pixel_state`). A cache in memory is
+    removed with its last user. One that a killed process left is reused, or removed when another is built.
 
     Args:
-        subsets: which splits, such as ("labeled", "unlabeled"); labels are kept for "labeled".
-        say: takes lines about a building that goes on.
+        subsets: names of the splits, such as ("labeled", "unlabeled"); labels are stored for "labeled".
+        say: receives lines about the progress of building.
 
     Raises:
         InputError: an image that cannot be read, or, naming data.cache, not enough room or no access.
@@ -87,6 +87,8 @@ def open_cache(
     path = _folder(data) / f"{_key(source, items)}.images"
     try:
         return ImageCache(_opened_or_built(source, items, path, data.cache, say), first)
+    except WriteError as error:
+        raise InputError(f"data.cache: {error}") from None
     except OSError as error:
         raise InputError(f"data.cache: {error.filename or path}: {error.strerror}") from None
 
@@ -99,7 +101,7 @@ def _opened_or_built(source: Source, items: Sequence[_Item], path: Path, kind: s
         return file
 
     lock = path.with_suffix(".lock")
-    # Shared at first, so that the processes of a job compare the checksums at the same time.
+    # Shared at first, so that the processes of a job verify the checksums in parallel.
     with locked(lock, say, shared=True):
         file = opened(None)
     if file is None:
@@ -155,8 +157,8 @@ def _key(source: Source, items: Sequence[_Item]) -> str:
 
 def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: Say) -> None:
     folder = path.parent
-    for leftover in (path, *folder.glob(f".{path.name}.*.tmp")):
-        leftover.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    remove_leftovers(folder, path.name)
     if kind == "ram":
         for other in folder.glob("*.lock"):
             if other.stem != path.stem:
@@ -170,9 +172,9 @@ def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: S
     started = time.monotonic()
     say(f"data.cache: decoding {len(items)} images into {path}, about {_size(needed)}")
     try:
-        with replacing(path) as temporary, contextlib.closing(_decoded(source, items, say)) as images:
-            length = write_images(temporary, images)
-    except OSError as error:
+        with replacing(path) as file, contextlib.closing(_decoded(source, items, say)) as images:
+            length = write_images(file, images)
+    except WriteError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
@@ -183,7 +185,7 @@ def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: S
 
 
 def _decoded(source: Source, items: Sequence[_Item], say: Say) -> Generator[np.ndarray, None, None]:
-    """The images in order, decoded a little ahead by several threads."""
+    """The images in order; several threads decode ahead."""
     threads = _threads()
     waiting: deque[Future[np.ndarray]] = deque()
     last_line = time.monotonic()
@@ -204,7 +206,7 @@ def _decoded(source: Source, items: Sequence[_Item], say: Say) -> Generator[np.n
 
 
 def _room_needed(source: Source, items: Sequence[_Item]) -> int:
-    """Bytes of all images, from the mean of a few of each subset."""
+    """Estimated bytes of all images, from the mean size of a few of each subset."""
     needed = 0.0
     for labeled in (True, False):
         names = [name for name, has_label in items if has_label == labeled]
@@ -216,13 +218,13 @@ def _room_needed(source: Source, items: Sequence[_Item]) -> int:
 
 def _room(folder: Path, kind: str) -> int:
     free = shutil.disk_usage(folder).free
-    # The file system in memory may be larger than what is left of the memory.
+    # The shared-memory file system may be larger than the available memory.
     available = available_memory() if kind == "ram" else None
     return free if available is None else min(free, available)
 
 
 def _threads() -> int:
-    return min(16, len(os.sched_getaffinity(0)))
+    return min(16, usable_cores())
 
 
 def _size(count: float) -> str:

@@ -1,7 +1,6 @@
 """The file of decoded images: a header, the pixels of each image, and an index with their checksums.
 
-Numbers are little-endian. An image is H * W * 4 bytes from a multiple of 64 on, so that it can be used in
-place.
+Numbers are little-endian. An image is H * W * 4 bytes at a multiple of 64, so that it can be used in place.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 VERSION = 1
 
 _ALIGNMENT = 64
-# Magic, version, checksum of the index, number of images, length of the file; then the checksum of these.
+# Magic, version, checksum of the index, number of images, length of the file; the checksum of these follows.
 _HEADER = struct.Struct("<8sIIQQ")
 _CHECKSUM = struct.Struct("<I")
 _MAGIC = b"PRCLIMGS"
@@ -27,13 +26,13 @@ _INDEX = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("che
 
 
 class DamagedFileError(Exception):
-    """A file that is not what was written, or was written by another version."""
+    """A file that is incomplete, changed, or of another version."""
 
 
 class ImageFile:
-    """The images of a file that `write_images` made, mapped into memory when the first one is asked for.
+    """The images of a file written by `write_images`, mapped into memory on first use.
 
-    Processes share the mapped memory. Travels to other processes as its path.
+    Processes share the mapped memory. Pickling keeps the path alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,14 +51,14 @@ class ImageFile:
         """uint8 [H, W, 4], read-only, in the mapped memory.
 
         Raises:
-            OSError, DamagedFileError: the file is gone, or damaged.
+            OSError, DamagedFileError: the file is missing or damaged.
         """
         mapped = self._map()
         offset, height, width, _ = self._index[position]
         return mapped[offset : offset + height * width * 4].reshape(height, width, 4)
 
     def verify(self, threads: int) -> None:
-        """Reads everything and compares the checksums.
+        """Reads the whole file and verifies the checksums.
 
         Raises:
             OSError, DamagedFileError: the file cannot be read, or is damaged.
@@ -78,31 +77,30 @@ class ImageFile:
         if self._bytes is None:
             if os.path.getsize(self.path) < _ALIGNMENT:
                 raise DamagedFileError(f"{self.path}: too short")
-            # A plain array: taking slices of np.memmap itself is several times slower.
+            # A plain array: slicing np.memmap itself is several times slower.
             mapped = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
             self._index = _read_index(self.path, mapped)
             self._bytes = mapped
         return self._bytes
 
 
-def write_images(path: Path, images: Iterable[np.ndarray]) -> int:
-    """Writes images, uint8 [H, W, 4] and contiguous, and returns the length of the file.
+def write_images(file: BinaryIO, images: Iterable[np.ndarray]) -> int:
+    """Writes images, uint8 [H, W, 4] and contiguous, into a new file, and returns its length.
 
     The header comes last: a file that was not written to its end is a damaged one.
     """
     entries = []
-    with open(path, "wb") as file:
-        file.write(bytes(_ALIGNMENT))
-        for image in images:
-            entries.append((file.tell(), *image.shape[:2], zlib.crc32(image.data)))
-            file.write(image.data)
-            file.write(bytes(-image.nbytes % _ALIGNMENT))
-        index = np.array(entries, dtype=_INDEX).tobytes()
-        file.write(index)
-        length = file.tell()
-        header = _HEADER.pack(_MAGIC, VERSION, zlib.crc32(index), len(entries), length)
-        file.seek(0)
-        file.write(header + _CHECKSUM.pack(zlib.crc32(header)))
+    file.write(bytes(_ALIGNMENT))
+    for image in images:
+        entries.append((file.tell(), *image.shape[:2], zlib.crc32(image.data)))
+        file.write(image.data)
+        file.write(bytes(-image.nbytes % _ALIGNMENT))
+    index = np.array(entries, dtype=_INDEX).tobytes()
+    file.write(index)
+    length = file.tell()
+    header = _HEADER.pack(_MAGIC, VERSION, zlib.crc32(index), len(entries), length)
+    file.seek(0)
+    file.write(header + _CHECKSUM.pack(zlib.crc32(header)))
     return length
 
 

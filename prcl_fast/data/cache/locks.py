@@ -1,4 +1,4 @@
-"""Who builds a cached file, who uses it, and when nobody does: advisory locks, which end with a process."""
+"""Advisory locks of cached files, for builders and users; a lock ends with its process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Of each file in use: the descriptor that holds a shared lock on it, and the process that opened it.
+from prcl_fast.errors import WriteError
+from prcl_fast.files.writing import remove_leftovers
+
+# For each file in use: the descriptor that holds a shared lock on it, and the process that opened it.
 _in_use: dict[Path, tuple[int, int]] = {}
 
 
 @contextmanager
 def locked(path: Path, say: Callable[[str], None], *, shared: bool = False) -> Iterator[None]:
-    """Holds a lock file, alone or with others that share it, waiting if need be."""
+    """Holds a lock file, exclusively or shared; waits until it is free."""
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     descriptor = _acquired(path, mode | fcntl.LOCK_NB)
     if descriptor is None:
@@ -29,7 +32,7 @@ def locked(path: Path, say: Callable[[str], None], *, shared: bool = False) -> I
 
 
 def use_until_exit(path: Path) -> None:
-    """Marks a file as used by this process; the last user's end removes it. The caller holds its lock."""
+    """Marks a file as used by this process; its last user removes it at exit. The caller holds its lock."""
     former = _in_use.pop(path, None)
     if former is not None:
         os.close(former[0])
@@ -39,10 +42,10 @@ def use_until_exit(path: Path) -> None:
 
 
 def remove_unused(path: Path, *, wait: bool) -> None:
-    """Removes a file, its lock and what a killed builder left of it, unless another process uses it.
+    """Removes a file, its lock and leftovers of a killed builder, unless another process uses the file.
 
     Args:
-        wait: wait for its lock; otherwise a file whose lock somebody holds stays.
+        wait: wait for its lock; otherwise a file whose lock is held stays.
     """
     lock = path.with_suffix(".lock")
     holder = _acquired(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,7 +54,8 @@ def remove_unused(path: Path, *, wait: bool) -> None:
     try:
         if _is_used(path):
             return
-        for file in (path, *path.parent.glob(f".{path.name}.*.tmp"), lock):
+        remove_leftovers(path.parent, path.name)
+        for file in (path, lock):
             file.unlink(missing_ok=True)
     finally:
         os.close(holder)
@@ -72,12 +76,12 @@ def _is_used(path: Path) -> bool:
 
 
 def _acquired(path: Path, mode: int) -> int | None:
-    """A descriptor that holds the lock, or None if it is taken and `mode` says not to wait."""
+    """A descriptor that holds the lock; None if the lock is held and `mode` is non-blocking."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, mode)
-            # Who removes a file removes its lock: one that has lost its name keeps nobody out.
+            # The lock is removed with its file: a lock without a name excludes no process.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:
@@ -95,8 +99,8 @@ def _acquired(path: Path, mode: int) -> int | None:
 def _end_use() -> None:
     for path, (descriptor, process) in list(_in_use.items()):
         if process == os.getpid():
-            # Closing alone would leave the lock to worker processes that have it too.
+            # Closing alone would leave the lock with worker processes that inherited the descriptor.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
-            with suppress(FileNotFoundError):  # somebody has removed the whole folder
+            with suppress(FileNotFoundError, WriteError):  # somebody has removed the whole folder
                 remove_unused(path, wait=True)

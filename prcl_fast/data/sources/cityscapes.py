@@ -1,4 +1,4 @@
-"""Cityscapes, in its own layout or in the flat one that CPS's lists name."""
+"""Cityscapes, in its official layout or in the flat layout of CPS."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from prcl_fast.config import DataConfig
+from prcl_fast.data.source import IGNORE
 from prcl_fast.data.sources.file_source import (
     FileSource,
     LabelFile,
@@ -16,7 +17,7 @@ from prcl_fast.data.sources.file_source import (
     files_below,
     locate_files,
 )
-from prcl_fast.data.sources.labels import IGNORE, LabelDecoder, id_table
+from prcl_fast.data.sources.labels import LabelDecoder, id_table
 from prcl_fast.data.sources.splits import CITYSCAPES_SUFFIX, Entry
 from prcl_fast.errors import InputError
 
@@ -65,7 +66,7 @@ PALETTE = np.array(
     ],
     dtype=np.uint8,
 )
-# Training id k is the label id at place k; every other label id is not evaluated.
+# Label id of each training id; all other label ids are not evaluated.
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 VAL_CITIES = ("frankfurt", "lindau", "munster")
 TEST_CITIES = ("berlin", "bielefeld", "bonn", "leverkusen", "mainz", "munich")
@@ -76,8 +77,9 @@ _SUBFOLDERS = ("train", "val")
 def build_cityscapes(data: DataConfig) -> FileSource:
     """Cityscapes below `data.root`: 19 classes by their training ids.
 
-    Either `leftImg8bit/{train,val}/CITY/` and `gtFine/{train,val}/CITY/` with labelTrainIds or else labelIds,
-    or the flat `images/{train,val}/NAME.png` and `segmentation/{train,val}/NAME_gtFine.png` (training ids).
+    Official layout: `leftImg8bit/{train,val}/CITY/`, and `gtFine/{train,val}/CITY/` with labelTrainIds, else
+    labelIds. Flat layout: `images/{train,val}/NAME.png` and `segmentation/{train,val}/NAME_gtFine.png` with
+    training ids.
 
     Raises:
         InputError: naming the file, folder or key at fault.
@@ -90,17 +92,17 @@ def build_cityscapes(data: DataConfig) -> FileSource:
     original_table[list(LABEL_IDS)] = table[: len(LABEL_IDS)]
     original = LabelDecoder(len(classes), original_table)
     root = data_root(data)
-    layout: _OwnLayout | _FlatLayout
+    layout: _OfficialLayout | _FlatLayout
     if (root / "leftImg8bit").is_dir():
-        layout = _OwnLayout(root, trained, original)
+        layout = _OfficialLayout(root, trained, original)
     elif (root / "images").is_dir():
         layout = _FlatLayout(root, trained)
     else:
-        raise InputError(f"{root}: no folder leftImg8bit (or images, in the flat layout) here (data.root)")
+        raise InputError(f"{root}: no folder leftImg8bit (or images, for the flat layout) here (data.root)")
     return locate_files(data, classes, palette, layout)
 
 
-class _OwnLayout:
+class _OfficialLayout:
     def __init__(self, root: Path, trained: LabelDecoder, original: LabelDecoder) -> None:
         self.root = root
         self.decoders = {"_gtFine_labelTrainIds.png": trained, "_gtFine_labelIds.png": original}

@@ -1,4 +1,4 @@
-"""A data set of files on disk: what VOC, Cityscapes and one's own folders have in common."""
+"""A data set of files on disk; base of VOC, Cityscapes and folders of images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import numpy as np
 
 from prcl_fast.config import DataConfig
 from prcl_fast.config.files import plain_path
+from prcl_fast.data.source import SUBSETS, Split
 from prcl_fast.data.sources.images import check_pair, image_size, read_image
 from prcl_fast.data.sources.labels import LabelDecoder
 from prcl_fast.data.sources.splits import (
-    SUBSETS,
     Entry,
-    Split,
     SplitFile,
     check_disjoint,
     make_split,
@@ -31,14 +30,14 @@ _MAX_BYTES = 2**20
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A label on disk and how to read it."""
+    """A label file and its decoder."""
 
     path: Path
     decoder: LabelDecoder
 
 
 class Layout(Protocol):
-    """Where a data set keeps its files."""
+    """The layout of a data set: the files of each entry of a split."""
 
     def image(self, entry: Entry) -> Path | None:
         """The existing image of an entry, or None."""
@@ -47,22 +46,22 @@ class Layout(Protocol):
         """The existing label of an entry whose image was found, or None."""
 
     def missing_image(self, entry: Entry) -> str:
-        """What is missing, for a message."""
+        """The missing file, for a message."""
 
     def missing_label(self, entry: Entry) -> str:
-        """What is missing, for a message."""
+        """The missing file, for a message."""
 
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-    """A data set whose files were all found. Satisfies the protocol of `prcl_fast.data.source.Source`.
+    """A data set whose files all exist. Implements `prcl_fast.data.source.Source`.
 
     Attributes:
         classes: C names in the order of their ids.
         palette: uint8 [C, 3].
         splits: the subsets "labeled", "unlabeled" and "val".
         images: path of every image.
-        labels: label of every labeled and validation image, and of those unlabeled ones that have one.
+        labels: label of every labeled and validation image, and of unlabeled images if they have one.
     """
 
     classes: tuple[str, ...]
@@ -76,9 +75,10 @@ class FileSource:
         return read_image(self.images[name])
 
     def label(self, name: str) -> np.ndarray:
-        """Class ids uint8 [H, W], 255 where not labeled. Raises InputError that names the file.
+        """Class ids uint8 [H, W], 255 where not labeled.
 
-        The size is that of the image, else InputError.
+        Raises:
+            InputError: the label cannot be read, or differs in size from the image.
         """
         file = self.labels.get(name)
         if file is None:
@@ -88,7 +88,7 @@ class FileSource:
         return label
 
     def pixel_state(self, name: str, labeled: bool) -> str:
-        """Path, size and time of change of the image, and of its label together with how that is read."""
+        """Path, size and modification time of the image, and of its label with the decoder's fingerprint."""
         state = _file_state(self.images[name])
         if labeled:
             file = self.labels[name]
@@ -105,11 +105,11 @@ def _file_state(path: Path) -> str:
 
 
 def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, layout: Layout) -> FileSource:
-    """Reads the split files of the configuration and finds every image and label that they name.
+    """Reads the split files of the configuration and finds all images and labels in them.
 
     Raises:
-        InputError: a wrong split file, two subsets with an image in common, or a missing image or label,
-            naming the split file and its line.
+        InputError: a split file is wrong, two subsets have an image in common, or an image or label is
+            missing; the message names the split file and its line.
     """
     paths = {"labeled": data.labeled, "unlabeled": data.unlabeled, "val": data.val}
     files = {subset: read_split(path) for subset, path in paths.items() if path is not None}
@@ -154,7 +154,7 @@ def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tup
     """The class names of the key `data.classes`: a list, or a text file with one name a line.
 
     Raises:
-        InputError: naming file or key: unreadable, fewer than 2 or more than 255 names, or one twice.
+        InputError: unreadable, fewer than 2 or more than 255 names, or a name twice; names the file or key.
     """
     if classes is None:
         return tuple(default)
@@ -183,15 +183,15 @@ def class_palette(
 
 
 def data_root(data: DataConfig) -> Path:
-    """The folder `data.root`, in the one spelling that caches know it by. Raises InputError without one."""
-    assert data.root is not None  # the configuration requires it of every kind that has files
+    """The folder `data.root` in the spelling that caches use. Raises InputError if it does not exist."""
+    assert data.root is not None  # the configuration requires it for every kind with files
     if not os.path.isdir(data.root):
         raise InputError(f"{data.root}: no such folder (data.root)")
     return plain_path(data.root)
 
 
 def files_below(folder: Path) -> set[str]:
-    """Names of the entries of one folder; empty if there is no such folder."""
+    """Names in a folder; empty if there is no such folder."""
     try:
         return {entry.name for entry in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""A data set of one's own: two folders, or two patterns with {name}."""
+"""A user's data set: two folders of images and labels, or two path patterns with {name}."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _RGB_HINT = "data.palette says what the colours mean, and `prcl data convert` ma
 
 
 def build_folder(data: DataConfig) -> FileSource:
-    """Images and labels found by the names of the split files.
+    """A data set whose images and labels are found by the names in the split files.
 
     `data.images` and `data.labels` are folders below root, searched with their subfolders for `NAME.suffix`,
-    or patterns such as `{name}_mask.png`. A name may hold subfolders ("train/0001") or leave them out where
-    that is unambiguous. Lines of two paths are taken as they are, relative to root.
+    or patterns such as `{name}_mask.png`. A name may contain subfolders ("train/0001"), or omit them if it is
+    unambiguous. Lines with two paths, relative to root, name image and label themselves.
 
     Raises:
         InputError: naming the file, folder or key at fault.
@@ -65,7 +65,7 @@ class _FolderLayout:
             path = self.root / entry.label
             path = path if os.path.isfile(path) else None
         else:
-            # The image's place decides where a name occurs in several subfolders.
+            # A name in several subfolders is resolved by the subfolder of the image.
             place = self.images.place(image)
             path = (self.labels.exact(place) if place else None) or self.labels.find(entry.name)
         return None if path is None else LabelFile(path, self.decoder)
@@ -82,14 +82,14 @@ class _FolderLayout:
 
 
 class _Finder:
-    """Finds files by name in a folder that is listed once, or by a pattern."""
+    """Search for files by name: in a folder, which is listed once, or by a pattern."""
 
     def __init__(self, root: Path, where: str, suffixes: tuple[str, ...], key: str) -> None:
         check_inside(where, key)
         self.root, self.suffixes, self.key = root, suffixes, key
         self.pattern = where if "{name}" in where else None
         self.folder = root / where
-        # Every file under its path without suffix, and under its bare name.
+        # Files by path without suffix, and by bare name.
         self.by_place: defaultdict[str, list[Path]] = defaultdict(list)
         self.by_base: defaultdict[str, list[Path]] = defaultdict(list)
         if self.pattern is None:
@@ -113,14 +113,14 @@ class _Finder:
                     self.by_base[stem].append(path)
 
     def exact(self, name: str) -> Path | None:
-        """The file at that place below the folder."""
+        """The file at this path below the folder, or None."""
         if self.pattern is not None:
             path = self.root / self.pattern.replace("{name}", name)
             return path if os.path.isfile(path) else None
         return self._only(name, self.by_place.get(name, []))
 
     def find(self, name: str) -> Path | None:
-        """The file at that place, else the only one of that name."""
+        """The file at this path, else the only file of this name, else None."""
         found = self.exact(name)
         if found is not None or self.pattern is not None:
             return found
@@ -130,7 +130,7 @@ class _Finder:
         return self._only(name, self.by_base.get(name, []))
 
     def place(self, path: Path) -> str | None:
-        """The place below the folder that `exact` finds a file by, or None for files elsewhere."""
+        """The path below the folder by which `exact` finds a file; None for files elsewhere."""
         if self.pattern is not None or not path.is_relative_to(self.folder):
             return None
         return PurePosixPath(path.relative_to(self.folder).as_posix()).with_suffix("").as_posix()

@@ -1,4 +1,4 @@
-"""Reading and writing pixels with Pillow: every way in which a file can be wrong becomes one clear line."""
+"""Image and mask files: read and written with Pillow; every failure is one line that names the file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from prcl_fast.files.reading import check_regular
 from prcl_fast.files.writing import replacing
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # only lossless ones: a lossy one alters ids
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless: a lossy format alters ids
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "TIFF")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
-# Pillow stretches grey PNG of 2 and 4 bits to 0..255; an id must be the number that stands in the file.
+# Pillow stretches grey PNGs of 2 and 4 bits to 0..255; division restores the ids of the file.
 _STRETCHED = {"L;2": 85, "L;4": 17}
 
 
@@ -30,7 +30,7 @@ def read_image(path: Path) -> np.ndarray:
         uint8 [H, W, 3], RGB. Grey and palette images become RGB, transparency is dropped.
 
     Raises:
-        InputError: missing, damaged, more than 8 bits a channel, or more than `PIL.Image.MAX_IMAGE_PIXELS`.
+        InputError: missing, damaged, more than 8 bits per channel, or more than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     with _opened(path, _IMAGE_FORMATS) as image:
         if image.mode not in _COLOUR_MODES or _wide(image):
@@ -45,8 +45,8 @@ def read_mask(path: Path) -> np.ndarray:
     """Decodes a label file.
 
     Returns:
-        uint8 [H, W] of the ids in the file (palette, grey, 1-bit or, if the values fit, 16-bit images), or
-        uint8 [H, W, 3] of an RGB mask.
+        uint8 [H, W], the ids of a palette, grey, 1-bit or (if the values fit) 16-bit image; or
+        uint8 [H, W, 3], the colours of an RGB mask.
 
     Raises:
         InputError: missing, damaged, not lossless, ids above 255, or an unsuitable mode.
@@ -74,7 +74,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def check_pair(image: Path, image_size: Sequence[int], label: Path, label_size: Sequence[int]) -> None:
-    """Raises InputError that names both files if (height, width) of image and label differ."""
+    """Raises InputError, naming both files, if (height, width) of image and label differ."""
     if tuple(image_size[:2]) != tuple(label_size[:2]):
         raise InputError(
             f"{image} is {image_size[1]} x {image_size[0]} pixels, its label {label} is "
@@ -86,7 +86,7 @@ def save_index_png(path: Path, label: np.ndarray, palette: np.ndarray) -> None:
     """Writes ids as a palette PNG, whole or not at all.
 
     Args:
-        path: file to write; parent folders are made.
+        path: file to write; parent folders are created.
         label: uint8 [H, W].
         palette: uint8 [C, 3]; 255 is shown in the pale yellow of VOC's borders.
     """
@@ -96,8 +96,8 @@ def save_index_png(path: Path, label: np.ndarray, palette: np.ndarray) -> None:
         colours[255] = (224, 224, 192)
     image = Image.fromarray(label)
     image.putpalette(colours.tobytes())
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+    with replacing(path) as file:
+        image.save(file, format="PNG")
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def _opened(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=formats) as image:
             pixels = image.width * image.height
-            # Up to twice the bound Pillow itself only warns.
+            # Pillow itself only warns up to twice the bound.
             if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
                 raise InputError(
                     f"{path}: {pixels} pixels, more than the bound of {Image.MAX_IMAGE_PIXELS} on one image"
@@ -118,14 +118,14 @@ def _opened(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
         raise InputError(f"{path}: not a readable {', '.join(formats)} file") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: far more pixels than the bound of {Image.MAX_IMAGE_PIXELS}") from None
-    # The decoders meet damaged bytes at every level, each with exceptions of its own.
+    # Pillow's decoders raise many kinds of exceptions for damaged bytes.
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"{path}: cannot be decoded: {reason}") from None
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the pixels stand in the file, such as "RGB;16B" or "L;4"; Pillow says it in the tile."""
+    """Pixel format in the file, such as "RGB;16B" or "L;4", from Pillow's tile."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0].args if tiles else ""
     if isinstance(arguments, tuple):

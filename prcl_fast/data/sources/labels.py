@@ -1,4 +1,4 @@
-"""From the ids or colours in a label file to class ids."""
+"""Decoding of label files: from ids or colours to class ids."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
+from prcl_fast.data.source import IGNORE
 from prcl_fast.data.sources.images import read_mask
 from prcl_fast.errors import InputError
-
-IGNORE = 255
 
 
 @dataclass(frozen=True, eq=False)
 class LabelDecoder:
-    """Reads label files of one kind.
+    """Decoder of label files of one kind.
 
     Attributes:
         num_classes: C.
-        table: uint8 [256], class id, or 255 for "not labeled", of every id in a file.
-        colours: uint8 [K, 3] for RGB masks, or None where they are refused: colour k is class k, and not
-            labeled if k >= C.
-        hint: what to do about an RGB mask that is refused.
+        table: uint8 [256], class id of every id in a file, or 255 for "not labeled".
+        colours: uint8 [K, 3], for RGB masks: colour k is class k, or "not labeled" if k >= C. None refuses
+            RGB masks.
+        hint: advice for a refused RGB mask.
     """
 
     num_classes: int
@@ -37,7 +36,8 @@ class LabelDecoder:
         """Class ids uint8 [H, W], 255 where not labeled.
 
         Raises:
-            InputError: naming the file: unreadable, an id out of range, an RGB mask or a colour unknown.
+            InputError: unreadable, an id out of range, a refused RGB mask, or an unknown colour; names the
+            file.
         """
         mask = read_mask(path)
         if mask.ndim == 3:
@@ -50,7 +50,7 @@ class LabelDecoder:
                     "(a colour there after those of the classes means: not labeled)"
                 )
             return np.where(positions < self.num_classes, positions, IGNORE).astype(np.uint8)
-        label = self.table.take(mask, mode="clip")  # uint8 cannot clip: much the fastest way to look up
+        label = self.table.take(mask, mode="clip")  # nothing to clip in uint8; the fastest look-up
         wrong = (label >= self.num_classes) & (label != IGNORE)
         if wrong.any():
             raise InputError(
@@ -61,20 +61,20 @@ class LabelDecoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """12 hex digits that change whenever `read` may give something else for the same file."""
+        """12 hex digits that differ between decoders that may read the same file differently."""
         digest = hashlib.sha256(bytes([self.num_classes]) + self.table.tobytes())
         digest.update(b"" if self.colours is None else self.colours.tobytes())
         return digest.hexdigest()[:12]
 
 
 def id_table(num_classes: int, label_map: Mapping[int, int] | None, ignore: int) -> np.ndarray:
-    """The table of a LabelDecoder from the keys of the configuration.
+    """The table of a `LabelDecoder` from the keys of the configuration.
 
     Ids not named in `label_map` stay as they are. `ignore` means "not labeled" unless `label_map` names it;
     255 always does.
 
     Raises:
-        InputError: `label_map` leads to no class.
+        InputError: `label_map` maps to an id that is no class.
     """
     table = np.arange(256, dtype=np.uint8)
     table[ignore] = IGNORE
@@ -88,14 +88,14 @@ def id_table(num_classes: int, label_map: Mapping[int, int] | None, ignore: int)
 
 
 def colour_positions(mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Which colour each pixel has.
+    """The index of each pixel's colour.
 
     Args:
         mask: uint8 [H, W, 3].
         colours: uint8 [K, 3], all different.
 
     Returns:
-        int64 [H, W], 0 to K - 1, or -1 where the colour is none of them.
+        int64 [H, W], 0 to K - 1, or -1 for any other colour.
     """
     codes = _codes(colours)
     order = np.argsort(codes)
@@ -112,7 +112,7 @@ def first_colour(mask: np.ndarray, where: np.ndarray) -> tuple[int, int, int]:
 
 
 def check_colours(colours: Sequence[Sequence[int]], key: str) -> None:
-    """Raises InputError if a colour stands twice, for then a mask of colours has no one meaning."""
+    """Raises InputError if a colour occurs twice: masks would be ambiguous."""
     seen: dict[tuple[int, ...], int] = {}
     for position, colour in enumerate(map(tuple, colours)):
         if colour in seen:

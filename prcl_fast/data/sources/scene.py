@@ -1,8 +1,8 @@
-"""Draws one scene of the generated data set: textured shapes on a cluttered background.
+"""Rendering of one scene of the generated data set: textured shapes on a cluttered background.
 
-Shapes of five classes overlap each other. Colour and texture are hints, but neither tells all: greyish
-colours and uneven light blur the five hues, a class has its own texture in most of its shapes only, and the
-clutter, which is background, wears the same colours and textures.
+Shapes of five classes overlap each other. Colour and texture are hints, but neither is sufficient: greyish
+colours and uneven light blur the five hues, a class has its own texture only in most of its shapes, and the
+clutter, which is background, has the same colours and textures.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from prcl_fast.data.draws import Purpose, generator
+from prcl_fast.data.streams import Purpose, generator
 
 CLASSES = ("background", "disc", "square", "triangle", "ring", "cross")
 
@@ -49,7 +49,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _paint_clutter(rng: np.random.Generator, image: np.ndarray, side: int) -> None:
-    """A stroke or a long ellipse, dressed like a shape of a random class."""
+    """A stroke or a long ellipse with colour and texture of a random class."""
     class_id = int(rng.integers(1, len(CLASSES)))
     if rng.random() < 0.7:
         half, thickness = _uniform(rng, 0.05, 0.22) * side, _uniform(rng, 0.8, 2.2)
@@ -91,11 +91,11 @@ def _paint(
 
     Args:
         image: [H, W, 3] float32, painted in place.
-        reach: the shape lies within this distance of its centre, pixels.
-        distance: signed distance in pixels at coordinates about the centre; the edge is soft about its zero.
+        reach: upper bound of the distance of the shape from its centre, in pixels.
+        distance: signed distance in pixels, at coordinates about the centre; the edge is soft about zero.
 
     Returns:
-        The window that was painted, and where the distance is negative in it.
+        The painted window, and a mask of the pixels in it with negative distance.
     """
     centre = [_uniform(rng, 0.05, 0.95) * length for length in image.shape[:2]]
     edges = [
@@ -122,7 +122,7 @@ def _box_distance(u: np.ndarray, v: np.ndarray, half_u: float, half_v: float) ->
     return np.maximum(np.abs(u) - np.float32(half_u), np.abs(v) - np.float32(half_v))
 
 
-# Signed distances of shapes that reach about 1 from their centre; a little too small outside of corners.
+# Signed distances of shapes of about radius 1; slightly too small outside of corners.
 _DISTANCES: tuple[_Distance, ...] = (
     lambda u, v: np.hypot(u, v) - np.float32(0.9),
     lambda u, v: _box_distance(u, v, 0.8, 0.8),
@@ -133,7 +133,7 @@ _DISTANCES: tuple[_Distance, ...] = (
 
 
 def _texture(rng: np.random.Generator, class_id: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """[H, W] float32 in [-1, 1]: mostly the class's own texture, else that of any class."""
+    """[H, W] float32 in [-1, 1]: mostly the texture of the class, else that of a random class."""
     kind = class_id - 1 if rng.random() < 0.85 else int(rng.integers(5))
     if kind == 4:
         return 2 * rng.random(size=u.shape, dtype=np.float32) - 1
@@ -150,7 +150,7 @@ def _texture(rng: np.random.Generator, class_id: int, u: np.ndarray, v: np.ndarr
 
 
 def _color(rng: np.random.Generator, hue: float, spread: float) -> np.ndarray:
-    """[3] float32: a hue within `spread` turns of `hue`, of any but extreme saturation and value."""
+    """[3] float32: a hue within `spread` turns of `hue`, with moderate saturation and value."""
     turns = hue + rng.uniform(-spread, spread) + np.array([0.0, 2 / 3, 1 / 3])
     pure = np.clip(np.abs((turns % 1.0) * 6 - 3) - 1, 0, 1)
     saturation, value = rng.uniform(0.25, 0.9), rng.uniform(0.35, 0.95)
@@ -178,5 +178,5 @@ def _grid(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float) -> np.float32:
-    # A float32 scalar: any other kind would widen the arrays it meets.
+    # A float32 scalar, so that arrays stay float32.
     return np.float32(rng.uniform(low, high))

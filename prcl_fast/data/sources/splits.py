@@ -1,7 +1,7 @@
-"""Split files: which images are labeled, unlabeled or for validation.
+"""Split files: lists of labeled, unlabeled and validation images, in all public forms.
 
-Lines of all public forms are read. The part that names the image becomes its id: `2011_000068`,
-`aachen_000013_000019`, or the path without suffix in a data set of one's own.
+The part of a line that names the image is its id: `2011_000068`, `aachen_000013_000019`, or the path without
+suffix in a user's data set.
 
     form      a line
     ids       2011_000068
@@ -21,13 +21,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from prcl_fast.data.source import Split
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_text
 
 Form = Literal["ids", "stems", "paths", "pairs", "tabs"]
-
-SUBSETS = ("labeled", "unlabeled", "val")
 
 VOC_ID = re.compile(r"\d{4}_\d{6}")
 CITYSCAPES_ID = re.compile(r"[a-z-]+_\d{6}_\d{6}")
@@ -35,10 +34,10 @@ CITYSCAPES_SUFFIX = "_leftImg8bit"
 
 _SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _PAIR = re.compile(rf"(\S.*?(?:{_SUFFIX}))\s+(\S.*(?:{_SUFFIX}))", re.IGNORECASE)
-# C0, C1, line and paragraph separators: a message with one of them would be more than one line.
+# C0, C1, line and paragraph separators: with one of them a message would have several lines.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _MAX_BYTES = 64 * 2**20
-_MAX_LINE = 4096  # as long as a path may be
+_MAX_LINE = 4096  # the longest path
 _WRITTEN_AS = {
     "ids": "ids",
     "stems": "Cityscapes stems",
@@ -49,23 +48,8 @@ _WRITTEN_AS = {
 
 
 @dataclass(frozen=True)
-class Split:
-    """A list of image ids in order.
-
-    Attributes:
-        family: what the syntax tells, and which public list it is if it is one.
-        names: ids without repetition.
-        fingerprint: 12 hex digits of SHA-256 over the ids joined by newlines, so the order counts.
-    """
-
-    family: str
-    names: tuple[str, ...]
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One line of a split file; paths are relative to the data set's root, None where the line has none."""
+    """One line of a split file; its paths, if any, are relative to the data set's root."""
 
     line: int
     text: str
@@ -76,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SplitFile:
-    """A split file with what messages need: where each id stands."""
+    """A split file, with the line of each id for messages."""
 
     path: Path
     form: Form
@@ -92,7 +76,7 @@ class SplitFile:
 
 
 def make_split(names: Sequence[str], form: Form = "ids") -> Split:
-    """A Split of ids that were written in the given form."""
+    """The split of ids that were written in the given form."""
     known = KNOWN_LISTS.get(fingerprint(sorted(names)))
     family = _syntax(names, form) + (f", {known}" if known else "")
     return Split(family, tuple(names), fingerprint(names))
@@ -109,8 +93,8 @@ def read_split(path: Path) -> SplitFile:
     Blank lines, CRLF, a byte order mark and a missing last newline are tolerated.
 
     Raises:
-        InputError: naming file and line: unreadable, empty, an id twice, mixed forms, a path that leaves the
-            data set, or a file or line longer than any list of images.
+        InputError: unreadable, empty, an id twice, mixed forms, a path outside the data set, or a file or
+            line that is too long; names file and line.
     """
     text = read_text(path, "split file", _MAX_BYTES)
     entries: list[Entry] = []
@@ -140,7 +124,7 @@ def read_split(path: Path) -> SplitFile:
 
 
 def check_disjoint(files: Sequence[SplitFile]) -> None:
-    """Raises InputError naming both files, the first common id and the count if two files share an id."""
+    """Raises InputError if two files have ids in common, naming both, the first such id and their number."""
     for position, later in enumerate(files):
         for earlier in files[:position]:
             others = set(earlier.names)
@@ -162,14 +146,14 @@ def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
             raise InputError(f"{where}: {len(paths)} columns; one or two are expected")
         form = "tabs"
         image, label = (part.strip(" ") for part in paths)
-    # A line that does not end in a suffix is not tried: the pattern would be slow to find that out.
+    # Lines without a suffix at the end are excluded first, since the pattern is slow on them.
     elif _has_suffix(line) and (pair := _PAIR.fullmatch(line)):
         form = "pairs"
         image, label = pair.groups()
     else:
         form, image = "ids", line.removeprefix("./")
     if label is not None:
-        # In these lines a leading slash means the root of the data set.
+        # A leading slash stands for the root of the data set.
         image, label = image.removeprefix("/"), label.removeprefix("/")
         _check_path(label, where)
     _check_path(image, where)
@@ -182,7 +166,7 @@ def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
 
 
 def check_inside(path: str, where: str) -> None:
-    """Raises InputError, beginning with `where`, unless `path` stays below the folder it is relative to."""
+    """Raises InputError, beginning with `where`, if a relative `path` leads out of its folder."""
     if _CONTROL.search(path):
         raise InputError(f"{where}: a control character in {path!r}")
     leaves = ".." in _parts(path) or path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path)
@@ -206,7 +190,7 @@ def _has_suffix(path: str) -> bool:
 
 
 def _name(path: str) -> str:
-    """The id of an image: short in the layouts that are known, else the path without its suffix."""
+    """The id of an image: its short name in known layouts, else the path without suffix."""
     stem = path[: path.rindex(".")] if _has_suffix(path) else path
     folder, _, base = stem.rpartition("/")
     if base.endswith(CITYSCAPES_SUFFIX):
@@ -231,7 +215,7 @@ def _syntax(names: Sequence[str], form: Form) -> str:
     return "VOC ids" if voc else "Cityscapes ids" if cityscapes else "ids"
 
 
-# Keys: 12 hex digits of SHA-256 over the sorted ids joined by newlines, so that order and form do not count.
+# By the 12 hex digits of `fingerprint` over the sorted ids, independent of order and form.
 KNOWN_LISTS: dict[str, str] = {
     "124b0aab2fcd": "92 labeled of U2PL = UniMatch = PseudoSeg 1/16",
     "7ea77f8ddd7b": "92 unlabeled of U2PL = UniMatch",

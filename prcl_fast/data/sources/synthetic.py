@@ -1,12 +1,11 @@
-"""A generated data set of textured shapes: small enough for a CPU, hard enough to tell methods apart.
+"""A generated data set of textured shapes: small enough for a CPU, hard enough to compare methods.
 
-Every image is a function of (seed, subset, index); `prcl_fast.data.sources.scene` draws it.
+Every image is a function of (seed, subset, index), rendered by `prcl_fast.data.sources.scene`.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -17,18 +16,19 @@ from PIL import Image
 
 from prcl_fast import __version__
 from prcl_fast.config import DataConfig, SyntheticConfig
+from prcl_fast.data.source import SUBSETS, Split
 from prcl_fast.data.sources.images import save_index_png
 from prcl_fast.data.sources.scene import CLASSES, render
-from prcl_fast.data.sources.splits import SUBSETS, Split, make_split
+from prcl_fast.data.sources.splits import make_split
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
-from prcl_fast.files.writing import write_text
+from prcl_fast.files.writing import replacing_folder, write_text
 
 SIDES = (64, 128)  # smallest and largest height and width
 
 
 class SyntheticSource:
-    """The data set of `data.kind: synthetic`. Satisfies `prcl_fast.data.source.Source`.
+    """The data set of `data.kind: synthetic`. Implements `prcl_fast.data.source.Source`.
 
     Raises:
         InputError: an image size outside 64..128.
@@ -52,7 +52,7 @@ class SyntheticSource:
         return self._scene(name)[1].copy()
 
     def pixel_state(self, name: str, labeled: bool) -> str:
-        """The settings and the version of the program, which draws the images."""
+        """Name, settings, and the version of this package, which renders the images."""
         return f"synthetic {name} {self.config.size} {self.config.seed} {__version__}"
 
     def _scene(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -74,15 +74,10 @@ def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists already and is not an empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_folder(folder) as temporary:
         for subset in SUBSETS:
             _write_subset(temporary, config, subset)
         write_text(temporary / "config.yaml", _training_config(folder.name, config))
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_size(config: SyntheticConfig, key: str) -> None:
@@ -120,7 +115,7 @@ def _training_config(name: str, config: SyntheticConfig) -> str:
             "val": "splits/val.txt",
             "classes": list(CLASSES),
             "crop": list(config.size),
-            # Colour and texture tell classes apart here: strong augmentation must leave them recognisable.
+            # Classes differ in colour and texture: strong augmentation must keep both recognisable.
             "augment": {
                 "scale": [0.75, 1.5],
                 "brightness": 0.2,
@@ -131,12 +126,12 @@ def _training_config(name: str, config: SyntheticConfig) -> str:
                 "blur": 0.2,
                 "blur_sigma": [0.1, 1.0],
             },
-            # Images so small cost less to keep than to hand over between processes.
+            # For small images a cache is cheaper than the transfer between processes.
             "workers": 0,
             "cache": "ram",
         },
         "model": {"backbone": "resnet18", "output_stride": 16, "width": 64, "dim": 32},
-        # So short a run forgets fast: moving averages over some ten to thirty steps.
+        # A short run needs short moving averages, over ten to thirty steps.
         "method": {
             "name": "prcl",
             "mix": mix,

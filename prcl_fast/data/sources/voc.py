@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012, with or without the masks of SBD, and data sets in its layout."""
+"""PASCAL VOC 2012, with or without the masks of SBD, and other data sets in its layout."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _AUGMENTED, _ORIGINAL = "SegmentationClassAug", "SegmentationClass"
 
 
 def voc_palette(num_classes: int) -> np.ndarray:
-    """VOC's colours, uint8 [num_classes, 3]: the id's bits 3k, 3k+1, 3k+2 are bit 7-k of red, green, blue."""
+    """VOC's colours, uint8 [C, 3]: bits 3k, 3k+1, 3k+2 of the id are bit 7-k of red, green, blue."""
     ids = np.arange(num_classes)
     colours = np.zeros((num_classes, 3), dtype=np.uint8)
     for k in range(8):
@@ -61,8 +61,8 @@ def voc_palette(num_classes: int) -> np.ndarray:
 def build_voc(data: DataConfig) -> FileSource:
     """A data set in VOC's layout below `data.root`, 21 classes unless `data.classes` says otherwise.
 
-    `JPEGImages/`, and `SegmentationClassAug/` or else `SegmentationClass/`, stand in root itself, in VOC2012
-    or in VOCdevkit/VOC2012.
+    `JPEGImages/`, and `SegmentationClassAug/` or else `SegmentationClass/`, are in root itself, in VOC2012 or
+    in VOCdevkit/VOC2012.
 
     Raises:
         InputError: naming the file, folder or key at fault.

@@ -1,10 +1,9 @@
-"""From a folder of RGB masks, or of masks with other ids, to masks of class ids."""
+"""Conversion of RGB masks, or of masks with other ids, to masks of class ids."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,21 @@ from prcl_fast.data.sources.voc import CLASSES as VOC_CLASSES
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_text
+from prcl_fast.files.writing import replacing_folder
 
 _MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class ColourCode:
-    """Colours uint8 [K, 3] and the id uint8 [K] that each stands for."""
+    """Colours uint8 [K, 3] and their ids uint8 [K]."""
 
     colours: np.ndarray
     ids: np.ndarray
 
 
 def read_colour_code(palette: str) -> ColourCode:
-    """`voc`, `cityscapes`, or a text file of lines "R G B [ID] [name]"; without ID the line's number from 0.
+    """The code `voc` or `cityscapes`, or a text file of lines "R G B [ID] [name]"; ID defaults to 0, 1, ...
 
     Raises:
         InputError: naming file and line.
@@ -80,11 +80,11 @@ def convert_masks(
 
     Args:
         masks: folder of masks.
-        out: folder to write, new or empty; it appears whole or not at all.
-        code: what the colours of RGB masks mean; None allows none.
-        label_map: from ids, in the file or by the colour, to ids; others stay as they are.
-        other: id for a colour that `code` does not know; None refuses it.
-        progress: called with (masks done, masks in all).
+        out: folder to write, new or empty; written whole or not at all.
+        code: ids of the colours of RGB masks; None refuses RGB masks.
+        label_map: new id for each id, of the file or of the colour; ids that are not listed stay.
+        other: id for colours that are not in `code`; None refuses them.
+        progress: called with (masks done, number of masks).
 
     Returns:
         The number of masks.
@@ -101,15 +101,11 @@ def convert_masks(
     for source, target in label_map.items():
         table[source] = target
     palette = _palette(code, table)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    try:
+    with replacing_folder(out) as temporary:
         for done, (target_name, path) in enumerate(targets.items(), start=1):
             save_index_png(temporary / target_name, table[_ids(path, code, other)], palette)
             if progress is not None:
                 progress(done, len(targets))
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return len(targets)
 
 
@@ -132,7 +128,7 @@ def _ids(path: Path, code: ColourCode | None, other: int | None) -> np.ndarray:
 
 
 def _targets(masks: Path) -> dict[Path, Path]:
-    """Every mask under the place of what it becomes, both in the order of names."""
+    """Every mask by the path of its output, in the order of names."""
     targets: dict[Path, Path] = {}
     for path in sorted(masks.rglob("*")):
         suffix = path.suffix.lower()
@@ -152,7 +148,7 @@ def _targets(masks: Path) -> dict[Path, Path]:
 
 
 def _palette(code: ColourCode | None, table: np.ndarray) -> np.ndarray:
-    """Colours for the files written: an id keeps the first colour that leads to it."""
+    """Colours of the output files: an id has the first colour that maps to it."""
     palette = voc_palette(256)
     palette[255] = (224, 224, 192)
     if code is not None:

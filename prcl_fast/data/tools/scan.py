@@ -1,4 +1,4 @@
-"""Checking every label before a training starts, with a cache so that the second time costs nothing."""
+"""Check of every label file before training, with a cache of the files found good."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.data.sources.file_source import FileSource
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, WriteError
 from prcl_fast.files.writing import write_text
 
 _VERSION = 1
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelScan:
-    """What the labels hold.
+    """Pixel counts of all labels, and the labels that are wrong.
 
     Attributes:
         pixels: for each subset int64 [images, C + 1] in the order of its split; the last column counts pixels
@@ -35,6 +35,13 @@ class LabelScan:
     pixels: Mapping[str, np.ndarray]
     problems: tuple[str, ...]
 
+    def check(self) -> LabelScan:
+        """This scan. Raises InputError with the first problem and the number of further ones."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more labels are wrong)" if len(self.problems) > 1 else ""
+            raise InputError(self.problems[0] + more)
+        return self
+
 
 def scan_labels(
     source: Source,
@@ -44,28 +51,12 @@ def scan_labels(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelScan:
-    """`inspect_labels` that raises InputError with the first problem and the number of the others."""
-    scan = inspect_labels(source, subsets, cache=cache, workers=workers, progress=progress)
-    if scan.problems:
-        more = f" (and {len(scan.problems) - 1} more labels are wrong)" if len(scan.problems) > 1 else ""
-        raise InputError(scan.problems[0] + more)
-    return scan
-
-
-def inspect_labels(
-    source: Source,
-    subsets: Sequence[str] = ("labeled", "val"),
-    *,
-    cache: Path | None = None,
-    workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
-) -> LabelScan:
-    """Reads every label: is it readable, are its ids in range, is its size that of the image?
+    """Reads every label and checks that it can be decoded, has known ids, and has the size of its image.
 
     Args:
         source: the data set.
-        subsets: which of its splits.
-        cache: JSON file that keeps the counts of labels found good, by path, size and time of change of label
+        subsets: names of the splits to check.
+        cache: JSON file with the counts of labels found good, by path, size and modification time of label
             and image; written whole or not at all. None keeps nothing.
         workers: threads that decode; 0 decodes in the calling thread.
         progress: called with (labels done, labels in all).
@@ -112,7 +103,7 @@ def inspect_labels(
 
 
 def _states(source: FileSource, names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """For every label that exists: which file read in which way, and a stamp of its and its image's state."""
+    """For every label that exists: a key of file and decoder, and the state of the label and image files."""
     states = {}
     for name in names:
         label = source.labels.get(name)
@@ -128,7 +119,7 @@ def _states(source: FileSource, names: Sequence[str]) -> dict[str, tuple[str, st
 
 
 def _read_cache(file: Path) -> dict[str, Any]:
-    """What was kept; nothing where the file is missing or damaged, for it can be made again."""
+    """The stored counts; empty if the file is missing or damaged, since they can be counted again."""
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         return dict(tree["labels"]) if tree["version"] == _VERSION else {}
@@ -139,5 +130,5 @@ def _read_cache(file: Path) -> dict[str, Any]:
 def _write_cache(file: Path, kept: Mapping[str, Any]) -> None:
     try:
         write_text(file, json.dumps({"version": _VERSION, "labels": kept}))
-    except OSError as error:  # a home that cannot be written to costs time, not the run
-        _log.warning("%s: the scan of the labels cannot be kept: %s", file, error.strerror)
+    except WriteError as error:  # a read-only home costs time, not the run
+        _log.warning("the scan of the labels cannot be kept: %s", error)

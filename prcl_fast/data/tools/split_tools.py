@@ -1,4 +1,4 @@
-"""Making, converting and writing split files."""
+"""Split files: draw labeled images, convert between families, write."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DatasetName = Literal["voc", "cityscapes"]
 
 
 def convert_lines(file: SplitFile, family: Family, dataset: DatasetName) -> list[str]:
-    """The lines of a split file as another family writes them.
+    """The lines of a split file in the form of another family.
 
     Raises:
-        InputError: naming file and line, an id that the data set cannot have.
+        InputError: an id does not belong to the data set; names file and line.
     """
     lines = []
     for entry in file.entries:
@@ -43,19 +43,20 @@ def choose_labeled(
 ) -> set[str]:
     """Draws the images to label.
 
-    The order of the draw is that of a hash of seed and id: it depends neither on the order of `names` nor on
-    a library's generator, and without `presence` a smaller draw is part of every larger one of the same seed.
+    Images are drawn in the order of a hash of seed and id, which depends neither on the order of `names` nor
+    on a library's generator. Without `presence`, a smaller draw is part of every larger draw of the same
+    seed.
 
     Args:
         names: ids to draw from.
-        count: how many; at least one image stays unlabeled.
-        seed: another seed, another draw.
-        presence: bool [C] for every id, which classes its label holds. If given, every class occurs in the
-            draw: rare classes choose first, each the first image drawn that has it.
+        count: number of images to label; at least one image stays unlabeled.
+        seed: of the draw.
+        presence: bool [C] for every id, the classes in its label. If given, every class occurs in the draw:
+            rare classes choose first, each the first image in the order of the draw that has the class.
         classes: C names, for messages; needed with `presence`.
 
     Raises:
-        InputError: too many asked for, a class that no image has, or too few to hold every class.
+        InputError: `count` is out of range or too small to hold every class, or no image has a class.
     """
     if not 1 <= count < len(names):
         raise InputError(f"{count} labeled images of {len(names)}: 1 to {len(names) - 1} are possible")

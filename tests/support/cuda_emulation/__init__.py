@@ -24,8 +24,11 @@ from typing import Any
 
 import torch
 
+from prcl_fast.ops import registry
+
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[2]
+_OPS = torch.library.Library("prcl_fast_emulated", "DEF")
 _NOT_EMULATED = ("device.cu",)  # asks the CUDA driver
 
 
@@ -42,7 +45,10 @@ def load() -> str | None:
     compiler = shlex.split(flags.cxx)[0]
     if shutil.which(compiler) is None:
         return f"the C++ compiler {compiler} was not found"
-    torch.ops.load_library(_library(flags, _cuda_sources()))
+    library = _library(flags, _cuda_sources())
+    for schema in registry.schemas():
+        _OPS.define(schema)
+    torch.ops.load_library(library)
     return None
 
 
@@ -68,7 +74,7 @@ def _library(flags: Any, cuda_sources: list[Path]) -> Path:
         "c++",
         "-c",
     ]
-    sources = [*cuda_sources, _HERE / "registration.cpp", _HERE / "test_kernels.cu"]
+    sources = [*cuda_sources, _HERE / "test_kernels.cu"]
     digest = hashlib.sha256(repr((compile_one, sources, torch.__version__)).encode())
     digest.update(_run([*compiler, "--version"]).encode())
     headers = [path for folder in (_ROOT / "csrc", _HERE) for path in sorted(folder.rglob("*.*h"))]

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "tensor.h"
+#include "shared/tensor.h"
 
 #define PRCL_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(prcl_fast_emulated, CPU, m)
 

@@ -1,0 +1,21 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace those of the file."),
+]
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(help="Run folder (best.pt, or last.pt without one) or checkpoint file.")
+]
+NetworkName = Annotated[
+    str | None, typer.Option(help="teacher or student; by default the run's main network.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -1,0 +1,62 @@
+"""The two compiled libraries: each is loaded at its first use, or the reason kept why it cannot be.
+
+`_native.so` holds the CPU code of all native ops, `_native_cuda.so` their CUDA code.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OLDEST_TORCH = (2, 11)
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def ops() -> Any:
+    """The raw native ops; only to be called where `unavailable` returned None."""
+    return torch.ops.prcl_fast_native
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why no native op can run on `device_type`, or None."""
+    if device_type == "cpu":
+        return cpu_library_error()
+    if device_type == "cuda":
+        return cpu_library_error() or cuda_library_error()
+    return f"there is no native code for {device_type}"
+
+
+@functools.cache
+def cpu_library_error() -> str | None:
+    """Loads `_native.so`; returns None, or why it is not loaded."""
+    return _load("_native.so", "install prcl_fast again without PRCL_NO_NATIVE")
+
+
+@functools.cache
+def cuda_library_error() -> str | None:
+    """Loads `_native_cuda.so` and asks it whether the current device can run it; returns None, or why not."""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    error = _load("_native_cuda.so", "install prcl_fast again with nvcc on PATH or CUDA_HOME set")
+    if error is None:
+        reason = ops().cuda_error()
+        error = f"_native_cuda.so cannot run on this device: {reason}" if reason else None
+    return error
+
+
+def _load(name: str, remedy: str) -> str | None:
+    path = _PACKAGE / name
+    if not path.is_file():
+        return f"{name} was not built: {remedy}"
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"{name} needs PyTorch {oldest} or newer; this is {torch.__version__}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{name} did not load: {error.__cause__ or error}"
+    return None

@@ -1,0 +1,72 @@
+"""The description of the machine and its memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import machine
+from prcl_fast import __version__
+from prcl_fast.machine import description, memory
+
+CPU = torch.device("cpu")
+
+
+def test_results_carry_versions_machine_and_commit() -> None:
+    found = description.provenance()
+    assert set(found) == {"versions", "machine", "commit"}
+    assert set(found["versions"]) == {"prcl_fast", "torch", "cuda", "python"}
+    assert set(found["machine"]) == {"cpu", "cores", "gpus"}
+    assert found["versions"]["prcl_fast"] == __version__
+
+
+def test_results_of_benchmarks_carry_device_driver_threads_and_command() -> None:
+    assert set(machine.describe("cpu")) == {
+        *("device", "device_type", "driver", "cpu", "cores", "threads", "python", "torch", "triton"),
+        *("prcl_fast", "commit", "date", "command"),
+    }
+
+
+def test_a_missing_program_or_package_is_no_error() -> None:
+    assert description.command_output("no-such-program") == ""
+    assert description.package_version("no-such-package") is None
+    assert description.package_version("pytest") == pytest.__version__
+
+
+def test_the_driver_is_the_first_line_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert description.driver_version() == "unknown"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '570.1\\n570.1\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert description.driver_version() == "570.1"
+
+
+def test_a_container_limits_the_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable: 50 kB\n")
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    assert memory.available_memory() == 50 << 10
+    (tmp_path / "memory.max").write_text("20000\n")
+    (tmp_path / "memory.current").write_text("15000\n")
+    assert description.free_memory(CPU) == 5000
+    assert machine.fits(3500, "cpu")
+    assert not machine.fits(3501, "cpu")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory() == 50 << 10
+    (tmp_path / "meminfo").unlink()
+    assert memory.available_memory() is None
+    assert machine.fits(1 << 60, "cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep one peak for the whole process")
+def test_the_peak_follows_what_is_resident() -> None:
+    if not memory.reset_resident_peak():
+        pytest.skip("this kernel cannot reset the peak")
+    before = memory.resident_bytes()
+    assert before is not None
+    block = torch.ones(1 << 24)  # 64 MB
+    assert memory.resident_peak() - before > 60 << 20
+    del block
