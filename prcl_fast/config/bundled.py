@@ -17,10 +17,12 @@ def bundled_folder() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / NAME
 
 
-def find_config(path: Path) -> Path:
-    """The file to read for `path`: itself or, where it does not exist, the bundled file of that name.
+def find_config(path: Path, written: Path) -> Path:
+    """The file to read: `path` or, where it does not exist, the bundled file that `written` names.
 
-    A bundled file is named relative to the working directory, as in a clone: configs/demo.yaml.
+    Args:
+        path: relative to the working directory, or absolute.
+        written: as it stands on the command line or in a file, such as configs/demo.yaml.
 
     Raises:
         InputError: there is no such file.
@@ -28,7 +30,7 @@ def find_config(path: Path) -> Path:
     try:
         os.lstat(path)
     except FileNotFoundError:
-        first, *rest = Path(os.path.normpath(path)).parts or ("",)
+        first, *rest = Path(os.path.normpath(written)).parts or ("",)
         found = bundled_folder().joinpath(*rest)
         if first == NAME and found.is_file():
             return found

@@ -42,29 +42,35 @@ def say_on_stderr(line: str) -> None:
     print(f"prcl: {line}", file=sys.stderr, flush=True)
 
 
-def read_tree(path: Path, say: Callable[[str], None] | None = say_on_stderr) -> dict[str, Any]:
+def read_tree(
+    path: Path, say: Callable[[str], None] | None = say_on_stderr, written: Path | None = None
+) -> dict[str, Any]:
     """The tree of a YAML file, merged over its chain of `base:` files.
 
     A file that does not exist, but is bundled, is read from the package as if it lay at `path`.
 
     Args:
         say: takes a line that names the bundled file; None where that has been said.
+        written: the path as the user wrote it; None: `path`.
 
     Raises:
         InputError: naming the file.
     """
-    return _read(path, (), say)
+    return _read(path, written or path, (), say)
 
 
-def _read(path: Path, above: tuple[Path, ...], say: Callable[[str], None] | None) -> dict[str, Any]:
+def _read(
+    path: Path, written: Path, above: tuple[Path, ...], say: Callable[[str], None] | None
+) -> dict[str, Any]:
     """`above` are the files that inherit from this one."""
     resolved = Path(os.path.realpath(path))
     if resolved in above:
         raise InputError(f"{path}: base: the files inherit from each other in a circle")
     if len(above) > MAX_DEPTH:
         raise InputError(f"{path}: base: more than {MAX_DEPTH} files inherit from each other")
-    found = find_config(path)
-    if found != path and say is not None:
+    found = find_config(path, written)
+    bundled = found != path
+    if bundled and say is not None:
         say(f"{path}: no such file here; reading the bundled {found}")
         say = None  # the files below it are bundled as well
     text = read_text(found, "configuration file", MAX_BYTES)
@@ -80,7 +86,9 @@ def _read(path: Path, above: tuple[Path, ...], say: Callable[[str], None] | None
         return tree
     if not isinstance(base, str):
         raise InputError(f"{path}: base: expected the name of a file")
-    return _merge(_read(Path(anchored(base, path.parent)), (*above, resolved), say), tree)
+    below = Path(anchored(base, path.parent))
+    base_written = written.parent / base if bundled else Path(base)
+    return _merge(_read(below, base_written, (*above, resolved), say), tree)
 
 
 class _Loader(yaml.SafeLoader):

@@ -122,8 +122,7 @@ class _Builder:
     def __init__(self, path: Path, file: SweepFile, overrides: Sequence[str]) -> None:
         self._path, self._file, self._overrides = path, file, overrides
         self._trees: dict[str, dict[str, Any]] = {}
-        # The line about a bundled sweep holds for the files that it names.
-        self._say = say_on_stderr if find_config(path) == path else None
+        self._bundled = find_config(path, path) != path
 
     def build(
         self, name: str, changes: Mapping[str, AxisEntry], chosen: Mapping[str, str], seed: int
@@ -135,7 +134,10 @@ class _Builder:
                 f"{self._path}: config: required, because no axis names a configuration file for run {name}"
             )
         if config not in self._trees:
-            self._trees[config] = read_tree(Path(anchored(config, self._path.parent)), self._say)
+            path = Path(anchored(config, self._path.parent))
+            # The line about a bundled sweep holds for the files that it names.
+            say, written = (None, path) if self._bundled else (say_on_stderr, Path(config))
+            self._trees[config] = read_tree(path, say, written)
         tree = copy.deepcopy(self._trees[config])
         words = {**chosen, "seed": str(seed)}
         sets = {"set": self._file.set}

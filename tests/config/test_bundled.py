@@ -60,14 +60,33 @@ def test_a_file_that_is_here_is_the_one_read(elsewhere: Path, capsys: pytest.Cap
     assert lines(capsys) == []
 
 
-def test_a_configuration_here_inherits_from_a_bundled_one(
-    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("folder", [".", "experiments", "/"], ids=["here", "below", "absolute"])
+def test_a_configuration_inherits_from_a_bundled_one(
+    folder: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (elsewhere / "mine.yaml").write_text("base: configs/voc/prcl.yaml\ndata: {root: images}\n")
-    config = load_config(Path("mine.yaml"))
-    assert config.data.root == Path("images")
-    assert config.data.val == Path("data/splits/pascal/val.txt")
-    assert [line.split(": ")[1] for line in lines(capsys)] == ["configs/voc/prcl.yaml"]
+    place = elsewhere / "other" if folder == "/" else Path(folder)
+    place.mkdir(exist_ok=True)
+    (place / "mine.yaml").write_text("base: configs/voc/prcl.yaml\ndata: {root: images}\n")
+    config = load_config(place / "mine.yaml")
+    assert config.data.root == place / "images"
+    # As in a clone with this file beside configs/.
+    assert config.data.val == place / "data/splits/pascal/val.txt"
+    assert [line.split(": ")[1] for line in lines(capsys)] == [str(place / "configs/voc/prcl.yaml")]
+
+
+def test_a_sweep_takes_bundled_configurations(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "below").mkdir()
+    text = (
+        "output: runs\nconfig: configs/demo.yaml\naxes: {method: {prcl: {}, mine: {set: {optim.lr: 0.1}}}}\n"
+    )
+    (elsewhere / "below" / "sweep.yaml").write_text(text)
+    assert len(read_sweep(Path("below/sweep.yaml")).runs) == 2
+    assert [line.split(": ")[1] for line in lines(capsys)] == ["below/configs/demo.yaml"]
+
+
+def test_a_wrong_folder_is_not_replaced(elsewhere: Path) -> None:
+    with pytest.raises(InputError, match=f"^experiment/configs/demo.yaml: {MISSING}$"):
+        load_config(Path("experiment/configs/demo.yaml"))
 
 
 def test_a_bundled_sweep_reads_the_bundled_files_that_it_names(
@@ -85,7 +104,7 @@ def test_a_bundled_sweep_reads_the_bundled_files_that_it_names(
 )
 def test_a_file_that_exists_nowhere_is_named(name: str, elsewhere: Path) -> None:
     with pytest.raises(InputError, match=f"^{name}: {MISSING}$"):
-        find_config(Path(name))
+        find_config(Path(name), Path(name))
 
 
 def test_a_link_to_nothing_is_not_replaced(elsewhere: Path) -> None:
