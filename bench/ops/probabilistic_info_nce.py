@@ -125,7 +125,9 @@ def _broadcast_bytes(sizes: Sizes) -> int:
 def _inputs(batch: Batch, sizes: Sizes) -> tuple[Any, ...]:
     """mu, var, anchors [C, A], negatives [C, A, N] and [C, A / ANCHORS_PER_SET, N], positive."""
     num_classes = sizes.classes
-    *sums, _ = prototype_statistics(batch.mu, batch.var, batch.label, batch.valid, num_classes)
+    *sums, _ = prototype_statistics(
+        batch.mu, batch.var, batch.label, batch.valid, num_classes, False, None, None
+    )
     *of_valid, hard_order, hard_start = class_lists(batch.label, batch.valid, batch.hard, num_classes)
     anchors = sample_anchors(hard_order, hard_start, sizes.anchors, batch.seed)
     probability = class_probability(batch, num_classes)
