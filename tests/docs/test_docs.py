@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from bench.commands import COMMANDS as BENCHMARKS
 from prcl_fast.cli.main import app
 from prcl_fast.config import DataConfig, load_config
 from prcl_fast.sweep.config import read_sweep
@@ -27,6 +28,7 @@ PATH = re.compile(
 PLACEHOLDER = re.compile(r"[A-Z]{3,}")
 MODULE = re.compile(r"python -m ((?:prcl_fast|bench)[\w.]*\w)")
 COMMAND = re.compile(r"(?:^|`|no-python )prcl ([a-z]+)", re.MULTILINE)
+BENCHMARK = re.compile(r"python -m bench ([a-z][\w-]*)")
 
 
 def page_name(page: Path) -> str:
@@ -92,7 +94,9 @@ def test_cited_files_and_modules_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_commands_exist(page: Path) -> None:
-    assert sorted(set(COMMAND.findall(page.read_text())) - commands()) == []
+    text = page.read_text()
+    assert sorted(set(COMMAND.findall(text)) - commands()) == []
+    assert sorted(set(BENCHMARK.findall(text)) - BENCHMARKS.keys()) == []
 
 
 def test_the_page_of_commands_names_all_of_them() -> None:
