@@ -1,4 +1,4 @@
-"""What every launcher needs."""
+"""Common parts of the Triton launchers: device, grid, and functions that all kernels use."""
 
 from __future__ import annotations
 
