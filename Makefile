@@ -4,7 +4,8 @@
 #   make test       the tests             make lint    all style and type checks
 #   make bench      the benchmarks        make clean   remove what was built (the virtual environment stays)
 #   make format     apply the styles      make schema  write configs/schema.json anew
-#   make wheel      dist/*.whl, with CUDA code for all architectures
+#   make wheel      dist/*.whl, with CUDA code for all architectures, tried by wheel-check
+#   make wheel-check  install the newest wheel in a new environment and train with it outside the clone
 #   make gpu-check  tests, memory checks and benchmarks on a machine with a GPU
 #   make gpu-bundle one file that does the same on a machine without a network: tar xf FILE; bash gpu_check.sh first
 #
@@ -14,6 +15,7 @@
 # PYTHON chooses the interpreter (3.10 to 3.12), VENV the virtual environment, PRCL_NO_NATIVE=1 builds no native library.
 # TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures of the CUDA code. Without it `make wheel` compiles for all,
 # and every other target for the GPU that is there, or for 9.0, in a third of the time.
+# `make wheel-check PYTHON=python3.12 TORCH=torch==2.11.0` tries the wheel with another Python and PyTorch.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +30,7 @@ ARCHITECTURES = $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test lint format schema bench gpu-check gpu-bundle install wheel clean
+.PHONY: demo test lint format schema bench gpu-check gpu-bundle install wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -86,6 +88,19 @@ $(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(NATIVE_SOURCES)
 wheel: $(VENV)/.requirements
 	rm -rf build/wheel
 	$(BIN)/python -W ignore setup.py -q build --build-base build/wheel bdist_wheel --bdist-dir build/wheel/contents
+	$(MAKE) --no-print-directory wheel-check
+
+# Outside the clone, whose files would stand in for those that the wheel lacks. PyTorch first, as above.
+wheel-check:
+	rm -rf build/wheel-check
+	$(PYTHON) -m venv build/wheel-check/venv
+	grep -v '^torch=\|^triton=' constraints.txt > build/wheel-check/constraints.txt
+	build/wheel-check/venv/bin/python -m pip install -q '$(TORCH)'
+	build/wheel-check/venv/bin/python -m pip install -q -c build/wheel-check/constraints.txt \
+	  "$$(ls -t dist/prcl_fast-*.whl | head -n 1)"
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && unset PYTHONPATH && \
+	  PATH="$(CURDIR)/build/wheel-check/venv/bin:$$PATH" && prcl doctor && \
+	  prcl train configs/demo.yaml output=run train.iterations=4 data.synthetic.unlabeled=8 data.synthetic.val=8
 
 clean:
 	rm -rf build dist *.egg-info prcl_fast/_native.so prcl_fast/_native_cuda.so $(VENV)/.built

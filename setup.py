@@ -1,4 +1,4 @@
-"""Builds the native libraries prcl_fast/_native.so (CPU) and prcl_fast/_native_cuda.so (CUDA).
+"""Builds the native libraries prcl_fast/_native.so (CPU) and prcl_fast/_native_cuda.so (CUDA), and the wheel.
 
 Both use PyTorch's stable ABI and no Python.h, so one wheel serves every Python and every PyTorch from 2.11
 on. Ninja is driven directly: torch.utils.cpp_extension refuses CUDA sources where PyTorch itself is a CPU
@@ -26,6 +26,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHES = "8.0;9.0;10.0+PTX"
@@ -244,6 +245,17 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
 
+class BuildPackage(build_py):
+    """Puts configs/ into the package. An editable install has none: there the clone's configs/ is read."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "prcl_fast", "configs")
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(ROOT / "configs", target, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+
+
 class AnyPythonWheel(bdist_wheel):
     """The libraries do not link against Python, so the wheel is for any Python 3 of its platform."""
 
@@ -252,4 +264,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_py": BuildPackage, "build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    )

@@ -1,4 +1,4 @@
-"""How a device computes."""
+"""Devices: their choice, and the settings of PyTorch for them."""
 
 from __future__ import annotations
 

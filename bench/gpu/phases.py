@@ -202,7 +202,7 @@ class _Phases:
 
     def ncu(self) -> Phase:
         kernels = ("--kernel-name", "regex:info_nce_kernel|rows_kernel", "--launch-count", "2")
-        # The contrast launches both, the other's first.
+        # The contrast launches both kernels.
         run = (*_bench("ops"), "contrast", "--device", "cuda", "--size", "voc", "--dtype", "bfloat16",
                "--candidates", "native", "--rounds", "1")  # fmt: skip
         # The clocks stay as they are: others may use the machine.

@@ -41,7 +41,7 @@ _BATCH, _HEIGHT, _WIDTH = 2, 7, 5
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of means and variances.
 _FEATURES = (*((dtype, dtype) for dtype in _DTYPES), *((dtype, torch.float32) for dtype in _DTYPES[1:]))
-_DIMS = (64, 37)  # whole vectors, and not
+_DIMS = (64, 37)  # a multiple of the vector width, and not
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -189,7 +189,7 @@ def _of_features(x: _Inputs, mu: Tensor, var: Tensor) -> Iterator[tuple[str, Cal
         return found.precision, found.weighted_mean, found.count, inverse_norm
 
     yield "prototype_statistics", statistics
-    for share, virtual, variance, normalize in (
+    for anchors_per_set, virtual, variance, normalize in (
         (1, None, None, False),
         (1, virtual_mu, None, True),
         (3, virtual_mu, virtual_var, True),
@@ -197,7 +197,7 @@ def _of_features(x: _Inputs, mu: Tensor, var: Tensor) -> Iterator[tuple[str, Cal
         loss = functools.partial(
             probabilistic_info_nce,
             anchor_index=anchors,
-            negative_index=negatives[:, ::share],
+            negative_index=negatives[:, ::anchors_per_set],
             positive=positive,
             virtual_mu=virtual,
             virtual_var=variance,
@@ -206,7 +206,10 @@ def _of_features(x: _Inputs, mu: Tensor, var: Tensor) -> Iterator[tuple[str, Cal
             reduction="mean",
             normalize=normalize,
         )
-        yield f"probabilistic_info_nce share={share} normalize={normalize}", _with_gradients(loss, [mu, var])
+        yield (
+            f"probabilistic_info_nce anchors_per_set={anchors_per_set} normalize={normalize}",
+            _with_gradients(loss, [mu, var]),
+        )
     contrast = ProbabilisticContrast(
         _CLASSES, mu.shape[1], tau=0.1, anchors=_ANCHORS, negatives=_NEGATIVES
     ).to(mu.device)

@@ -37,7 +37,7 @@ from bench.ops.case import (
     relative_error,
 )
 from bench.ops.inputs import DELTA_S, Batch, batches
-from bench.ops.probabilistic_info_nce import SHARE, SHARED
+from bench.ops.probabilistic_info_nce import ANCHORS_PER_SET, SHARED
 from prcl_fast.losses import ProbabilisticContrast
 from prcl_fast.ops import use_backend
 
@@ -62,7 +62,7 @@ def _case(
     amounts = sizes.classes, sizes.anchors, sizes.negatives, virtual
     settings: dict[str, Any] = {"prototype": "local", "virtual_negatives": virtual}
     own = _first_step(contrast_module(sizes, options.device, **settings))
-    shared = _first_step(contrast_module(sizes, options.device, anchors_per_set=SHARE, **settings))
+    shared = _first_step(contrast_module(sizes, options.device, anchors_per_set=ANCHORS_PER_SET, **settings))
 
     def loop(mu: Tensor, var: Tensor, *others: Tensor) -> Tensor:
         label, valid, confidence, _ = others
@@ -84,7 +84,7 @@ def _case(
         candidate = next((x for x in found if x.reason is not None), found[0])
         candidates[name] = candidate
         candidates[name + SHARED] = replace(
-            candidate, function=shared, work=_work(sizes, options.dtype, batch, SHARE)
+            candidate, function=shared, work=_work(sizes, options.dtype, batch, ANCHORS_PER_SET)
         )
 
     @functools.cache
@@ -146,13 +146,13 @@ def contrast_module(sizes: Sizes, device: str, **arguments: Any) -> Probabilisti
     ).to(device)
 
 
-def _work(sizes: Sizes, dtype: torch.dtype, batch: Batch, share: int) -> dict[str, Work]:
+def _work(sizes: Sizes, dtype: torch.dtype, batch: Batch, anchors_per_set: int) -> dict[str, Work]:
     """The sum of the parts; virtual negatives are too few to matter."""
-    loss = probabilistic_info_nce.work(sizes, dtype, share)
+    loss = probabilistic_info_nce.work(sizes, dtype, anchors_per_set)
     forward = (
         prototype_statistics.work(sizes, batch)
         + sample_anchors.work(sizes)
-        + sample_negatives.work(sizes, sizes.anchors // share)
+        + sample_negatives.work(sizes, sizes.anchors // anchors_per_set)
         + loss["forward"]
     )
     return {"forward": forward, "backward": loss["backward"]}

@@ -34,8 +34,8 @@ from prcl_fast.reference.prototype_statistics import prototype_statistics
 from prcl_fast.reference.sample_anchors import sample_anchors
 from prcl_fast.reference.sample_negatives import sample_negatives
 
-SHARE = 16
-SHARED = f"-shared{SHARE}"
+ANCHORS_PER_SET = 16
+SHARED = f"-shared{ANCHORS_PER_SET}"
 # [C, A, N, D] float32 tensors that autograd holds at its peak.
 _EAGER_TENSORS, _LOOP_TENSORS = 13, 5
 # Of one anchor, negative and dimension: difference, sum, product, loss and two gradients; a reciprocal, and
@@ -48,12 +48,12 @@ def loop_bytes(sizes: Sizes) -> int:
     return _LOOP_TENSORS * _broadcast_bytes(sizes)
 
 
-def work(sizes: Sizes, dtype: torch.dtype, share: int = 1) -> dict[str, Work]:
+def work(sizes: Sizes, dtype: torch.dtype, anchors_per_set: int = 1) -> dict[str, Work]:
     """Forward makes the anchors' gradients too; backward writes two of the features' size, almost all zero.
 
-    Negatives are gathered once for the `share` anchors that use them.
+    Negatives are gathered once for the `anchors_per_set` anchors that use them.
     """
-    rows = sizes.classes * sizes.anchors * (sizes.negatives // share + 1)
+    rows = sizes.classes * sizes.anchors * (sizes.negatives // anchors_per_set + 1)
     pairs = sizes.classes * sizes.anchors * (sizes.negatives + 1) * sizes.dim
     gathered = 2 * rows * sizes.dim * dtype.itemsize
     at_anchors = 8 * sizes.classes * sizes.anchors * sizes.dim
@@ -85,7 +85,7 @@ def cases(options: Options) -> list[Case]:
     }
     op = "probabilistic_info_nce"
     candidates |= backends(op, _with_own, options, dtype=options.dtype)
-    shared_work = work(sizes, options.dtype, SHARE)
+    shared_work = work(sizes, options.dtype, ANCHORS_PER_SET)
     shared = backends(op, _with_shared, options, dtype=options.dtype, names=COMPILED_BACKENDS)
     for name, candidate in shared.items():
         candidates[name + SHARED] = replace(candidate, work=shared_work)
@@ -123,14 +123,16 @@ def _broadcast_bytes(sizes: Sizes) -> int:
 
 
 def _inputs(batch: Batch, sizes: Sizes) -> tuple[Any, ...]:
-    """mu, var, anchors [C, A], negatives [C, A, N] and [C, A / SHARE, N], positive."""
+    """mu, var, anchors [C, A], negatives [C, A, N] and [C, A / ANCHORS_PER_SET, N], positive."""
     num_classes = sizes.classes
-    *sums, _ = prototype_statistics(batch.mu, batch.var, batch.label, batch.valid, num_classes)
+    *sums, _ = prototype_statistics(
+        batch.mu, batch.var, batch.label, batch.valid, num_classes, False, None, None
+    )
     *of_valid, hard_order, hard_start = class_lists(batch.label, batch.valid, batch.hard, num_classes)
     anchors = sample_anchors(hard_order, hard_start, sizes.anchors, batch.seed)
     probability = class_probability(batch, num_classes)
     negatives = sample_negatives(probability, *of_valid, sizes.anchors, sizes.negatives, batch.seed)
-    shared = negatives[:, ::SHARE].contiguous()
+    shared = negatives[:, ::ANCHORS_PER_SET].contiguous()
     features = batch.mu.requires_grad_(), batch.var.requires_grad_()
     return *features, anchors, negatives, shared, PrototypeStatistics(*sums)
 

@@ -40,7 +40,7 @@ def cases(options: Options) -> list[Case]:
     num_classes = sizes.classes
 
     def public(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
-        found = prototype_statistics(mu, var, label, valid, num_classes)
+        found = prototype_statistics(mu, var, label, valid, num_classes, False, None, None)
         return found.precision, found.weighted_mean, found.count
 
     def plain(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +55,7 @@ def cases(options: Options) -> list[Case]:
     @functools.cache
     def exact() -> tuple[Tensor, ...]:
         mu, var, label, valid = inputs[0]
-        return reference(mu.double(), var.double(), label, valid, num_classes)
+        return reference(mu.double(), var.double(), label, valid, num_classes, False, None, None)
 
     def errors(name: str, outcome: Outcome) -> dict[str, float]:
         *sums, count = outcome.outputs

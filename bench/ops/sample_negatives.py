@@ -25,7 +25,7 @@ def work(sizes: Sizes, anchors: int) -> Work:
 def class_probability(batch: Batch, num_classes: int) -> Tensor:
     """[C, C] float64, from the batch's own prototypes."""
     precision, weighted_mean, count, _ = prototype_statistics(
-        batch.mu.detach(), batch.var.detach(), batch.label, batch.valid, num_classes
+        batch.mu.detach(), batch.var.detach(), batch.label, batch.valid, num_classes, False, None, None
     )
     variance = torch.where(count[:, None] > 0, precision, 0.0).reciprocal()
     mean = torch.where(count[:, None] > 0, weighted_mean / precision, 0.0)

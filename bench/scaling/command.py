@@ -91,17 +91,19 @@ def scaling_command(
     if paper or everything:
         result["paper"] = table(shape, PROCESSES)
     if named:
-        result["measured"] = [measure(count) for count in _told("measuring on {} processes", map(int, named))]
+        result["measured"] = [
+            measure(count) for count in _announced("measuring {} processes", map(int, named))
+        ]
         result["contrast"] = measure_contrast(shape)
     if simulated or everything:
-        counts = _told("simulating {} processes", SIMULATED)
+        counts = _announced("simulating {} processes", SIMULATED)
         result["simulated"] = [row for count in counts for row in simulate(count)]
     if json is not None:
         write_result(result, json)
     _print(result)
 
 
-def _told(text: str, counts: Iterable[int]) -> Iterator[int]:
+def _announced(text: str, counts: Iterable[int]) -> Iterator[int]:
     for count in counts:
         print(text.format(count), file=sys.stderr, flush=True)
         yield count

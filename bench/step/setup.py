@@ -56,9 +56,9 @@ class Alternative:
 
     def set_learning_rates(self) -> None:
         """base * (1 - iteration / total)^power."""
-        share = max(0.0, 1 - self.iteration / self.config.train.iterations) ** self.config.optim.power
+        remaining = max(0.0, 1 - self.iteration / self.config.train.iterations) ** self.config.optim.power
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * share
+            group["lr"] = group["base_lr"] * remaining
 
     def contrast_weight(self) -> float:
         """lambda_c, eq. (12) of the IJCV paper."""

@@ -16,7 +16,7 @@ from prcl_fast.data.pixel_draws import DrawnPixels
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.engine.inference import inference
 from prcl_fast.errors import InputError
-from prcl_fast.models import network as resolution
+from prcl_fast.models.network import at_resolution
 
 Progress = Callable[[int, int], None]
 MU, FEATURES, ASPP = "mu", "features", "aspp"
@@ -43,7 +43,7 @@ def label_maps(source: Source, names: Sequence[str]) -> Iterator[tuple[np.ndarra
     """Yields the true classes of each image twice, as the classes to draw by and as the truth: [h, w]."""
     for name in names:
         label = source.label(name)
-        label = at_resolution(label, tuple(-(-side // _STRIDE) for side in label.shape))
+        label = label_at_resolution(label, tuple(-(-side // _STRIDE) for side in label.shape))
         yield label, label
 
 
@@ -65,7 +65,7 @@ def prediction_maps(
         for done, name in enumerate(names, start=1):
             output = network(_pixels(source.image(name), config, device), representations=False)
             predicted = output.logits[0].argmax(dim=0).cpu().numpy()
-            truth = at_resolution(source.label(name), predicted.shape) if labeled else None
+            truth = label_at_resolution(source.label(name), predicted.shape) if labeled else None
             yield (predicted if truth is None else np.where(truth == IGNORE, IGNORE, predicted)), truth
             progress(done, len(names))
 
@@ -121,9 +121,9 @@ def embed(
     )
 
 
-def at_resolution(full: np.ndarray, size: Sequence[int]) -> np.ndarray:
+def label_at_resolution(full: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """[H, W] -> [h, w]: the value nearest to each aligned-corner position, as in training."""
-    return resolution.at_resolution(torch.from_numpy(full)[None], torch.Size(size))[0].numpy()
+    return at_resolution(torch.from_numpy(full)[None], torch.Size(size))[0].numpy()
 
 
 def _pixels(image: np.ndarray, config: Config, device: torch.device) -> Tensor:

@@ -138,7 +138,7 @@ def probabilistic_info_nce(
 
 
 def _values_are_at_hand(device: torch.device) -> bool:
-    """Whether the host may look at values without stalling the device."""
+    """True where the host may read values without stalling the device."""
     return device.type == "cpu"
 
 

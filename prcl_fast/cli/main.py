@@ -14,6 +14,7 @@ from prcl_fast import __version__
 from prcl_fast.cli import data
 from prcl_fast.cli.analyse import analyse_command
 from prcl_fast.cli.compare import compare_command
+from prcl_fast.cli.configs import configs_command
 from prcl_fast.cli.demo import demo
 from prcl_fast.cli.doctor import doctor
 from prcl_fast.cli.eval import evaluate_command
@@ -43,6 +44,7 @@ app.command("compare")(compare_command)
 app.command("figures")(figures_command)
 app.command("analyse")(analyse_command)
 app.command("demo")(demo)
+app.command("configs")(configs_command)
 app.add_typer(data.app, name="data")
 app.command("weights")(convert_weights)
 app.command("plan")(plan_command)

@@ -23,12 +23,15 @@ def train_command(
     """
     from prcl_fast.processes.session import session
 
+    notes: list[str] = []  # said by one process for all
     with session(
-        lambda: load_config(config, overrides or []),
+        lambda: load_config(config, overrides or [], notes.append),
         lambda loaded: loaded.train.device,
         lambda loaded: loaded.train.stall_timeout,
         lambda loaded: loaded.train.graph,
     ) as run:
+        for note in notes:
+            run.console.print(f"prcl: {note}", highlight=False, markup=False, soft_wrap=True)
         run.result(json.dumps(train(run.loaded, run)))
 
 

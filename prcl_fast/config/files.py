@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prcl_fast.config.bundled import find_config
 from prcl_fast.config.messages import shortened
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_text
@@ -34,21 +37,43 @@ PATH_KEYS = (
 RUN_KEYS = (("method", "prototypes_from"),)
 
 
-def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def say_on_stderr(line: str) -> None:
+    """Prints a line for the user beside the command's own output."""
+    print(f"prcl: {line}", file=sys.stderr, flush=True)
+
+
+def read_tree(
+    path: Path, say: Callable[[str], None] | None = say_on_stderr, written: Path | None = None
+) -> dict[str, Any]:
     """The tree of a YAML file, merged over its chain of `base:` files.
 
+    A file that does not exist, but is bundled, is read from the package as if it lay at `path`.
+
     Args:
-        above: the files that inherit from this one.
+        say: takes a line that names the bundled file; None where that has been said.
+        written: the path as the user wrote it; None: `path`.
 
     Raises:
         InputError: naming the file.
     """
+    return _read(path, written or path, (), say)
+
+
+def _read(
+    path: Path, written: Path, above: tuple[Path, ...], say: Callable[[str], None] | None
+) -> dict[str, Any]:
+    """`above` are the files that inherit from this one."""
     resolved = Path(os.path.realpath(path))
     if resolved in above:
         raise InputError(f"{path}: base: the files inherit from each other in a circle")
     if len(above) > MAX_DEPTH:
         raise InputError(f"{path}: base: more than {MAX_DEPTH} files inherit from each other")
-    text = read_text(path, "configuration file", MAX_BYTES)
+    found = find_config(path, written)
+    bundled = found != path
+    if bundled and say is not None:
+        say(f"{path}: no such file here; reading the bundled {found}")
+        say = None  # the files below it are bundled as well
+    text = read_text(found, "configuration file", MAX_BYTES)
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -61,7 +86,9 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise InputError(f"{path}: base: expected the name of a file")
-    return _merge(read_tree(path.parent / base, (*above, resolved)), tree)
+    below = Path(anchored(base, path.parent))
+    base_written = written.parent / base if bundled else Path(base)
+    return _merge(_read(below, base_written, (*above, resolved), say), tree)
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,7 +174,16 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     for section, key in PATH_KEYS:
         holder = tree.get(section)
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
-            holder[key] = str(folder / holder[key])
+            holder[key] = anchored(holder[key], folder)
+
+
+def anchored(value: str, folder: Path) -> str:
+    """The path `value` relative to `folder`.
+
+    A bundled file may be read as if it lay in a folder that does not exist: then `..` is taken by name.
+    """
+    path = folder / value
+    return str(path) if folder.is_dir() else os.path.normpath(path)
 
 
 def plain_path(path: Path) -> Path:

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from prcl_fast.config.data import DataConfig
-from prcl_fast.config.files import PATH_KEYS, RUN_KEYS, apply_override, plain_path, read_tree
+from prcl_fast.config.files import (
+    PATH_KEYS,
+    RUN_KEYS,
+    apply_override,
+    plain_path,
+    read_tree,
+    say_on_stderr,
+)
 from prcl_fast.config.messages import first_message
 from prcl_fast.config.methods import MethodConfig
 from prcl_fast.config.renamed import with_new_names
@@ -89,8 +96,12 @@ NEUTRAL_KEYS = (
 )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = say_on_stderr
+) -> Config:
     """Reads a YAML file, its chain of `base:` files and `key.path=value` overrides.
+
+    A `path` such as configs/demo.yaml that does not exist is read from the package, and `say` takes a line.
 
     Paths in `data` and `model` are relative to the file that contains them. `output`, paths to other runs,
     and all paths in overrides are relative to the working directory.
@@ -98,7 +109,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: naming the file and the key.
     """
-    tree = read_tree(path)
+    tree = read_tree(path, say)
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree, str(path))

@@ -17,8 +17,8 @@ from prcl_fast.data.cache.decoded import ImageCache, open_cache
 from prcl_fast.data.draws import StrongDraws
 from prcl_fast.data.micro_steps import DecodedBatch, DecodedImages, MicroSteps
 from prcl_fast.data.prefetch import prefetched
+from prcl_fast.data.random_streams import RandomStream, generator
 from prcl_fast.data.source import Source
-from prcl_fast.data.streams import Purpose, generator
 from prcl_fast.data.workers import decoded_micro_steps
 from prcl_fast.errors import InputError
 from prcl_fast.step_parts import part
@@ -51,7 +51,7 @@ class Batch:
 
 def rank_seed(seed: int, rank: int) -> int:
     """The seed of rank `rank` for draws on its device, in 0..2^63 - 1."""
-    return int(generator(seed, Purpose.RANK, stream=rank).integers(2**63))
+    return int(generator(seed, RandomStream.RANK, index=rank).integers(2**63))
 
 
 def training_cache(

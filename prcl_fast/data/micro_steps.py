@@ -21,9 +21,9 @@ from prcl_fast.data.draws import (
     strong_draws,
     weak_draws,
 )
+from prcl_fast.data.random_streams import RandomStream, generator
 from prcl_fast.data.sampler import BatchSampler, rows_of
 from prcl_fast.data.source import Source
-from prcl_fast.data.streams import Purpose, generator
 from prcl_fast.errors import InputError
 
 _NAMES_SHOWN = 16
@@ -96,20 +96,20 @@ class MicroSteps(Dataset[DecodedBatch | DecodingFailure]):
         self.source, self.config, self.cache = source, config, cache
         self.rank, self.world, self.seed = rank, world, seed
         train = config.train
-        subsets = [("labeled", train.batch_labeled, Purpose.ORDER_LABELED)]
+        subsets = [("labeled", train.batch_labeled, RandomStream.ORDER_LABELED)]
         if config.method.needs_unlabeled:
-            subsets.append(("unlabeled", train.batch_unlabeled, Purpose.ORDER_UNLABELED))
+            subsets.append(("unlabeled", train.batch_unlabeled, RandomStream.ORDER_UNLABELED))
         self.samplers = {
-            subset: BatchSampler(len(source.splits[subset].names), batch, config.seed, purpose)
-            for subset, batch, purpose in subsets
+            subset: BatchSampler(len(source.splits[subset].names), batch, config.seed, stream)
+            for subset, batch, stream in subsets
         }
 
     def __getitem__(self, micro_step: int) -> DecodedBatch | DecodingFailure:
         try:
-            labeled = self._images("labeled", micro_step, Purpose.WEAK_LABELED)
+            labeled = self._images("labeled", micro_step, RandomStream.WEAK_LABELED)
             unlabeled = None
             if "unlabeled" in self.samplers:
-                images = self._images("unlabeled", micro_step, Purpose.WEAK_UNLABELED)
+                images = self._images("unlabeled", micro_step, RandomStream.WEAK_UNLABELED)
                 unlabeled = DecodedUnlabeled(images, self._strong(micro_step))
         except InputError as error:
             return DecodingFailure(str(error))
@@ -132,13 +132,13 @@ class MicroSteps(Dataset[DecodedBatch | DecodingFailure]):
         step, rows = self._step_and_rows(subset, micro_step)
         return self.samplers[subset].indices(step)[rows]
 
-    def _images(self, subset: str, micro_step: int, purpose: Purpose) -> DecodedImages:
+    def _images(self, subset: str, micro_step: int, stream: RandomStream) -> DecodedImages:
         config = self.config
         images = [self._image(subset, index) for index in self._indices(subset, micro_step)]
         sizes = np.array([image.shape[:2] for image in images])
         step, rows = self._step_and_rows(subset, micro_step)
         numbers = (self.samplers[subset].batch, WEAK_NUMBERS)
-        uniform = generator(config.seed, purpose, step=step).random(numbers)
+        uniform = generator(config.seed, stream, step=step).random(numbers)
         weak = weak_draws(uniform[rows], sizes, config.data.crop, config.data.augment)
         return DecodedImages(torch.from_numpy(_padded(images, sizes)), torch.from_numpy(sizes), weak)
 
@@ -151,7 +151,7 @@ class MicroSteps(Dataset[DecodedBatch | DecodingFailure]):
         config = self.config
         step, rows = self._step_and_rows("unlabeled", micro_step)
         numbers = (config.train.batch_unlabeled, STRONG_NUMBERS)
-        uniform = generator(config.seed, Purpose.STRONG, step=step).random(numbers)
+        uniform = generator(config.seed, RandomStream.STRONG, step=step).random(numbers)
         return strong_draws(uniform[rows], config.data.crop, config.data.augment)
 
 

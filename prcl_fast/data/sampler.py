@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from prcl_fast.data.streams import Purpose, generator
+from prcl_fast.data.random_streams import RandomStream, generator
 
 
 class BatchSampler:
@@ -14,9 +14,9 @@ class BatchSampler:
     holds an image twice. With fewer images than a batch holds, the permutation is repeated within the batch.
     """
 
-    def __init__(self, count: int, batch: int, seed: int, purpose: Purpose) -> None:
+    def __init__(self, count: int, batch: int, seed: int, stream: RandomStream) -> None:
         """`count` images (at least 1), `batch` of them a step over all ranks."""
-        self.count, self.batch, self.seed, self.purpose = count, batch, seed, purpose
+        self.count, self.batch, self.seed, self.stream = count, batch, seed, stream
         self.batches_per_epoch = max(1, count // batch)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -25,7 +25,7 @@ class BatchSampler:
         """The image indices of step `step` (from 0), over all ranks."""
         epoch, position = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
-            order = generator(self.seed, self.purpose, step=epoch).permutation(self.count)
+            order = generator(self.seed, self.stream, step=epoch).permutation(self.count)
             self._order = np.resize(order, max(self.count, self.batch))
             self._epoch = epoch
         return self._order[position * self.batch : (position + 1) * self.batch].tolist()

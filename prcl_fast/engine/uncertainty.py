@@ -88,7 +88,7 @@ class Uncertainty:
 
 
 class HeadMovement:
-    """How much a probability head has learned since this object was made.
+    """Change of a probability head's sigma^2 since this object was made.
 
     Mean and deviation of sigma^2 do not show it: the gain and bias of the head's last batch norm fix them,
     whatever the weights before it are. Nor does the distance of the weights: many small changes that agree

@@ -41,7 +41,7 @@ def first_output(low, size_in, size_out, steps, scale):
 
 @triton.jit
 def corners(pixel, height, width, width_out, scale_y, scale_x, stride_y, stride_x):
-    """Where the four neighbours of output `pixel` lie in an image, row by row, and the two fractions."""
+    """Offsets of the four neighbours of output `pixel` in an image, row by row, and the two fractions."""
     low_y, high_y, fraction_y = taps(pixel // width_out, height, scale_y)
     low_x, high_x, fraction_x = taps(pixel % width_out, width, scale_x)
     top, bottom = low_y.to(tl.int64) * stride_y, high_y.to(tl.int64) * stride_y

@@ -1,4 +1,4 @@
-"""Common parts of the Triton launchers: device, grid, and functions that all kernels use."""
+"""Device, grid and fast arithmetic that all Triton launchers share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The interpreter takes its time by the operation, whatever a block's size.
+# An interpreted operation takes the same time for a block of any size.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _MOST_X, _MOST_YZ = 2**31 - 1, 2**16 - 1  # programs that CUDA counts along the axes of a grid
@@ -21,7 +21,7 @@ def device_of(tensor: Tensor) -> torch.cuda.device_of:
 
 
 def grid_of(x: int, y: int = 1, z: int = 1) -> tuple[int, int, int]:
-    """The grid of a launch. Raises ValueError where CUDA has none so large."""
+    """The grid of a launch. Raises ValueError where it is too large for CUDA."""
     if x > _MOST_X or max(y, z) > _MOST_YZ:
         raise ValueError(f"the operands are too large for one Triton launch: {x} x {y} x {z} programs")
     return x, y, z
@@ -33,8 +33,8 @@ def at_least(x, smallest):
     return tl.maximum(x, smallest, propagate_nan=tl.PropagateNan.ALL)
 
 
-# What a GPU's special functions give by one instruction, of normal numbers. Triton's own forms spend 5 and 20
-# instructions to be right of subnormal ones as well.
+# One instruction of the special function unit each, exact enough for normal numbers. Triton's own forms take
+# 5 and 20 instructions, in order to be right for subnormal numbers too.
 if INTERPRETED:
 
     @triton.jit

@@ -36,7 +36,7 @@ def _weight_kernel(
     anchor_index, positive_count, class_factor, weights, num_classes, num_anchors, HAS_FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What an anchor counts: its class's factor / (the class's anchors x the classes present), or 0."""
+    """Weight of an anchor: its class's factor / (the class's anchors x the classes present), or 0."""
     c = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     drawn = tl.full((BLOCK,), 0, tl.int32)

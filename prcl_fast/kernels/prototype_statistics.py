@@ -87,7 +87,7 @@ def _merge_kernel(
 
 @triton.jit
 def _programs(start, num_classes, PIXELS: tl.constexpr, CLASSES: tl.constexpr):
-    """Where each class begins and ends in the list, and its first program."""
+    """Begin and end of each class in the list, and its first program."""
     c = tl.arange(0, CLASSES)
     begin = tl.load(start + c, mask=c < num_classes, other=0)
     after = tl.load(start + c + 1, mask=c < num_classes, other=0)

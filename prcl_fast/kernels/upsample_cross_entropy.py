@@ -281,7 +281,7 @@ def _columns(width: int, scale: float) -> int:
 
 
 def _scale(target: Tensor, ignore_index: int, mean: bool) -> Tensor:
-    """What the sum of the losses is multiplied with, a scalar."""
+    """The factor of the sum of the losses, a scalar."""
     if not mean:
         return torch.ones((), dtype=torch.float32, device=target.device)
     blocks = triton.cdiv(target.numel(), _COUNT_BLOCK)

@@ -64,8 +64,8 @@ class ProbabilityHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(_normalized_linear(x, self.fc1)), inplace=True)
-        # Under autocast the product has low precision. Rounded again, its few bits would show in the
-        # precisions 1 / sigma^2, whose sums are the prototypes: the op computes in float32.
+        # Under autocast the product is in low precision. Further rounding would show in the precisions
+        # 1 / sigma^2, whose sums are the prototypes: the op computes in float32.
         x = _normalized_linear(x, self.fc2)
         norm = self.bn2  # for its statistics alone; the op normalises
         assert norm.running_mean is not None

@@ -1,4 +1,4 @@
-"""The operations of the contrast, the losses and the network, and the choice of their implementation."""
+"""Ops of the contrast, the losses and the network, and the choice of their backend."""
 
 from prcl_fast.ops.class_lists import ClassLists, class_lists
 from prcl_fast.ops.mutual_likelihood_score import mutual_likelihood_score

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,9 +92,9 @@ def reduction_is_mean(reduction: str) -> bool:
     return reduction == "mean"
 
 
-def contiguous(*arguments: Any) -> Iterator[Any]:
+def contiguous(*arguments: Any) -> list[Any]:
     """The arguments, every tensor among them contiguous."""
-    return (value.contiguous() if isinstance(value, Tensor) else value for value in arguments)
+    return [value.contiguous() if isinstance(value, Tensor) else value for value in arguments]
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Class lists: the pixels of each class as ranges of one list, made once a step for all their readers."""
+"""Class lists: the pixels of each class as ranges of one list, made once a step and read by several ops."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def class_lists(label: Tensor, valid: Tensor, hard: Tensor, num_classes: int) ->
 
 
 def check_lists(lists: ClassLists, label: Tensor, num_classes: int) -> None:
-    """Whether the lists may be those of `label` and `num_classes`; raises TypeError or ValueError if not."""
+    """Raises TypeError or ValueError where the lists cannot belong to `label` and `num_classes`."""
     if not isinstance(lists, ClassLists):
         raise TypeError(f"lists must be ClassLists; got {type(lists).__name__}")
     for name in ("valid", "hard"):

@@ -1,4 +1,4 @@
-"""The two compiled libraries: each is loaded at its first use, or the reason kept why it cannot be.
+"""The two compiled libraries: loading at first use, and the reason where one cannot be loaded.
 
 `_native.so` holds the CPU code of all native ops, `_native_cuda.so` their CUDA code.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -193,7 +192,7 @@ def _backward_fake(
     return grad_mu, grad_var
 
 
-def _prepared(mu: Tensor, var: Tensor, *others: Any) -> Iterator[Any]:
+def _prepared(mu: Tensor, var: Tensor, *others: Any) -> list[Any]:
     """mu and var as rows [P, D]; other tensors contiguous, floating ones in the dtype of the loss."""
     work = torch.float64 if mu.dtype == torch.float64 else torch.float32
     return contiguous(
@@ -206,7 +205,7 @@ def _prepared(mu: Tensor, var: Tensor, *others: Any) -> Iterator[Any]:
     )
 
 
-def _backward_prepared(grad_loss: Tensor, grad_mu_rows: Tensor, *others: Any) -> Iterator[Any]:
+def _backward_prepared(grad_loss: Tensor, grad_mu_rows: Tensor, *others: Any) -> list[Any]:
     return contiguous(grad_loss.to(grad_mu_rows.dtype), grad_mu_rows, *others)
 
 

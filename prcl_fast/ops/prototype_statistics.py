@@ -1,4 +1,4 @@
-"""Class prototypes in natural parameters, which merge by addition."""
+"""Class prototypes in natural parameters: precision and weighted mean, which add up over sets of pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registration of the ops, and the one choice of an op's implementation.
+"""Registry of the ops: schema, implementations, and the choice of a backend.
 
 An op is declared once, by the signature of its reference: the schema is read from it. The op exists in
 Python, as `prcl_fast::NAME`, even where nothing could be compiled, and has one implementation per backend:
@@ -129,6 +129,8 @@ def define_op(
     name = reference.__name__
     module = f"prcl_fast.kernels.{reference.__module__.rpartition('.')[2]}"
     schema = torch.library.infer_schema(reference, op_name=name, mutates_args=())
+    if "=" in schema:  # PyTorch would drop arguments that equal their default
+        raise ValueError(f"the reference of {name} must have no default values; its schema is {schema}")
 
     def calling(kernel: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         def function(*arguments: Any) -> Any:
@@ -153,9 +155,14 @@ def define_op(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*arguments: Any) -> Any:
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-        return select(name, tensors[0].device.type, dtype)(*arguments)
+        device_type, dtype = "cpu", torch.float32
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                device_type = argument.device.type
+                if argument.is_floating_point():
+                    dtype = argument.dtype
+                    break
+        return select(name, device_type, dtype)(*arguments)
 
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")

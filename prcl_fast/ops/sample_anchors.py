@@ -63,7 +63,7 @@ def sample_anchors(
     return _op(lists.hard_order, lists.hard_start, num_anchors, seed)
 
 
-def _fake(order: Tensor, start: Tensor, num_anchors: int, seed: Tensor) -> Tensor:
+def _fake(order: Tensor, start: Tensor, num_anchors: int, *_: Tensor) -> Tensor:
     return order.new_empty((start.numel() - 1, num_anchors), dtype=torch.int64)
 
 

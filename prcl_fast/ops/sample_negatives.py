@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,7 +81,7 @@ def _fake(
     return order.new_empty((class_probability.shape[0], num_anchors, num_negatives), dtype=torch.int64)
 
 
-def _prepared(class_probability: Tensor, *others: Any) -> Iterator[Any]:
+def _prepared(class_probability: Tensor, *others: Any) -> list[Any]:
     return contiguous(class_probability.double(), *others)
 
 

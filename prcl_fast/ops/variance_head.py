@@ -1,13 +1,13 @@
 """The probability head's tail: batch norm without affine part, gain, bias and floored sigmoid.
 
-The public function is made of four registered ops, because with batch norm over several processes a
+The public function is made of four registered ops, because with batch norm over several ranks a
 collective stands between the passes over x: the moments, sigma^2, and in the backward pass the two sums of
-each channel and the gradient of x. Nothing of x's size is kept but x itself.
+each channel and the gradient of x. Of tensors of x's size, only x is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,12 @@ from prcl_fast.reference import variance_head as reference
 
 @dataclass(frozen=True)
 class Collectives:
-    """How the statistics of several processes become those of their joined batch.
+    """Collectives that turn the statistics of several ranks into those of their joined batch.
 
     Attributes:
-        merged_moments: (mean [D], biased variance [D], pixels) of this process -> the same three over the
-            pixels of all processes, the last one as a scalar tensor.
-        summed: values -> their sum over all processes; it may work in place.
+        merged_moments: (mean [D], biased variance [D], pixels) of this rank -> the same three over the pixels
+            of all ranks, the last one as a scalar tensor.
+        summed: values -> their sum over all ranks; it may work in place.
     """
 
     merged_moments: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -67,8 +67,8 @@ def variance_head(
         momentum: the weight of the batch in the running statistics.
         eps: added to the variance.
         dtype: of the result, float32 (float64 for float64 x) or that of x; None for the first.
-        collectives: for statistics over several processes, every one of which must then call this function
-            and its backward pass; None for those of this process alone.
+        collectives: for statistics over several ranks, each of which must then call this function and its
+            backward pass; None for the statistics of this rank alone.
     Returns:
         [B, D, h, w], between 1e-6 and 1, contiguous if x is and else channels_last.
     Raises:
@@ -113,7 +113,7 @@ def variance_head(
 
 
 class _Tail(torch.autograd.Function):
-    """sigma^2; `pixels` is the number of those behind mean and var, or None where these are constants."""
+    """sigma^2; `pixels` is the number of pixels behind mean and var, None where these are constants."""
 
     @staticmethod
     def forward(
@@ -168,7 +168,7 @@ def _fake_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
-def _prepared(*arguments: Any) -> Iterator[Any]:
+def _prepared(*arguments: Any) -> list[Any]:
     """Maps as rows [B*h*w, D], everything else contiguous."""
     return contiguous(
         *(rows_of(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in arguments)

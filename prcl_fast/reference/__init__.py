@@ -1,1 +1,1 @@
-"""Plain PyTorch versions of every op: the specification, and the `torch` backend on every device."""
+"""Specification of every op in plain PyTorch; also its `torch` backend where `prcl_fast.chunked` has none."""

@@ -14,5 +14,5 @@ def inverse_norm(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def is_clamped(inverse_norm: Tensor) -> Tensor:
-    """Where the norm was clamped: there it counts as a constant and has no derivative."""
+    """True where the norm was clamped: there it counts as a constant and has no derivative."""
     return inverse_norm >= torch.full_like(inverse_norm, MIN_NORM).reciprocal()

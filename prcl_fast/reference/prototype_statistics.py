@@ -14,9 +14,9 @@ def prototype_statistics(
     label: Tensor,
     valid: Tensor,
     num_classes: int,
-    with_norms: bool = False,
-    order: Tensor | None = None,
-    start: Tensor | None = None,
+    with_norms: bool,
+    order: Tensor | None,
+    start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums of 1 / s and of mu / s over each class's valid pixels, in float64, one image at a time.
 

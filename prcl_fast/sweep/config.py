@@ -14,7 +14,15 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, ValidationError
 
 from prcl_fast.config import Config, parse_config
-from prcl_fast.config.files import PATH_KEYS, apply_override, read_tree, set_value
+from prcl_fast.config.bundled import find_config
+from prcl_fast.config.files import (
+    PATH_KEYS,
+    anchored,
+    apply_override,
+    read_tree,
+    say_on_stderr,
+    set_value,
+)
 from prcl_fast.config.messages import first_message, shortened
 from prcl_fast.config.types import PathString, Section
 from prcl_fast.errors import InputError
@@ -114,6 +122,7 @@ class _Builder:
     def __init__(self, path: Path, file: SweepFile, overrides: Sequence[str]) -> None:
         self._path, self._file, self._overrides = path, file, overrides
         self._trees: dict[str, dict[str, Any]] = {}
+        self._bundled = find_config(path, path) != path
 
     def build(
         self, name: str, changes: Mapping[str, AxisEntry], chosen: Mapping[str, str], seed: int
@@ -125,7 +134,10 @@ class _Builder:
                 f"{self._path}: config: required, because no axis names a configuration file for run {name}"
             )
         if config not in self._trees:
-            self._trees[config] = read_tree(self._path.parent / config)
+            path = Path(anchored(config, self._path.parent))
+            # The line about a bundled sweep holds for the files that it names.
+            say, written = (None, path) if self._bundled else (say_on_stderr, Path(config))
+            self._trees[config] = read_tree(path, say, written)
         tree = copy.deepcopy(self._trees[config])
         words = {**chosen, "seed": str(seed)}
         sets = {"set": self._file.set}
@@ -242,7 +254,7 @@ def _anchored(key: str, value: Any, folder: Path) -> Any:
     """`value` with its configuration paths, its own or those of a section, made relative to `folder`."""
     for section, name in PATH_KEYS:
         if key == f"{section}.{name}" and isinstance(value, str):
-            return str(folder / value)
+            return anchored(value, folder)
         if key == section and isinstance(value, dict) and isinstance(value.get(name), str):
-            value = value | {name: str(folder / value[name])}
+            value = value | {name: anchored(value[name], folder)}
     return value

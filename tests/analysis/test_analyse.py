@@ -208,7 +208,7 @@ def test_mistakes_get_one_line_and_nothing_is_written(run, tmp_path, no_pictures
     assert "no such run or checkpoint" in refused(run, "later.pt", out=out)
     assert "has no ema, only teacher, student" in refused(run, network="ema", out=out)
     assert "pixels: 0 is less than 1" in refused(run, pixels=0, out=out)
-    assert "pixels: 1 of a class give" in refused(run, pixels=1, out=out)
+    assert "pixels: 1 of each class give" in refused(run, pixels=1, out=out)
     assert "seed: -1 is negative" in refused(run, seed=-1, out=out)
     assert not out.exists()
     out.write_text("")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prcl_fast.analysis.embedding import at_resolution, embed, label_maps
+from prcl_fast.analysis.embedding import embed, label_at_resolution, label_maps
 from prcl_fast.analysis.prototypes import pixel_prototypes, stored_prototypes, stored_virtual_negatives
 from prcl_fast.config import parse_config
 from prcl_fast.data.pixel_draws import draw_pixels
@@ -68,7 +68,7 @@ def test_one_seed_gives_the_same_pixels_and_other_classes_change_only_their_own(
 
 def test_labels_are_read_where_upsampling_puts_the_decoders_pixels():
     label = np.arange(65 * 34).reshape(65, 34)
-    small = at_resolution(label, (17, 9))
+    small = label_at_resolution(label, (17, 9))
     assert small.shape == (17, 9)
     assert small[:, 0].tolist() == label[::4, 0].tolist()  # 16 steps over 64 pixels
     assert (small[0, 0], small[-1, -1]) == (label[0, 0], label[-1, -1])

@@ -28,7 +28,7 @@ def contrast_inputs(absent: int | None) -> tuple[Any, ...]:
     if absent is not None:
         label[label == absent] = 255
     statistics = PrototypeStatistics(
-        *prototype_statistics(batch.mu, batch.var, label, valid, SIZES.classes)[:3]
+        *prototype_statistics(batch.mu, batch.var, label, valid, SIZES.classes, False, None, None)[:3]
     )
     anchors = torch.randint(SIZES.pixels, (SIZES.classes, SIZES.anchors), generator=generator)
     shape = (SIZES.classes, SIZES.anchors, SIZES.negatives)
@@ -77,7 +77,7 @@ def test_the_loop_s_prototypes_are_the_reference_s() -> None:
     batch = inputs._batch(SIZES, OPTIONS, 0)
     label = torch.where(batch.label == 2, 255, batch.label)
     arguments = (batch.mu, batch.var, label, batch.valid, SIZES.classes)
-    expected = PrototypeStatistics(*prototype_statistics(*arguments)[:3])
+    expected = PrototypeStatistics(*prototype_statistics(*arguments, False, None, None)[:3])
     mean, variance = baselines.loop_prototypes(*arguments)
     torch.testing.assert_close(mean, expected.mean)
     torch.testing.assert_close(variance, expected.variance)

@@ -124,7 +124,9 @@ def test_a_wrong_backend_makes_the_run_fail(run: Callable[..., Any], monkeypatch
 
     def wrong(*arguments: Any) -> PrototypeStatistics:
         mu, var, label, valid, num_classes = arguments
-        return PrototypeStatistics(*prototype_statistics(mu * 1.01, var, label, valid, num_classes)[:3])
+        return PrototypeStatistics(
+            *prototype_statistics(mu * 1.01, var, label, valid, num_classes, False, None, None)[:3]
+        )
 
     monkeypatch.setattr(module, "prototype_statistics", wrong)
     code, _, err = run("prototype_statistics", "--rounds", "1", "--candidates", "torch")

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from setuptools import Distribution
 
 import prcl_fast
 from prcl_fast.ops import native
@@ -196,6 +197,24 @@ def test_a_wheel_is_compiled_in_the_build_folder_that_it_is_given(tmp_path: Path
     assert (tmp_path / "base" / "native" / "build.ninja").is_file()
     (wheel,) = tmp_path.glob("dist/*-py3-none-*.whl")
     assert "prcl_fast/_native.so" in zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_an_editable_install_has_no_second_copy_of_the_configurations(
+    tmp_path: Path, recipe: ModuleType, editable: bool
+) -> None:
+    command = recipe.BuildPackage(Distribution({"packages": []}))
+    command.build_lib, command.editable_mode = str(tmp_path), editable
+    command.ensure_finalized()
+    command.run()
+    assert (tmp_path / "prcl_fast" / "configs" / "demo.yaml").is_file() is not editable
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+def test_make_wheel_tries_the_wheel_outside_the_clone(dry_run: Callable[..., str]) -> None:
+    said = dry_run("wheel", "PYTHON=python9", "TORCH=torch==2.11.0", gpus="").split("bdist_wheel")[1]
+    assert re.search(r"python9 -m venv .*pip install -q 'torch==2\.11\.0'.*\.whl", said, re.DOTALL)
+    assert re.search(r"mktemp.*cd .*prcl train configs/demo\.yaml", said, re.DOTALL)
 
 
 def test_no_native_builds_nothing(tmp_path: Path, tools: Path) -> None:

@@ -41,7 +41,7 @@ def test_the_automatic_choice_is_shown_for_each_dtype(monkeypatch: pytest.Monkey
         assert row[5:12:2] == [registry.automatic(row[1], "cpu", dtype) for dtype in dtypes]
 
 
-def test_the_reason_of_a_preference_stands_beside_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_of_the_order_stands_beside_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     text = output(monkeypatch, columns=400)
     rows = [line for line in text.splitlines() if "│ cpu " in line]
     for name, row in zip(registry.op_names(), rows, strict=True):
@@ -59,7 +59,7 @@ def test_every_op_has_a_reason_for_its_order_and_every_reason_an_op() -> None:
             assert reason.startswith(("measured: ", "estimated ", "by design: "))
 
 
-def test_a_measured_preference_names_a_stored_result() -> None:
+def test_a_measured_order_names_a_stored_result() -> None:
     reasons = {reason for devices in registry.REASONS.values() for reason in devices.values()}
     files = {
         re.search(r"bench/results/[\w.]+", reason) for reason in reasons if reason.startswith("measured")

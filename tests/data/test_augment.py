@@ -21,8 +21,8 @@ from prcl_fast.data.draws import (
     strong_draws,
     weak_draws,
 )
+from prcl_fast.data.random_streams import RandomStream, generator
 from prcl_fast.data.source import IGNORE
-from prcl_fast.data.streams import Purpose, generator
 
 FILL = [0.485, 0.456, 0.406]
 OFF = AugmentConfig(scale=[1.0, 1.0], flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)
@@ -318,15 +318,15 @@ def test_partners_stay_together_when_a_batch_is_shared_out():
 
 
 def test_streams_of_different_seeds_purposes_steps_and_ranks_differ():
-    first = generator(0, Purpose.STRONG).random(4)
+    first = generator(0, RandomStream.STRONG).random(4)
     others = [
-        generator(1, Purpose.STRONG),
-        generator(0, Purpose.RANK),
-        generator(0, Purpose.STRONG, step=1),
-        generator(0, Purpose.STRONG, stream=1),
+        generator(1, RandomStream.STRONG),
+        generator(0, RandomStream.RANK),
+        generator(0, RandomStream.STRONG, step=1),
+        generator(0, RandomStream.STRONG, index=1),
     ]
     assert len({first.tobytes(), *(other.random(4).tobytes() for other in others)}) == 5
-    assert np.array_equal(first, generator(0, Purpose.STRONG).random(4))
+    assert np.array_equal(first, generator(0, RandomStream.STRONG).random(4))
 
 
 def test_normalize_gives_zero_at_the_mean_and_keeps_channels_last():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from prcl_fast.data.random_streams import RandomStream
 from prcl_fast.data.sampler import BatchSampler, rows_of
-from prcl_fast.data.streams import Purpose
 
 
-def sampler(count: int, batch: int, seed: int = 0, purpose: Purpose = Purpose.ORDER_LABELED) -> BatchSampler:
-    return BatchSampler(count, batch, seed, purpose)
+def sampler(
+    count: int, batch: int, seed: int = 0, stream: RandomStream = RandomStream.ORDER_LABELED
+) -> BatchSampler:
+    return BatchSampler(count, batch, seed, stream)
 
 
 def epoch(order: BatchSampler, number: int) -> list[int]:
@@ -64,7 +66,7 @@ def test_seed_and_subset_change_the_order():
     orders = [
         sampler(50, 50).indices(0),
         sampler(50, 50, seed=1).indices(0),
-        sampler(50, 50, purpose=Purpose.ORDER_UNLABELED).indices(0),
+        sampler(50, 50, stream=RandomStream.ORDER_UNLABELED).indices(0),
     ]
     assert len({tuple(order) for order in orders}) == 3
 

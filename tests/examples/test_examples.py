@@ -13,9 +13,9 @@ from torch import Tensor
 
 from prcl_fast.config import parse_config
 from prcl_fast.data.augment import strong_augment
-from prcl_fast.data.batches import Batch
+from prcl_fast.data.batches import Batch, UnlabeledBatch
 from prcl_fast.data.draws import StrongDraws
-from prcl_fast.methods import PRCL, Step, build_method
+from prcl_fast.methods import PRCL, StepIndex, build_method
 from support.paths import ROOT
 
 TOTAL = 40
@@ -69,9 +69,9 @@ def made_up_batch(step: int) -> Batch:
     return Batch(
         labeled_image=uniform(2, 3, 32, 32),
         label=label,
-        unlabeled_image=uniform(2, 3, 32, 32),
-        inside=torch.ones(2, 32, 32, dtype=torch.bool),
-        strong=strong,
+        unlabeled=UnlabeledBatch(
+            image=uniform(2, 3, 32, 32), inside=torch.ones(2, 32, 32, dtype=torch.bool), strong=strong
+        ),
         seed=torch.tensor([0, step]),
     )
 
@@ -102,14 +102,13 @@ def test_steps_of_own_loop_are_those_of_the_method_prcl_bit_for_bit(tmp_path: Pa
     optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in (method.student, student)]
     for number in range(3):  # a state of the prototypes, and a teacher apart from the student
         iteration, batch = torch.tensor(number), made_up_batch(number)
-        wanted = method(batch, Step(iteration, TOTAL))
-        assert batch.unlabeled_image is not None
-        assert batch.strong is not None
-        strong = strong_augment(batch.unlabeled_image, batch.strong)
+        wanted = method(batch, StepIndex(iteration, TOTAL))
+        unlabeled = batch.needed_unlabeled()
+        strong = strong_augment(unlabeled.image, unlabeled.strong)
         # In the trainer's memory format, so that the same kernels run.
         image, weak, strong = (
             images.contiguous(memory_format=torch.channels_last)
-            for images in (batch.labeled_image, batch.unlabeled_image, strong)
+            for images in (batch.labeled_image, unlabeled.image, strong)
         )
         found = own.losses(student, teacher, contrast, image, batch.label, weak, strong, iteration, TOTAL)
         names = {"L": "loss", "L_s": "loss_supervised", "L_u": "loss_unsupervised", "L_c": "loss_contrast"}
@@ -119,7 +118,7 @@ def test_steps_of_own_loop_are_those_of_the_method_prcl_bit_for_bit(tmp_path: Pa
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        method.after_step(Step(iteration, TOTAL))
+        method.after_step(StepIndex(iteration, TOTAL))
         teacher.update(iteration)
         for weight, own_weight in zip(
             method.parameters(), [*student.parameters(), *teacher.parameters()], strict=True

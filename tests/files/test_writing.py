@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from prcl_fast.files.writing import (
     write_bytes,
     write_text,
 )
+from support.paths import PACKAGE
 from support.run_folders import file_size_limit
 
 needs_user = pytest.mark.skipif(os.geteuid() == 0, reason="root may write into a read-only folder")
@@ -240,3 +242,47 @@ def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         make_folder(tmp_path / "file/b", "--out")
     assert str(caught.value) == f"--out: {tmp_path}/file/b cannot be written: Not a directory"
+
+
+# Writes that open no file by its name within reach of others: into /proc, and into a folder just made.
+OWN_WRITES = {
+    "machine/memory.py": {"_CLEAR_REFS.write_text"},
+    "data/sources/synthetic.py": {"Image.fromarray(image).save"},
+}
+
+
+def writes_by_name(source: str) -> set[str]:
+    """The calls in a module that open a file for writing by its name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        function = ast.unparse(node.func)
+        name = function.rpartition(".")[2]
+        targets = {ast.unparse(argument) for argument in node.args}
+        modes = [argument.value for argument in node.args[:2] if isinstance(argument, ast.Constant)]
+        opens = name == "open" and any(set(str(mode)) & set("wax+") for mode in modes)
+        saves = name in ("save", "savefig") or (name in ("write_text", "write_bytes") and "." in function)
+        if (opens or saves) and not targets & {"file", "archive"}:  # open files
+            found.add(function)
+    return found
+
+
+def test_the_package_writes_files_with_this_module_alone() -> None:
+    files = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    found = {name: writes_by_name(path.read_text()) for name, path in files.items()}
+    assert {name: calls for name, calls in found.items() if calls} == OWN_WRITES
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'open(path, "w")',
+        'path.open("ab")',
+        "path.write_text(text)",
+        "np.save(path, x)",
+        "figure.savefig(path)",
+    ],
+)
+def test_a_write_by_name_is_found(source: str) -> None:
+    assert writes_by_name(source)

@@ -66,7 +66,10 @@ def test_global_prototypes_are_the_merge_of_all_steps(monkeypatch: pytest.Monkey
     batches = [scene(0), scene(1, (0, 2, 255)), scene(2)]
     for batch in batches:
         contrast(**batch)
-    merged = local(batches[0]) + local(batches[1]) + local(batches[2])
+    steps = [local(batch) for batch in batches]
+    merged = PrototypeStatistics(
+        *(sum(getattr(step, name) for step in steps) for name in ("precision", "weighted_mean", "count"))
+    )
     torch.testing.assert_close(seen[-1].mean, merged.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(seen[-1].variance, merged.variance, rtol=1e-5, atol=0)
     # The batch, not the stored prototypes, decides which classes take part.

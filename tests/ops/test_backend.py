@@ -133,6 +133,16 @@ def test_an_older_pytorch_is_named(
     assert native.cpu_library_error() == "_native.so needs PyTorch 2.11 or newer; this is 2.10.1"
 
 
+def test_a_reference_with_default_values_is_refused() -> None:
+    def some_op(x: torch.Tensor, count: int = 1) -> torch.Tensor:
+        return x * count
+
+    some_op.__annotations__ = {"x": torch.Tensor, "count": int, "return": torch.Tensor}
+    with pytest.raises(ValueError, match="some_op must have no default values"):
+        registry.define_op(some_op, fake=some_op)
+    assert "some_op" not in registry.op_names()
+
+
 def test_every_op_has_every_backend() -> None:
     """A loss made of several ops must run as a whole on the backend that was chosen."""
     for name in registry.op_names():
@@ -162,5 +172,5 @@ def test_tests_in_float64_skip_by_name_at_places_without_it(
         return
     with pytest.raises(pytest.skip.Exception, match=reason):
         called(values)
-    # The samplers read no floating-point values but for probabilities, which they take as they come.
+    # The samplers read no floating-point values but probabilities, of any floating dtype.
     assert backends._missing_dtype("sample_negatives", *place, torch.float64) is None

@@ -1,4 +1,4 @@
-"""Class lists: what they hold, in which order, and that they are the same everywhere."""
+"""Class lists: their pixels, their order, and equal bits on every backend."""
 
 from __future__ import annotations
 

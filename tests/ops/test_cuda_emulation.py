@@ -1,4 +1,4 @@
-"""The emulation of CUDA that tests rely on: what it computes, and which mistakes in a kernel it shows."""
+"""The emulation of CUDA: its values, and the mistakes in a kernel that it shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the compiler says of every CUDA kernel: registers within its budget, nothing spilled to memory.
+"""The compiler's report on every CUDA kernel: registers within its budget, nothing spilled to memory.
 
 A multiprocessor has 65536 registers, so that a budget is also a number of threads at work: 128 registers are
 512 threads, 168 are 384. A kernel that outgrows its budget is slower in a way that no test of its results can

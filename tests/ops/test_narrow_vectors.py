@@ -1,4 +1,4 @@
-"""The CPU kernels with narrower vector instructions than this processor has."""
+"""CPU kernels with narrower vector instructions than this processor has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normal numbers: their law, on what they depend, and that every place draws the same."""
+"""Normal numbers: distribution, dependence on (seed, step, purpose), equal draws at every place."""
 
 from __future__ import annotations
 

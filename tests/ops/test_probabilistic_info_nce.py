@@ -1,4 +1,4 @@
-"""The contrast's InfoNCE: value and gradients against eq. (15) and against float64."""
+"""The contrast's InfoNCE: value and gradients against eq. (15) and against the reference in float64."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_given_norms_change_neither_loss_nor_gradients(
         torch.testing.assert_close(
             got, expected, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max())
         )
-    # They are what is multiplied with: a wrong one shows.
+    # The given norms are used: wrong ones change the loss.
     assert probabilistic_info_nce(**case, **options, inverse_norm=2 * given) != results[0][0]
     plain = probabilistic_info_nce(**case, **{**options, "normalize": False})
     assert torch.equal(

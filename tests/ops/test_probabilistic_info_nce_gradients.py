@@ -1,4 +1,4 @@
-"""The InfoNCE's gradients: where they go, what is zero or nan, and the graph around them."""
+"""The InfoNCE's gradients: the pixels that get one, zeros and nan, and the autograd graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anchors: where they lie, how they are spread, and on what they depend."""
+"""Anchors: their pixels, their distribution, and the exact rule of the draws."""
 
 from __future__ import annotations
 

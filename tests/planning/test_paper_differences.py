@@ -96,7 +96,7 @@ def test_what_differs_from_the_paper_is_listed_with_both_values() -> None:
     assert "batch norm sees 2 + 2 images" in found["train.accumulate"].meaning
 
 
-# What the texts do not give is never called theirs, and what they give is.
+# A value is attributed to a paper exactly if its text gives it.
 @pytest.mark.parametrize(
     ("file", "changes", "expected"),
     [

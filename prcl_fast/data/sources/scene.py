@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from prcl_fast.data.streams import Purpose, generator
+from prcl_fast.data.random_streams import RandomStream, generator
 
 CLASSES = ("background", "disc", "square", "triangle", "ring", "cross")
 
@@ -21,7 +21,7 @@ def render(height: int, width: int, seed: int, subset: int, index: int) -> tuple
 
     The topmost shape is of class 1 + index mod 5, so that any five consecutive images show every class.
     """
-    rng = generator(seed, Purpose.SCENE, step=index, stream=subset)
+    rng = generator(seed, RandomStream.SCENE, step=index, index=subset)
     image = _background(rng, height, width)
     label = np.zeros((height, width), dtype=np.uint8)
     side = min(height, width)
