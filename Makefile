@@ -3,7 +3,7 @@
 #   make demo       a small training run on drawn data, on the CPU
 #   make test       the tests             make lint    all style and type checks
 #   make bench      the benchmarks        make clean   remove what was built (the virtual environment stays)
-#   make format     apply the styles      make schema  write configs/schema.json anew
+#   make format     apply the styles      make schema  write configs/schema.json and docs/settings.md
 #   make wheel      dist/*.whl, with CUDA code for all architectures, tried by wheel-check
 #   make wheel-check  install the newest wheel in a new environment and train with it outside the clone
 #   make gpu-check  tests, memory checks and benchmarks on a machine with a GPU
@@ -50,9 +50,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-# The JSON schema of a configuration, from which editors complete keys.
+# The JSON schema of a configuration, from which editors complete keys, and the page of all settings.
 schema: install
 	$(BIN)/python -m prcl_fast.config > configs/schema.json
+	$(BIN)/python -m prcl_fast.config --settings > docs/settings.md
 
 bench: install
 	$(BIN)/python -m bench ops --json bench/results/local/bench.json $(ARGS)
