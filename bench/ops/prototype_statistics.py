@@ -40,7 +40,7 @@ def cases(options: Options) -> list[Case]:
     num_classes = sizes.classes
 
     def public(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
-        found = prototype_statistics(mu, var, label, valid, num_classes, False, None, None)
+        found = prototype_statistics(mu, var, label, valid, num_classes)
         return found.precision, found.weighted_mean, found.count
 
     def plain(mu: Tensor, var: Tensor, label: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
