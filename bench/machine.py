@@ -7,7 +7,6 @@ import platform
 import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def describe(device: str) -> dict[str, Any]:
         # PRCL_COMMIT names it for a copy without git.
         "commit": commit() or os.environ.get("PRCL_COMMIT", "unknown"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
     }
 
 

@@ -5,4 +5,5 @@ import sys
 from bench.commands import main
 
 if __name__ == "__main__":
-    sys.exit(main(["step", *sys.argv[1:]]))
+    sys.argv.insert(1, "step")  # results store the command
+    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import commands
+from bench import commands, machine
 from prcl_fast.cli import main as prcl
 from prcl_fast.console import run
 from prcl_fast.errors import InputError, RunError
@@ -45,6 +45,11 @@ def test_a_rooms_module_runs_its_command(room: str) -> None:
     command = [sys.executable, "-m", f"bench.{room}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"python -m bench {room}" in done.stdout
+
+
+def test_a_result_holds_the_command_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench/__main__.py", "step", "data.crop=[64, 64]"])
+    assert machine.describe("cpu")["command"] == "python -m bench step 'data.crop=[64, 64]'"
 
 
 def test_a_broken_module_of_the_benchmarks_is_no_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "falling"),
     [("own_loop", ("L", "L_s", "L_c")), ("segformer", ("loss", "cross-entropy", "contrast"))],

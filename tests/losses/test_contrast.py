@@ -66,9 +66,11 @@ def test_global_prototypes_are_the_merge_of_all_steps(monkeypatch: pytest.Monkey
     batches = [scene(0), scene(1, (0, 2, 255)), scene(2)]
     for batch in batches:
         contrast(**batch)
-    steps = [local(batch) for batch in batches]
+    parts = [local(batch) for batch in batches]
     merged = PrototypeStatistics(
-        *(sum(getattr(step, name) for step in steps) for name in ("precision", "weighted_mean", "count"))
+        sum(part.precision for part in parts),
+        sum(part.weighted_mean for part in parts),
+        sum(part.count for part in parts),
     )
     torch.testing.assert_close(seen[-1].mean, merged.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(seen[-1].variance, merged.variance, rtol=1e-5, atol=0)

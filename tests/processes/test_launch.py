@@ -199,7 +199,7 @@ from prcl_fast.errors import InputError, RunError
 def work(name, address, port, world, rank, wait_s):
     here = Launch(rank, world, rank, world, address, port, "torchrun")
     device = torch.device("cpu")
-    if name == "input error" and rank > 0:
+    if name == "wrong_input" and rank > 0:
         device = InputError(f"data.root: the input error of rank {rank}")
     if name in GPUS:
         rendezvous._announcement = lambda device: GPUS[name][rank]
@@ -254,7 +254,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         "headless": ("127.0.0.1", "2=1"),
         "taken": ("127.0.0.1", "2=0"),
         "unknown": ("no such host", "2=0"),
-        "input error": ("127.0.0.1", "3=0=1=2"),
+        "wrong_input": ("127.0.0.1", "3=0=1=2"),
         "mixed": ("127.0.0.1", "2=0=1"),
         "shared": ("127.0.0.1", "2=0=1"),
     }
@@ -289,7 +289,7 @@ def test_a_missing_rank_is_named_by_one_other_rank(outcomes: dict[str, Outcome])
 
 
 def test_an_input_error_of_some_ranks_is_printed_by_one_and_ends_all(outcomes: dict[str, Outcome]) -> None:
-    outcome = outcomes["input error"]
+    outcome = outcomes["wrong_input"]
     assert outcome.errors == "data.root: the input error of rank 1\n"
     assert sorted(outcome.statuses) == [1, 1, 2]
 

@@ -1,4 +1,4 @@
-"""What a CUDA graph does, on the CPU: records the operations of a function, and runs them again."""
+"""A CUDA graph on the CPU: records the operations of a function and replays them."""
 
 from __future__ import annotations
 
