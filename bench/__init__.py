@@ -5,6 +5,6 @@ ops/          single ops and the whole contrast
 step/         the whole training step
 scaling/      several processes
 gpu/          everything on a machine with a GPU
-machine.py    what a number depends on
+machine.py    machine description
 results/      stored results
 """

@@ -92,8 +92,8 @@ class _Phases:
     def phase(
         self,
         name: str,
-        box: float,
-        settles: str,
+        limit: float,
+        verifies: str,
         command: Sequence[str],
         *,
         on_cpu: Sequence[str] | None = None,
@@ -104,23 +104,23 @@ class _Phases:
         """A phase; `on_cpu` is its small form, without which it needs a GPU."""
         if not self.cuda:
             skipped = NO_GPU if on_cpu is None else None
-            return Phase(name, box, on_cpu or command, settles, skipped, _ON_CPU | environment, lines)
+            return Phase(name, limit, on_cpu or command, verifies, skipped, _ON_CPU | environment, lines)
         missing = [tool for tool in tools if shutil.which(tool) is None]
         skipped = f"{missing[0]} is not installed" if missing else None
-        return Phase(name, box, command, settles, skipped, environment, lines)
+        return Phase(name, limit, command, verifies, skipped, environment, lines)
 
     def command(
         self,
         name: str,
-        box: float,
-        settles: str,
+        limit: float,
+        verifies: str,
         command: str,
         arguments: Sequence[str],
         on_cpu: Sequence[str] | None = None,
     ) -> Phase:
         """One of `bench.commands`."""
         small = None if on_cpu is None else (*_bench(command), *on_cpu)
-        return self.phase(name, box, settles, (*_bench(command), *arguments), on_cpu=small)
+        return self.phase(name, limit, verifies, (*_bench(command), *arguments), on_cpu=small)
 
     def build(self) -> Phase:
         """For this GPU alone: a third of the time."""
@@ -133,16 +133,16 @@ class _Phases:
             TORCH_CUDA_ARCH_LIST=str(self.facts.get("capability")), FORCE_CUDA="1",
         )  # fmt: skip
 
-    def step(self, name: str, box: float, settles: str, *overrides: str, lines: int) -> Phase:
+    def step(self, name: str, limit: float, verifies: str, *overrides: str, lines: int) -> Phase:
         out = (*_bench("step-profile"), self.result(name))
-        # A step on a CPU is neither captured nor compiled within its box.
+        # A step on a CPU is neither captured nor compiled within its time limit.
         on_cpu = None if overrides else (*out, "small", *_SMALL_STEP)
-        return self.phase(name, box, settles, (*out, "voc", *overrides), on_cpu=on_cpu, lines=lines)
+        return self.phase(name, limit, verifies, (*out, "voc", *overrides), on_cpu=on_cpu, lines=lines)
 
     def bench(
         self,
         name: str,
-        box: float,
+        limit: float,
         candidates: Sequence[str],
         ops: Sequence[str] = (),
         on_cpu: bool = True,
@@ -152,7 +152,7 @@ class _Phases:
         small = (*_bench("ops"), (ops or (name,))[0], "--candidates", "native", *out)
         return self.phase(
             name,
-            box,
+            limit,
             f"time and error of {', '.join(candidates)}",
             (*run, "--device", "cuda", "--size", "voc", "--dtype", "bfloat16", "--rounds", "7"),
             on_cpu=(*small, "--device", "cpu", "--size", "small", "--rounds", "1") if on_cpu else None,
@@ -161,8 +161,8 @@ class _Phases:
     def pytest(
         self,
         name: str,
-        box: float,
-        settles: str,
+        limit: float,
+        verifies: str,
         run: Sequence[str],
         small: Sequence[str],
         **environment: str,
@@ -170,26 +170,26 @@ class _Phases:
         """Tests, of which at least one must run."""
         pytest = (_PYTHON, *_PYTEST, f"--junitxml={self.folder / name}.xml")
         phase = self.phase(
-            name, box, settles, (*pytest, "-m", "gpu", *run), on_cpu=(*pytest, "-m", "not gpu", *small),
+            name, limit, verifies, (*pytest, "-m", "gpu", *run), on_cpu=(*pytest, "-m", "not gpu", *small),
             lines=12, **environment,
         )  # fmt: skip
         return replace(phase, expects=" passed")
 
-    def tests(self, name: str, box: float, settles: str, backend: str) -> Phase:
+    def tests(self, name: str, limit: float, verifies: str, backend: str) -> Phase:
         run = (_WITHOUT_SOME, "-k", f"cuda-{backend}", "-n", "8", *op_tests())
         small = ("-k", f"cpu-{backend} and not compile", "tests/ops/test_philox_normal.py")
         # Only this place: others would first compile the emulated kernels.
         place = f"{'cuda' if self.cuda else 'cpu'}-{backend}"
-        return self.pytest(name, box, settles, run, small, PRCL_TEST_PLACE=place)
+        return self.pytest(name, limit, verifies, run, small, PRCL_TEST_PLACE=place)
 
     def captured(self) -> Phase:
         files = ("tests/engine/test_step.py", "tests/data/test_prefetch.py")
-        settles = "captured steps equal eager ones; prefetched batches free their memory"
+        verifies = "captured steps equal eager ones; prefetched batches free their memory"
         small = ("-k", "consumer or mean_teacher", *files)
-        return self.pytest("captured", 60, settles, ("-n", "6", *files), small)
+        return self.pytest("captured", 60, verifies, ("-n", "6", *files), small)
 
     def sanitizer(self, tool: str) -> Phase:
-        """Checks the package's own kernels alone: PyTorch's would take the whole box."""
+        """Checks the package's own kernels alone: PyTorch's would take the whole time limit."""
         report = ("--error-exitcode", str(_FOUND_SOMETHING), "--log-file", str(self.folder / f"{tool}.txt"))
         only = ("--kernel-regex", "kns=prcl") if self.cuda and _filters_kernels() else ()
         command = ("compute-sanitizer", "--tool", tool, *only, *report)
@@ -207,8 +207,8 @@ class _Phases:
                "--candidates", "native", "--rounds", "1")  # fmt: skip
         # The clocks stay as they are: others may use the machine.
         out = ("--clock-control", "none", "--set", "full", "-o", str(self.folder / "kernels"))
-        settles = "stall reasons and L2 hits of the two largest kernels"
-        return self.phase("ncu", 40, settles, ("ncu", *out, *kernels, *run), tools=("ncu",))
+        verifies = "stall reasons and L2 hits of the two largest kernels"
+        return self.phase("ncu", 40, verifies, ("ncu", *out, *kernels, *run), tools=("ncu",))
 
 
 def op_tests(root: Path = _ROOT) -> list[str]:

@@ -1,6 +1,6 @@
-"""The runner of a check: phases with time boxes, archived after each.
+"""The runner of a check: phases with time limits, archived after each.
 
-A phase is a command with its own log. When its box or the set's time runs out, it is killed with all its
+A phase is a command with its own log. When its time limit or the set's runs out, it is killed with all its
 children, and the next phase starts. If the runner itself is killed, an archive of finished phases remains.
 """
 
@@ -38,9 +38,9 @@ class Phase:
 
     Attributes:
         name: of its log and, as NAME.json, of its result.
-        box: its time limit in seconds.
+        limit: its time limit in seconds.
         command: runs in the root of the sources.
-        settles: the question that it answers.
+        verifies: what the phase verifies.
         skipped: why it is skipped, or None.
         environment: additional variables.
         lines: number of last lines of its log to print.
@@ -48,9 +48,9 @@ class Phase:
     """
 
     name: str
-    box: float
+    limit: float
     command: Sequence[str]
-    settles: str
+    verifies: str
     skipped: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     lines: int = 4
@@ -63,9 +63,9 @@ class Outcome:
 
     name: str
     status: str
-    box: float
+    limit: float
     seconds: float
-    settles: str
+    verifies: str
     detail: str = ""
     notes: Sequence[str] = ()
 
@@ -134,12 +134,12 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
 
     def outcome(status: str, seconds: float = 0.0, detail: str = "") -> Outcome:
         numbers = notes(folder, phase.name) if status != SKIPPED else []
-        return Outcome(phase.name, status, phase.box, round(seconds, 1), phase.settles, detail, numbers)
+        return Outcome(phase.name, status, phase.limit, round(seconds, 1), phase.verifies, detail, numbers)
 
     if phase.skipped is not None:
         return outcome(SKIPPED, detail=phase.skipped)
-    limit = min(phase.box, seconds_left)
-    if limit < min(_LEAST, phase.box):
+    limit = min(phase.limit, seconds_left)
+    if limit < min(_LEAST, phase.limit):
         return outcome(NO_TIME)
     temporary.mkdir(exist_ok=True)
     begun = time.monotonic()
@@ -172,7 +172,7 @@ def run_phase(phase: Phase, folder: Path, temporary: Path, seconds_left: float) 
             shutil.rmtree(temporary, ignore_errors=True)
     seconds = time.monotonic() - begun
     if code is None:
-        why = "its box" if limit == phase.box else "the set's time"
+        why = "its time limit" if limit == phase.limit else "the set's time limit"
         return outcome(CUT_OFF, seconds, f"{why} ran out after {limit:.0f} s")
     if code != 0:
         return outcome(FAILED, seconds, f"exit status {code}")

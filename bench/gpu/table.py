@@ -18,9 +18,9 @@ def table(name: str, outcomes: Sequence[Outcome]) -> list[str]:
     """One line for each phase, with its numbers below."""
     width = max(len(outcome.name) for outcome in outcomes)
     status = max(len(outcome.status) for outcome in outcomes)
-    lines = ["", f"{name:{width}}  {'status':{status}}  {'s':>5}  {'box':>4}"]
+    lines = ["", f"{name:{width}}  {'status':{status}}  {'s':>5}  {'limit':>5}"]
     for x in outcomes:
-        line = f"{x.name:{width}}  {x.status:{status}}  {x.seconds:5.0f}  {x.box:4.0f}  {x.detail}"
+        line = f"{x.name:{width}}  {x.status:{status}}  {x.seconds:5.0f}  {x.limit:5.0f}  {x.detail}"
         lines += [line.rstrip(), *(f"{'':{width}}  {note[:_WIDTH]}" for note in x.notes)]
     return lines
 

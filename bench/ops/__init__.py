@@ -1,24 +1,16 @@
 """Benchmarks of single ops and of the whole contrast: one file an op.
 
 command.py    `bench ops`                     run.py        all cases of a run, its result
-case.py       what a benchmark declares       harness.py    times, memory, rows
+case.py       benchmark declaration           harness.py    times, memory, rows
 inputs.py     labels and features             memory.py     memory of one call
 baselines.py  the published algorithm         eager.py      plain PyTorch, vectorised
-ceilings.py   what this machine can do        compare.py    two results     plot.py   figures
+ceilings.py   machine peak rates              compare.py    two results     plot.py   figures
 """
 
-OPS = (
-    "mutual_likelihood_score",
-    "prototype_statistics",
-    "sample_anchors",
-    "sample_negatives",
-    "probabilistic_info_nce",
-    "pseudo_label",
-    "upsample_bilinear",
-    "upsample_cross_entropy",
-    "variance_head",
-    "contrast",
-)
+from pathlib import Path
+
+# The benchmark of an op, or of the contrast, is the file here that defines `cases`.
+OPS = tuple(sorted(x.stem for x in Path(__file__).parent.glob("*.py") if "\ndef cases(" in x.read_text()))
 SIZES = ("small", "voc", "cityscapes")
 CANDIDATES = (
     "loop",

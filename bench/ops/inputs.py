@@ -1,4 +1,4 @@
-"""Labels and features as the contrast sees them in training."""
+"""Labels and features for the contrast, distributed as in training."""
 
 from __future__ import annotations
 

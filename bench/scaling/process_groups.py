@@ -1,7 +1,7 @@
-"""Process groups that count collectives: gloo between real processes, and one process that stands for many.
+"""Process groups that count collectives: gloo between real ranks, or one real rank among simulated ones.
 
 As PyTorch's default group they see every collective, those that DistributedDataParallel makes in C++ too. The
-call stack tells the purpose of each.
+purpose of each is inferred from the call stack.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Steps on several processes of this machine, and of one process that stands for many."""
+"""Steps on several processes of this machine, and of one real rank among simulated ones."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 The order is that of the authors' public code. The teacher labels the weakly augmented images. Images,
 pseudo-labels and confidences pass through Pillow for a random scale and crop, are mixed, and pass through
 Pillow again for colour, blur and flip. The student processes labeled and unlabeled images in two passes. The
-contrast is a loop over the classes with a sampler on the host. The confusion matrices of each step are left
-out, in its favour. Its teacher is in evaluation mode, as in all candidates.
+contrast is a loop over the classes with a sampler on the host. The confusion matrices of each step are
+omitted, which favours the baseline. Its teacher is in evaluation mode, as in all candidates.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from prcl_fast.engine.trainer import Trainer
 
 WINDOW = 20  # steps of a mean
 ROUNDING = 1e-4  # relative difference that is always allowed, unless losses must be identical
-TIMES_CONTROL = 2.0  # largest distance to the plain run, in multiples of the controls'
+TIMES_CONTROL = 2.0  # tolerance, as a multiple of the control runs' distance
 NUDGED, AGAIN = "last digit", "again"  # the controls
 PLAIN = ("data.cache=none", "data.workers=0", "train.compile=false", "train.graph=false")
 _KEYS = ("first", "windows", "whole")  # of a comparison

@@ -42,8 +42,8 @@ def probabilistic_info_nce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (scalar) and its gradients to the anchors' rows of mu and var, [C, A, D] each.
 
-    The gradients are empty unless `needs_grad`. All three are float32, or float64 where mu is. Beside
-    virtual_mu stands virtual_known, [C] bool; a virtual_var of None is zeros.
+    The gradients are empty unless `needs_grad`. All three are float32, or float64 where mu is. virtual_known,
+    [C] bool, is required with virtual_mu; a virtual_var of None is zeros.
     """
     num_classes, num_anchors = anchor_index.shape
     dim = mu.shape[1]
@@ -72,7 +72,7 @@ def probabilistic_info_nce(
 
     anchors, negatives = anchor_index.flatten(), negative_index.flatten(0, 1)  # [C*A], [C*G, N]
     anchors_per_group = num_anchors // negative_index.shape[1]
-    if _values_are_at_hand(mu.device):
+    if _is_readable_on_host(mu.device):
         # Classes without anchors need no work; no sum was clamped if the anchors' variances alone are larger.
         used = weight.nonzero()[:, 0]
         may_clamp = bool((var_rows[anchors[used]] <= MIN_VARIANCE).any())
@@ -137,7 +137,7 @@ def probabilistic_info_nce(
     return loss, grad_mu.view(shape_rows), grad_var.view(shape_rows)
 
 
-def _values_are_at_hand(device: torch.device) -> bool:
+def _is_readable_on_host(device: torch.device) -> bool:
     """True where the host may read values without stalling the device."""
     return device.type == "cpu"
 

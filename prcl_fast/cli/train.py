@@ -23,7 +23,7 @@ def train_command(
     """
     from prcl_fast.processes.session import session
 
-    notes: list[str] = []  # said by one process for all
+    notes: list[str] = []  # printed by rank 0
     with session(
         lambda: load_config(config, overrides or [], notes.append),
         lambda loaded: loaded.train.device,

@@ -22,7 +22,7 @@ def find_config(path: Path, written: Path) -> Path:
 
     Args:
         path: relative to the working directory, or absolute.
-        written: as it stands on the command line or in a file, such as configs/demo.yaml.
+        written: as given on the command line or in a file, such as configs/demo.yaml.
 
     Raises:
         InputError: there is no such file.
@@ -36,5 +36,5 @@ def find_config(path: Path, written: Path) -> Path:
             return found
         raise InputError(f"{path}: no such configuration file; prcl configs lists the bundled ones") from None
     except (OSError, ValueError):
-        pass  # reading it says why
+        pass  # reading it raises the error
     return path

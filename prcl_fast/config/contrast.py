@@ -97,7 +97,7 @@ class ContrastConfig(Section):
 
     @property
     def temperature(self) -> float:
-        """tau, or the value that its null stands for."""
+        """tau, or the default used for null."""
         if self.tau is not None:
             return self.tau
         return _COSINE_TAU if self.representation == "deterministic" else _TAU

@@ -50,7 +50,7 @@ def read_tree(
     A file that does not exist, but is bundled, is read from the package as if it lay at `path`.
 
     Args:
-        say: takes a line that names the bundled file; None where that has been said.
+        say: takes a line that names the bundled file; None: already reported.
         written: the path as the user wrote it; None: `path`.
 
     Raises:
@@ -133,7 +133,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {shortened(key_node.value)} stands twice", key_node.start_mark
+                    None, None, f"key {shortened(key_node.value)} is duplicated", key_node.start_mark
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
@@ -205,7 +205,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        # Another method starts anew: it may not know the keys of the former one.
+        # Another method starts anew: the old keys may be invalid for it.
         switches = isinstance(value, dict) and isinstance(below, dict) and _switches(key, below, value)
         if isinstance(value, dict) and isinstance(below, dict) and not switches and key != "label_map":
             merged[key] = _merge(below, value)
@@ -247,7 +247,7 @@ def set_value(tree: dict[str, Any], path: str, value: Any, where: str) -> None:
             raise InputError(f"{where}: {key} is a value, not a section")
         holder = below
     if keys == ["method", "name"] and holder.get("name", value) != value:
-        holder.clear()  # another method starts anew: it may not know the keys of the former one
+        holder.clear()  # another method starts anew: the old keys may be invalid for it
     holder[keys[-1]] = value
 
 

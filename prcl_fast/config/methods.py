@@ -11,9 +11,9 @@ from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Pos
 
 
 class MethodSection(Section):
-    """Base of the sections `method`: answers that other rooms need from every method.
+    """Base of the sections `method`: properties that other packages query.
 
-    The answers here are those of a method that learns from labeled images alone.
+    The defaults are those of a method that learns from labeled images alone.
     """
 
     needs_unlabeled: ClassVar[bool] = False
@@ -108,7 +108,9 @@ class PRCLConfig(ConsistencyConfig, ContrastConfig):
         "1e-6 and 1. The squared components of L2-normalised means are much smaller, about 1 / model.dim.",
     )
     delta_w: Fraction = Field(
-        0.7, description="Confidence, from 0 to 1, from which an unlabeled pixel takes part in the contrast."
+        0.7,
+        description="Confidence of the teacher, 0 to 1: unlabeled pixels with confidence >= this value are "
+        "valid for the contrast.",
     )
     confidence: Literal["student", "teacher"] = Field(
         "student",

@@ -51,7 +51,7 @@ class Config(Section):
 
     @property
     def probability_lr(self) -> float:
-        """`optim.probability_lr`, or the rate that its null stands for."""
+        """`optim.probability_lr`, or the default used for null."""
         if self.optim.probability_lr is not None:
             return self.optim.probability_lr
         longer = max(1.0, PAPER_ITERATIONS / self.train.iterations)

@@ -74,10 +74,6 @@ class DecodingFailure:
 
     message: str
 
-    def pin_memory(self) -> DecodingFailure:
-        """Itself: the loader asks every item."""
-        return self
-
 
 class MicroSteps(Dataset[DecodedBatch | DecodingFailure]):
     """Item number k holds the images of micro-step k for rank `rank` of `world`."""

@@ -100,7 +100,7 @@ class CapturedStep:
         """
         self._calls += 1
         if self._calls <= warm_up_steps():
-            with on_stream(self._stream):  # it owns the gradients' accumulators
+            with on_stream(self._stream):  # AccumulateGrad nodes belong to this stream
                 return self._step(batches)
         if self._graph is None:
             self._inputs = [cloned(batch) for batch in batches]

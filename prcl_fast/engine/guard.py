@@ -12,7 +12,7 @@ from prcl_fast.data.micro_steps import named_images
 from prcl_fast.errors import RunError
 
 GRADIENT = "gradient"
-_MOST_SKIPPED = 10  # steps in a row: as many end the run
+_MOST_SKIPPED = 10  # consecutive skipped steps that end the run
 _NEVER = torch.iinfo(torch.int64).max
 
 

@@ -37,7 +37,7 @@ def trained_network(config: Config, classes: Sequence[str], device: torch.device
     """The run of Algorithm 2, step 1, that `method.prototypes_from` names; None where none is needed.
 
     None is needed by another method, without the key, and by a run with a checkpoint of its own, which holds
-    its prototypes. A run folder stands for its last.pt, which must be of the last iteration.
+    its prototypes. For a run folder, last.pt is used; it must be of the last iteration.
 
     Raises:
         InputError: the run or checkpoint is missing, damaged or unfinished, or has another method than

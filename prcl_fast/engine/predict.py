@@ -45,7 +45,7 @@ class Written:
 
 
 def predict_image(network: nn.Module, image: np.ndarray, config: Config, device: torch.device) -> Prediction:
-    """Segments one image, by whole image or windows as `config.eval` says (center counts as whole).
+    """Segments one image, by whole image or windows according to `config.eval` (center counts as whole).
 
     Args:
         network: as `SegmentationNetwork`, on `device`.

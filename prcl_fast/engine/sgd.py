@@ -33,7 +33,7 @@ class FusedSGD(torch.optim.SGD):
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             sgd(
                 [_in_memory_order(parameter) for parameter in params],
-                [_in_memory_order(_as_it_lies(parameter.grad, parameter)) for parameter in params],
+                [_in_memory_order(_in_format_of(parameter.grad, parameter)) for parameter in params],
                 [_in_memory_order(self._momentum(parameter)) for parameter in params],
                 has_sparse_grad=False,
                 fused=True,
@@ -53,13 +53,13 @@ class FusedSGD(torch.optim.SGD):
         state = self.state[parameter]
         found = state.get("momentum_buffer")
         state["momentum_buffer"] = (
-            torch.zeros_like(parameter) if found is None else _as_it_lies(found, parameter)
+            torch.zeros_like(parameter) if found is None else _in_format_of(found, parameter)
         )
         momentum: Tensor = state["momentum_buffer"]
         return momentum
 
 
-def _as_it_lies(x: Tensor, parameter: Tensor) -> Tensor:
+def _in_format_of(x: Tensor, parameter: Tensor) -> Tensor:
     """`x` in the memory format of `parameter`; `x` itself where it has that format."""
     if parameter.dim() != 4:
         return x.contiguous()

@@ -97,7 +97,7 @@ class Trainer:
         self.iteration = 0
         self.progress = Progress()
         self.stop = StopRequest()
-        self.watchdog = watchdog or Watchdog()  # not entered, it watches nothing
+        self.watchdog = watchdog or Watchdog()  # inactive unless entered
         self.watchdog.details = lambda: named_images(self._images(self.iteration))
         self.cache = training_cache(self.source, config, say=self._say)
         if rank() == 0:
@@ -113,7 +113,7 @@ class Trainer:
             for network in self.method.networks().values():
                 network.compile()
         self.method.train()
-        self._steps_here = 0  # eager or captured, since the operations of a step last changed
+        self._steps_here = 0  # steps since the step's operations last changed
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the summary of the run.

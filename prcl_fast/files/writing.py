@@ -178,7 +178,7 @@ def _open_plain(path: Path, flags: int) -> int:
         _refuse_special(path, os.lstat(path))
     descriptor = os.open(path, flags | _PLAIN, 0o666)
     try:
-        _refuse_special(path, os.fstat(descriptor))  # the name may have changed hands
+        _refuse_special(path, os.fstat(descriptor))  # the file may have been replaced since lstat
         os.set_blocking(descriptor, True)
     except BaseException:
         os.close(descriptor)

@@ -13,7 +13,7 @@ def _triton_is_missing() -> bool:
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why no Triton kernel can run on `device_type`, or None.
+    """Reason why no Triton kernel can run on `device_type`, or None.
 
     TRITON_INTERPRET=1 must be set before the first kernel is imported: Triton reads it when it decorates.
     """

@@ -29,7 +29,7 @@ def grid_of(x: int, y: int = 1, z: int = 1) -> tuple[int, int, int]:
 
 @triton.jit
 def at_least(x, smallest):
-    """The larger of the two, nan where x is: without that, a GPU's maximum takes the number."""
+    """The larger of the two; propagates NaN, which the GPU's max does not."""
     return tl.maximum(x, smallest, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -39,7 +39,7 @@ def _forward_kernel(mu_a, var_a, mu_b, var_b, out, m, n, dims, MEAN: tl.constexp
     at_a = batch * dims * m + row
     at_b = batch * dims * n + column
     for first in range(0, dims, 2):
-        real = first + 1 < dims  # the second of a missing pair has mean zero and variances that sum to one
+        real = first + 1 < dims  # odd D: the padding dimension has mean 0 and variances summing to 1
         mu_a0 = tl.load(mu_a + at_a, mask=row < m, other=0.0)
         mu_a1 = tl.load(mu_a + at_a + m, mask=(row < m) & real, other=0.0)
         var_a0 = tl.load(var_a + at_a, mask=row < m, other=0.5)

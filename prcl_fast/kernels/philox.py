@@ -1,4 +1,4 @@
-"""The generator of `prcl_fast.reference.philox` inside a Triton kernel; the rules are written there."""
+"""The generator of `prcl_fast.reference.philox` inside a Triton kernel; see there for the specification."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def prototype_statistics(
     pixels = batch * height * width
     if order is None or start is None:
         order, start, _, _ = class_lists(label, valid, valid, num_classes)
-    programs = triton.cdiv(pixels, _PIXELS) + num_classes  # as many as may be needed
+    programs = triton.cdiv(pixels, _PIXELS) + num_classes  # upper bound
     sums = torch.empty(programs, 2, dims, dtype=torch.float32, device=mu.device)
     precision = sums.new_empty(num_classes, dims)
     weighted_mean = torch.empty_like(precision)
@@ -123,7 +123,7 @@ def prototype_statistics(
     classes = triton.next_power_of_2(num_classes)
     dims_block = min(_MOST_DIMS, max(32, triton.next_power_of_2(dims)))
     grid = grid_of(programs, triton.cdiv(dims, dims_block))
-    # A negative sum is a pixel that does not count.
+    # -1 marks pixels that are not valid.
     squares = sums.new_full((grid[1], batch, height, width) if with_norms else (0,), -1.0)
     with device_of(mu):
         _sum_kernel[grid](

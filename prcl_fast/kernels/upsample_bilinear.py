@@ -88,7 +88,7 @@ def _gather_kernel(
         lower = tl.full((COLUMNS, CHANNELS), 0.0, tl.float32)
         end_y = first_output(row + 1, height, height_out, steps_y, scale_y)
         for past in range(0, end_y - begin_y):
-            # Below the last input row lies itself.
+            # The last row is its own lower neighbour.
             depth = tl.where(row == height - 1, 0.0, (begin_y + past) * scale_y - row)
             total = tl.full((COLUMNS, CHANNELS), 0.0, tl.float32)
             for offset in range(0, most):

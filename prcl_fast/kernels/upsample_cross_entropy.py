@@ -145,7 +145,7 @@ def _tile_kernel(
         top = _across(row_at + left, row_at + right, fraction, to_class, real)
         upper = tl.zeros((PADDED, SPAN), tl.float32)
         for row in range(halo, tl.minimum(first_row + ROWS, height)):
-            last = row == height - 1  # below the last row lies itself
+            last = row == height - 1  # the last row is its own lower neighbour
             row_at += tl.where(last, 0, stride_y)
             difference = _across(row_at + left, row_at + right, fraction, to_class, real) - top
             lower = tl.zeros((PADDED, SPAN), tl.float32)
@@ -177,7 +177,7 @@ def _tile_kernel(
             if NEEDS_GRAD:
                 value = upper - tl.where(last, 0.0, lower)
                 upper = lower
-                # Made anew for each row: the two would hold 64 registers in a tensor core's layout.
+                # Recomputed per row to save 64 registers, which the two take in a tensor core's layout.
                 shares_high, shares_low = _split(shares * tl.load(scale))
                 value_high, value_low = _split(value)
                 gathered = tl.dot(value_low, shares_high, input_precision="tf32")

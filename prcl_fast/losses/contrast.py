@@ -46,7 +46,7 @@ class ProbabilisticContrast(nn.Module):
     a class's anchors on a process are weighted by the process's fraction of the class's hard pixels.
 
     With representation "deterministic" every variance, the prototypes' included, is the constant 0.5. The
-    score is then the sum with L2-normalised means, whatever `reduction` and `normalize` say: the cosine
+    score is then the sum with L2-normalised means, regardless of `reduction` and `normalize`: the cosine
     similarity minus one, up to the constant of eq. (3). The loss is the usual deterministic pixel contrast.
 
     Args:
@@ -225,7 +225,7 @@ class ProbabilisticContrast(nn.Module):
             )
         if mu.dim() == 4 and mu.shape[1] != self.dim:
             raise ValueError(f"mu must have {self.dim} channels; got {mu.shape[1]}")
-        if not self.deterministic and var.numel() and _values_are_at_hand(var):
+        if not self.deterministic and var.numel() and _is_readable_on_host(var):
             # A nan passes: the trainer's guard reports a step that is not finite.
             smallest = float(var.detach().amin())
             if smallest <= 0:
@@ -285,7 +285,7 @@ class ProbabilisticContrast(nn.Module):
         return PrototypeStatistics(precision, precision * mean, prototypes.count)
 
     def _virtual_negatives(self, seed: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Eq. (10): virtual negatives [C, V, D], classes with some [C], centres and deviations [C, D]."""
+        """Eq. (10): virtual negatives [C, V, D], mask of classes with any [C], centre, deviation [C, D]."""
         settings, prototypes = self.settings, self._global()
         known = self.count > 0
         spread = self.spread.sqrt() if self.measures_spread else prototypes.variance
@@ -295,6 +295,6 @@ class ProbabilisticContrast(nn.Module):
         return virtual_mu, known, (prototypes.mean, settings.beta * spread)
 
 
-def _values_are_at_hand(x: Tensor) -> bool:
+def _is_readable_on_host(x: Tensor) -> bool:
     """Whether the host can read the values of x without waiting for a device."""
     return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -53,7 +53,7 @@ def step_diagnostics(
         "hard_per_class": batch.hard,
         "anchors_per_class": batch.hard.clamp(max=settings.anchors * world_size()),
         "present_classes": present.sum(),
-        # A class has all of its negatives or none: the first entry tells which.
+        # A class has all of its negatives or none, so the first entry suffices.
         "negatives": (negatives[:, 0, 0] >= 0).sum() * (settings.anchors * settings.negatives),
         "virtual_classes": known.sum(),
         "loss": loss.detach(),

@@ -12,8 +12,9 @@ from prcl_fast.processes.collectives import rank, start_sum, world_size
 
 # Keep the draws of the bank apart from the anchors' draws of the same step.
 _ADD, _DRAW = 0x42414E4B, 0x44524157
-# Steps that fill a large ring; steps that fill a small one, and its rows per step.
-_STEPS, _FEW_STEPS, _FEW_ROWS = 128, 8, 64
+_STEPS = 128  # steps that fill a large ring
+_FEW_STEPS = 8  # least steps that fill a small ring
+_FEW_ROWS = 64  # most rows of a class that a step adds to a small ring
 
 
 def rows_a_step(size: int) -> int:

@@ -76,7 +76,7 @@ class MeanTeacher(Method):
         """The student on the labeled and the unlabeled images: one output, the labeled rows first.
 
         `forward: separate` makes two passes, each with its own batch statistics. The losses read the whole
-        output: a slice of it would fill its gradient up with zeros in another memory format.
+        output: slicing would zero-pad the gradient in another memory format.
         """
         with part("student"):
             images = [self.normalize(batch.labeled_image), unlabeled.image]

@@ -38,8 +38,8 @@ class PPS(CrossSupervision):
     Source: Chen and Lian, "Semi-supervised Semantic Segmentation via Prototypical Contrastive Learning" (ACM
     MM 2022). Both networks have a head of prototypes (`models.query_head`) with the same queries and, by
     `shared`, the same transformer decoder, so that prototype (c, j) means the same in both. Cross
-    supervision, eq. (6), tells a pixel its prototype instead of its class, and the pixels of both networks
-    that have a prototype in common are each other's positives, eq. (7).
+    supervision, eq. (6), supervises a pixel with its prototype's index instead of its class, and the pixels
+    of both networks that have a prototype in common are each other's positives, eq. (7).
 
     The logits of a network are the sums S of eq. (8). f of eq. (9) keeps their order, so inference takes
     their argmax; labels supervise f(S), at the label's size. Scores are linear in the prototypes, so S is the

@@ -74,7 +74,7 @@ class PRCL(MeanTeacher):
         assert mu is not None
         size = mu.shape[-2:]
         label = at_resolution(torch.cat([batch.label, unlabeled.label]), size)
-        # A labeled pixel is certain; an unlabeled one as certain as the teacher.
+        # A labeled pixel has confidence 1; an unlabeled pixel has the teacher's confidence.
         teacher = torch.cat([torch.ones_like(batch.label, dtype=torch.float32), unlabeled.confidence])
         teacher = at_resolution(teacher, size)
         valid = (label != IGNORE) & (teacher >= self.settings.delta_w)

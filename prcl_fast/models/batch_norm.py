@@ -26,7 +26,7 @@ class PassCounter:
         self.collecting = True
 
     def add(self, counter: Tensor) -> None:
-        """Adds the `num_batches_tracked` of a layer to this pass, once."""
+        """Adds a layer's `num_batches_tracked`. Call at most once per layer and pass: each call adds 1."""
         self._counters.append(counter)
 
     def end(self) -> None:

@@ -21,7 +21,7 @@ def ops() -> Any:
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why no native op can run on `device_type`, or None."""
+    """Reason why no native op can run on `device_type`, or None."""
     if device_type == "cpu":
         return cpu_library_error()
     if device_type == "cuda":
@@ -37,7 +37,7 @@ def cpu_library_error() -> str | None:
 
 @functools.cache
 def cuda_library_error() -> str | None:
-    """Loads `_native_cuda.so` and asks it whether the current device can run it; returns None, or why not."""
+    """Loads `_native_cuda.so` and checks that the current device is supported; returns None, or why not."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     error = _load("_native_cuda.so", "install prcl_fast again with nvcc on PATH or CUDA_HOME set")

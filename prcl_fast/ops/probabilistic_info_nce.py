@@ -54,22 +54,22 @@ def probabilistic_info_nce(
         var: [B, D, h, w] variances sigma^2 > 0, dtype of mu, or float32 beside bfloat16 or float16.
         anchor_index: [C, A] int64, flat indices into B*h*w, -1 for none.
         negative_index: [C, G, N] int64, likewise; -1 is left out of the log-sum. With G = A each anchor has
-            negatives of its own; with fewer, each run of A / G anchors shares a set, which leaves the law of
-            each anchor's loss as it is.
+            negatives of its own; with fewer, each run of A / G anchors shares a set, which leaves the
+            distribution of each anchor's loss unchanged.
         positive: the prototypes of the C classes.
-        virtual_mu: [C, V, D] floating, virtual negatives, or None. An anchor of class c is set against the
-            rows of the other known classes.
+        virtual_mu: [C, V, D] floating, virtual negatives, or None. An anchor of class c is contrasted with
+            the rows of the other known classes.
         tau: temperature, > 0.
         reduction: "sum" over the D dimensions or their "mean".
         normalize: whether every mean is L2-normalised inside the score.
         virtual_var: [C, V, D] floating >= 0, the variances of the virtual negatives; None for variance 0, as
-            the IJCV paper has it. Not looked at without virtual_mu.
+            the IJCV paper has it. Ignored without virtual_mu.
         virtual_known: [C] bool, the classes whose rows of virtual_mu take part, present or not: C~_g of eq.
             (15). The rows of the others may hold anything. None: the classes present.
         class_factor: [C] floating >= 0, what the mean over each class's anchors is multiplied by, or None.
         inverse_norm: [B, h, w] 1 / |mu| as `prototype_statistics` returns it, dtype of the loss; with None,
             `normalize` finds the norms itself. Every pixel that is drawn must have counted there, since the
-            others have a 0. The gradient to mu is the same either way. Not looked at without `normalize`.
+            others have a 0. The gradient to mu is the same either way. Ignored without `normalize`.
     Returns:
         scalar, float32 (float64 for float64 mu).
     Raises:

@@ -211,12 +211,12 @@ def automatic(name: str, device_type: str, dtype: torch.dtype = torch.float32) -
 
 
 def unavailable(name: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `backend` cannot run op `name` on `device_type` with values of `dtype`, or None if it can."""
+    """Reason why `backend` cannot run op `name` on `device_type` with `dtype`, or None if it can."""
     return _implementations[name][backend].unavailable(device_type, dtype)
 
 
 def reason_of_order(name: str, device_type: str) -> str:
-    """Why `ORDER` is the order of op `name` on `device_type`."""
+    """Reason for the order in `ORDER` of op `name` on `device_type`."""
     return REASONS[device_type].get(name, _BY_DESIGN[device_type])
 
 

@@ -35,7 +35,7 @@ from prcl_fast.errors import InputError, RunError
 from prcl_fast.processes.heartbeat import Heartbeat
 from prcl_fast.processes.rendezvous import first_line
 
-_OUTPUT_S = 5.0  # a terminal or pipe that takes no more text does not keep a run from ending
+_OUTPUT_S = 5.0  # timeout of printing to a blocked stream, and of `details`
 
 
 def print_error(text: str) -> None:
@@ -252,7 +252,7 @@ class Watchdog:
             last, alike = self._furthest_behind()
         if last != self.rank:
             if quiet_s < self.stall_s + 4 * self._beat_s:
-                return False  # the rank that is furthest behind knows more details, and reports first
+                return False  # the rank that is furthest behind has more detail, so it reports first
             assert heartbeat is not None
             text += f", waiting for rank {last}, which is {heartbeat.statuses[last].activity}"
         else:

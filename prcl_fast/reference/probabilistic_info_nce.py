@@ -35,15 +35,15 @@ def probabilistic_info_nce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, differentiable in mu and var, and its gradients to the anchors' rows of them, [C, A, D] each.
 
-    The gradients are empty unless `needs_grad`. All three are float32, or float64 where mu is. Beside
-    virtual_mu stands virtual_known, [C] bool; a virtual_var of None is zeros. Holds [C, A, N, D] tensors.
+    The gradients are empty unless `needs_grad`. All three are float32, or float64 where mu is. virtual_known,
+    [C] bool, is required with virtual_mu; a virtual_var of None is zeros. Holds [C, A, N, D] tensors.
     """
     work = torch.float64 if mu.dtype == torch.float64 else torch.float32
     num_classes, num_anchors = anchor_index.shape
     mu, var = (x.movedim(1, -1).flatten(0, 2).to(work) for x in (mu, var))  # [P, D]
 
     def unit(means: Tensor, index: Tensor | None = None) -> Tensor:
-        """The means as the score takes them; where inverse norms of pixels are given, of their value."""
+        """The means as the score takes them, with the value of inverse_norm where `index` is given."""
         if not normalize:
             return means
         norm = inverse_norm_of(means, -1, work)

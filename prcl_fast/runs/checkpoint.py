@@ -31,7 +31,7 @@ class LoadedRun:
     classes: tuple[str, ...]
     palette: np.ndarray  # uint8 [C, 3]
     iteration: int
-    networks: dict[str, nn.Module]  # in eval mode; the first is the one that counts
+    networks: dict[str, nn.Module]  # in eval mode; the first is the main network
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

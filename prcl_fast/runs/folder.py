@@ -18,7 +18,7 @@ from prcl_fast.runs.metrics import METRICS, newest_records
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run has come, by its metrics.
+    """Progress of a run, by its metrics.
 
     Attributes:
         iteration: of the newest record; None where the run was never started.

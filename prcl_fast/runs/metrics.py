@@ -57,7 +57,7 @@ class Metrics:
 class RunResult:
     """The results of a run so far; None where there is no such record yet. mIoU in %."""
 
-    miou: float | None  # of the last evaluation, of the network that counts
+    miou: float | None  # of the last evaluation, of the main network
     miou_student: float | None
     best_miou: float | None
     iteration: int  # of the newest record

@@ -41,7 +41,7 @@ def test_the_phases_of_a_set_run_what_exists(tmp_path: Path, name: str, facts: d
     assert len(set(names)) == len(names)
     for phase in found:
         words = list(map(str, phase.command))
-        assert 0 < phase.box <= 130
+        assert 0 < phase.limit <= 130
         commands = [words[i + 1] for i, word in enumerate(words) if word == "bench"]
         assert set(commands) <= COMMANDS.keys()
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))

@@ -1,4 +1,4 @@
-"""The runner of the GPU check: phases, their time boxes, and the archive that they leave."""
+"""The runner of the GPU check: phases, their time limits, and the archive that they leave."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ time.sleep(60)
 """
 
 
-def python(name: str, code: str, box: float = 20, **more: Any) -> Phase:
-    return Phase(name, box, (sys.executable, "-c", code), "", **more)
+def python(name: str, code: str, limit: float = 20, **more: Any) -> Phase:
+    return Phase(name, limit, (sys.executable, "-c", code), "", **more)
 
 
 def facts_phase(facts: dict[str, Any]) -> Any:
@@ -95,7 +95,7 @@ def test_phases_report_how_they_ended(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     details = {x["name"]: x["detail"] for x in summary["phases"]}
     assert details["bad"] == "exit status 3"
-    assert details["slow"] == "its box ran out after 2 s"
+    assert details["slow"] == "its time limit ran out after 2 s"
     assert details["left_out"] == "ncu is not installed"
     assert details["nowhere"].endswith("No such file or directory")
     lines = capsys.readouterr().out.splitlines()
@@ -122,7 +122,7 @@ def test_nothing_failed_where_all_passed_or_were_skipped(
     assert capsys.readouterr().out.splitlines()[-1] == "fake: nothing failed; no GPU"
 
 
-def test_a_phase_ends_with_its_children_when_its_box_runs_out(tmp_path: Path) -> None:
+def test_a_phase_ends_with_its_children_when_its_time_limit_runs_out(tmp_path: Path) -> None:
     outcome = runner.run_phase(python("slow", WITH_CHILD, 5), tmp_path, tmp_path / "tmp", 100.0)
     assert outcome.status == CUT_OFF
     assert is_gone(int((tmp_path / "slow.log").read_text()))
@@ -135,11 +135,11 @@ def test_what_a_passed_phase_leaves_running_is_ended(tmp_path: Path) -> None:
     assert is_gone(int((tmp_path / "quick.log").read_text()))
 
 
-def test_the_time_of_the_set_cuts_a_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_the_set_cuts_a_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_LEAST", 0.1)
     phase = python("slow", "import time; time.sleep(60)")
     outcome = runner.run_phase(phase, tmp_path, tmp_path / "tmp", 1.0)
-    assert (outcome.status, outcome.detail) == (CUT_OFF, "the set's time ran out after 1 s")
+    assert (outcome.status, outcome.detail) == (CUT_OFF, "the set's time limit ran out after 1 s")
 
 
 def test_a_phase_for_which_no_time_was_left_is_not_begun(tmp_path: Path) -> None:

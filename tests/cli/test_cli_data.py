@@ -78,7 +78,7 @@ def test_check_shows_subsets_families_hashes_and_class_shares(config: Path) -> N
 
 
 def test_check_takes_overrides(config: Path) -> None:
-    assert "stands twice" in refused("check", config, "data.classes=[a, b, c, a]")
+    assert "is duplicated" in refused("check", config, "data.classes=[a, b, c, a]")
 
 
 BAD = {

@@ -206,7 +206,7 @@ def test_two_network_and_prototype_methods_need_unlabeled_images(file: Path, nam
     [
         ("a: [1", "not valid YAML"),
         ("- 1", "expected keys and values at the top level"),
-        ("seed: 1\nseed: 2", "key 'seed' stands twice"),
+        ("seed: 1\nseed: 2", "key 'seed' is duplicated"),
         ("base: nowhere.yaml", "no such configuration file"),
         ("base: bad.yaml", "inherit from each other in a circle"),
         ("base: 3", "base: expected the name of a file"),

@@ -314,7 +314,7 @@ def test_a_size_mismatch_names_both_files_and_sizes(tmp_path: Path) -> None:
             {"palette": [[0, 0, 0], [1, 1, 1], [0, 0, 0]]},
             r"data\.palette: colour \(0, 0, 0\) stands for both",
         ),
-        ({"classes": ["x", "x"]}, r"data\.classes: class 'x' stands twice"),
+        ({"classes": ["x", "x"]}, r"data\.classes: class 'x' is duplicated"),
         ({"classes": Path("none.txt")}, r"none\.txt: no such file of class names"),
     ],
 )

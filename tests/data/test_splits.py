@@ -126,7 +126,7 @@ def test_a_leading_slash_is_the_root_in_lines_of_two_paths(tmp_path: Path) -> No
     [
         (b"", r"labeled\.txt: the split file is empty"),
         (b" \r\n\n", r"labeled\.txt: the split file is empty"),
-        (b"a\n\nb\na\n", r"labeled\.txt:4: a already stands in line 1"),
+        (b"a\n\nb\na\n", r"labeled\.txt:4: a is duplicated; first in line 1"),
         (b"2007_000032\nJPEGImages/2007_000039.jpg S/2007_000039.png\n", r"labeled\.txt:2: written as"),
         (b"a.png\tb.png\tc.png\n", r"labeled\.txt:1: 3 columns"),
         (b"\xff\xfe2\x000\x00", r"labeled\.txt: .*not UTF-8 text"),

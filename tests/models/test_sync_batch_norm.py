@@ -323,7 +323,7 @@ def _host_read(rank: int, config: dict[str, Any]) -> str | None:
             for _ in range(2):
                 trainer.step(batches)
             batch = next(batches)
-        patch.setattr(contrast, "_values_are_at_hand", lambda x: False)  # as on a device
+        patch.setattr(contrast, "_is_readable_on_host", lambda x: False)  # as on a device
         try:
             Recording(lambda: trainer.train_step([batch]))
         except HostReadError as error:

@@ -44,7 +44,7 @@ def test_chunks_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = reference.probabilistic_info_nce(*arguments)
     at_hand = chunked.probabilistic_info_nce(*arguments)
     monkeypatch.setitem(chunked._CHUNK_BYTES, "cpu", 3 * N * D * 8)
-    monkeypatch.setattr(chunked, "_values_are_at_hand", lambda device: False)
+    monkeypatch.setattr(chunked, "_is_readable_on_host", lambda device: False)
     for results in (at_hand, chunked.probabilistic_info_nce(*arguments)):
         for got, want in zip(results, expected, strict=True):
             assert torch.isfinite(got).all()

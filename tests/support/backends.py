@@ -125,7 +125,7 @@ def _marks(op: str, place: tuple[str, str]) -> list[pytest.MarkDecorator]:
 
 
 def _missing_dtype(op: str, device: str, backend: str, dtype: torch.dtype) -> str | None:
-    """Why a place has no code for a dtype, or None; what keeps it from running float32 is no such reason."""
+    """Reason why a place has no code for a dtype; None if it has, or if float32 has the same reason."""
     if backend == "emulated":  # the same code, compiled for the CPU
         device, backend = "cuda", "native"
     reason = registry.unavailable(op, backend, device, dtype)

@@ -168,7 +168,9 @@ def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tup
         raise InputError(f"{where}: {len(names)} classes; 2 to 255 are possible")
     twice = [name for position, name in enumerate(names) if name in names[:position]]
     if twice or "" in names:
-        raise InputError(f"{where}: {f'class {twice[0]!r} stands twice' if twice else 'a class has no name'}")
+        raise InputError(
+            f"{where}: {f'class {twice[0]!r} is duplicated' if twice else 'a class has no name'}"
+        )
     return tuple(names)
 
 

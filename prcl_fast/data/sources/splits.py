@@ -115,7 +115,9 @@ def read_split(path: Path) -> SplitFile:
                 f"the lines above as {_WRITTEN_AS[form]}"
             )
         if entry.name in first_line:
-            raise InputError(f"{path}:{number}: {entry.name} already stands in line {first_line[entry.name]}")
+            raise InputError(
+                f"{path}:{number}: {entry.name} is duplicated; first in line {first_line[entry.name]}"
+            )
         first_line[entry.name] = number
         entries.append(entry)
     if form is None:
