@@ -80,7 +80,7 @@ $(VENV)/.requirements: constraints.txt | $(BIN)/python
 	@touch $@
 
 # The library is built before pip runs, because pip hides what a build prints; its own build then has nothing left to do.
-$(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(NATIVE_SOURCES)
+$(VENV)/.built: $(VENV)/.requirements setup.py pyproject.toml $(NATIVE_SOURCES) $(wildcard prcl_fast/reference/*.py)
 	TORCH_CUDA_ARCH_LIST='$(ARCHITECTURES)' $(BIN)/python -W ignore setup.py -q build_ext --inplace
 	TORCH_CUDA_ARCH_LIST='$(ARCHITECTURES)' $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@

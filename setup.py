@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHES = "8.0;9.0;10.0+PTX"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest PyTorch that the libraries load in
 DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
+INTERFACE = "interface.cpp"  # generated
 NO_NVCC = f"nvcc was not found in CUDA_HOME, on PATH or in {DEFAULT_CUDA_HOME}"
 MISSING_NVCC = (
     f"prcl_fast: {NO_NVCC}, so only the CPU library is built "
@@ -184,12 +185,30 @@ def ninja_file(flags: Flags, found: list[Extension], out: Path) -> str:
         is_cuda = extension.name.endswith("_cuda")
         objects = []
         for source in extension.sources:
-            target = out / (source.replace("/", "_") + ".o")
+            name = Path(source).name if Path(source).is_absolute() else source.replace("/", "_")
+            target = out / f"{name}.o"
             objects.append(escape(target))
-            lines.append(f"build {objects[-1]}: {'nvcc' if is_cuda else 'cxx'} {escape(ROOT / source)}")
+            rule = "nvcc" if source.endswith(".cu") else "cxx"
+            line = f"build {objects[-1]}: {rule} {escape(ROOT / source)}"
+            if line not in lines:  # both libraries have interface.cpp
+                lines.append(line)
         library = escape(out / f"{extension.name}.so")
         lines.append(f"build {library}: {'cuda_link' if is_cuda else 'link'} {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def interface_source() -> str:
+    """C++ that marks a library with the signatures of its ops: see prcl_fast/ops/native.py."""
+    sys.path.insert(0, str(ROOT))
+    import prcl_fast.ops
+
+    return f'__attribute__((used)) static const char mark[] = "{prcl_fast.ops.native.interface_mark()}";\n'
+
+
+def write_changed(file: Path, text: str) -> None:
+    """Writes the file if its text is another one, so that ninja compiles only what changed."""
+    if not file.is_file() or file.read_text() != text:
+        file.write_text(text)
 
 
 def ninja_command() -> list[str]:
@@ -226,10 +245,10 @@ class BuildNative(build_ext):
             )
         if flags.nvcc is None:
             print(MISSING_NVCC, file=sys.stderr, flush=True)
-        file = out / "build.ninja"
-        text = ninja_file(flags, self.extensions, out)
-        if not file.is_file() or file.read_text() != text:
-            file.write_text(text)
+        for extension in self.extensions:
+            extension.sources.append(str(out / INTERFACE))
+        write_changed(out / INTERFACE, interface_source())
+        write_changed(out / "build.ninja", ninja_file(flags, self.extensions, out))
         jobs = os.environ.get("MAX_JOBS")
         command = [*ninja_command(), "-C", str(out), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command, check=False).returncode != 0:

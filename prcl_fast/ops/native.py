@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,25 @@ import torch
 
 OLDEST_TORCH = (2, 11)
 _PACKAGE = Path(__file__).resolve().parent.parent
+_library = torch.library.Library("prcl_fast_native", "DEF")
+_signatures: list[str] = []
+
+
+def define(schema: str, reference: Callable[..., Any]) -> None:
+    """Defines the schema of a native op, which both libraries implement for the signature of `reference`."""
+    _library.define(schema)
+    signature = inspect.signature(reference)
+    parameters = ", ".join(f"{value.name}: {value.annotation}" for value in signature.parameters.values())
+    _signatures.append(f"{reference.__name__}({parameters}) -> {signature.return_annotation}")
+
+
+def interface_mark() -> str:
+    """Text that setup.py writes into both libraries: they hold the native ops of these signatures.
+
+    A library that was built for other signatures would crash the process.
+    """
+    digest = hashlib.sha256("\n".join(sorted(_signatures)).encode()).hexdigest()
+    return f"prcl_fast interface {digest[:32]}"
 
 
 def ops() -> Any:
@@ -55,6 +77,8 @@ def _load(name: str, remedy: str) -> str | None:
     if version < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"{name} needs PyTorch {oldest} or newer; this is {torch.__version__}"
+    if interface_mark().encode() not in path.read_bytes():
+        return f"{name} was built from other sources than this package: install prcl_fast again"
     try:
         torch.ops.load_library(path)
     except OSError as error:

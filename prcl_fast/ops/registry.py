@@ -74,7 +74,6 @@ REASONS: Mapping[str, Mapping[str, str]] = {
 }
 
 _library = torch.library.Library("prcl_fast", "DEF")
-_native_library = torch.library.Library("prcl_fast_native", "DEF")
 _selected = "auto"
 
 
@@ -151,7 +150,7 @@ def define_op(
             functools.partial(_no_triton, kernel_dtypes),
         ),
     }
-    _native_library.define(schema)
+    native.define(schema, reference)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*arguments: Any) -> Any:

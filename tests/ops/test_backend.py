@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import prcl_fast
 from prcl_fast.ops import mutual_likelihood_score, native, registry, use_backend
 from prcl_fast.ops.registry import BackendUnavailableError
 from support import backends
@@ -108,7 +109,7 @@ def test_everything_runs_where_nothing_was_compiled(nothing_built: None) -> None
 
 
 def test_a_library_that_does_not_load_gives_the_loaders_reason(nothing_built: None, tmp_path: Path) -> None:
-    (tmp_path / "_native.so").write_bytes(b"not a library")
+    (tmp_path / "_native.so").write_bytes(f"not a library, {native.interface_mark()}".encode())
     reason = native.cpu_library_error()
     assert reason is not None
     assert "_native.so did not load" in reason
@@ -121,8 +122,22 @@ def test_a_cuda_library_that_does_not_load_is_told_from_one_that_is_not_there(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert str(native.cuda_library_error()).startswith("_native_cuda.so was not built: ")
     native.cuda_library_error.cache_clear()
-    (tmp_path / "_native_cuda.so").write_bytes(b"not a library")
+    (tmp_path / "_native_cuda.so").write_bytes(f"not a library, {native.interface_mark()}".encode())
     assert str(native.cuda_library_error()).startswith("_native_cuda.so did not load: ")
+
+
+def test_a_library_built_for_other_signatures_is_not_loaded(nothing_built: None, tmp_path: Path) -> None:
+    built = Path(prcl_fast.__file__).parent / "_native.so"
+    if not built.is_file():
+        pytest.skip("the native library is not built")
+    mark = native.interface_mark().encode()
+    content = built.read_bytes()
+    assert content.count(mark) == 1
+    (tmp_path / "_native.so").write_bytes(content.replace(mark, mark[:-4] + b"0000"))
+    reason = "_native.so was built from other sources than this package: install prcl_fast again"
+    assert native.cpu_library_error() == reason
+    with use_backend("native"), pytest.raises(BackendUnavailableError, match=reason):
+        score()
 
 
 def test_an_older_pytorch_is_named(
