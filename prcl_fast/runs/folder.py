@@ -44,11 +44,9 @@ def claim_output(config: Config) -> Path:
     Raises:
         InputError: the folder cannot be written, or holds the run of another configuration.
     """
-    folder = config.output
+    folder, fingerprint = config.output, config_fingerprint(config)
     former = folder / "config.yaml"
-    if os.path.exists(former) and config_fingerprint(load_stored_config(former)) != config_fingerprint(
-        config
-    ):
+    if os.path.exists(former) and config_fingerprint(load_stored_config(former)) != fingerprint:
         raise InputError(f"output: {folder} holds another configuration's run (config.yaml differs)")
     make_folder(folder, "output")
     remove_leftovers(folder)
