@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,28 @@ class FileSource:
             file = self.labels[name]
             state += f" {_file_state(file.path)} {file.decoder.fingerprint}"
         return state
+
+    def content(self, name: str, labeled: bool, *, whole: bool) -> str:
+        """Size of the image file, and of the label file with the decoder's fingerprint; CRCs with `whole`."""
+        if not labeled:
+            return _file_content(self.images[name], whole)
+        file = self.labels[name]
+        label = f"{_file_content(file.path, whole)} {file.decoder.fingerprint}"
+        return f"{_file_content(self.images[name], whole)} {label}"
+
+
+def _file_content(path: Path, whole: bool) -> str:
+    try:
+        size = os.stat(path).st_size
+        if not whole:
+            return str(size)
+        checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(_MAX_BYTES):
+                checksum = zlib.crc32(block, checksum)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return f"{size} {checksum:08x}"
 
 
 def _file_state(path: Path) -> str:
