@@ -154,7 +154,7 @@ def _augmented(
         with part("weak augmentation"):
             return _placed(decoded, config, device)
 
-    micro_steps = decoded_micro_steps(steps, start, config.data.workers, pin=device.type == "cuda")
+    micro_steps = decoded_micro_steps(steps, start, config.data.workers, device)
     with contextlib.closing(micro_steps):
         yield from prefetched(micro_steps, place, device)
 
