@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
@@ -158,6 +157,8 @@ def write_prediction(
 
 def colour_variance(variance: np.ndarray, low: float, high: float) -> np.ndarray:
     """float [H, W] -> uint8 [H, W, 3]: viridis from `low` (dark blue) to `high` (yellow)."""
+    from matplotlib import colormaps
+
     scaled = np.clip((variance - low) / (high - low if high > low else 1.0), 0, 1)
     colours: np.ndarray = colormaps[VARIANCE_COLOURS](scaled, bytes=True)[..., :3]
     return colours

@@ -12,19 +12,19 @@ from rich.console import Console
 from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
-from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
+from prcl_fast.data.batches import (
+    Batch,
+    check_batches,
+    images_of_step,
+    training_batches,
+    training_cache,
+)
 from prcl_fast.data.micro_steps import named_images
 from prcl_fast.data.sources import build_source
 from prcl_fast.data.tools.scan import scan_labels
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.graph import (
-    CapturedStep,
-    check_capture,
-    host_syncs_refused,
-    on_stream,
-    warm_up_steps,
-)
+from prcl_fast.engine.graph import CapturedStep, check_capture, host_syncs_refused, on_stream, warm_up_steps
 from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
 from prcl_fast.engine.progress import Progress, newest_state
 from prcl_fast.engine.report import evaluation_record, opening_lines, run_summary
@@ -75,6 +75,7 @@ class Trainer:
         check_capture(config, self.device)
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
+        check_batches(self.source, config, world_size())
         if config.data.scan and rank() == 0:
             scan_labels(self.source, cache=label_scan_cache()).check()
         prototypes_from = trained_network(config, self.source.classes, self.device)
