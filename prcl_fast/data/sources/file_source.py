@@ -13,7 +13,7 @@ import numpy as np
 from prcl_fast.config import DataConfig
 from prcl_fast.config.files import plain_path
 from prcl_fast.data.source import SUBSETS, Split
-from prcl_fast.data.sources.images import check_pair, image_size, read_image
+from prcl_fast.data.sources.images import READING, Header, check_pair, read_header, read_image
 from prcl_fast.data.sources.labels import LabelDecoder
 from prcl_fast.data.sources.splits import (
     Entry,
@@ -62,6 +62,7 @@ class FileSource:
         splits: the subsets "labeled", "unlabeled" and "val".
         images: path of every image.
         labels: label of every labeled and validation image, and of unlabeled images if they have one.
+        max_pixels: bound on the pixels of one image or label.
     """
 
     classes: tuple[str, ...]
@@ -69,10 +70,15 @@ class FileSource:
     splits: Mapping[str, Split]
     images: Mapping[str, Path]
     labels: Mapping[str, LabelFile]
+    max_pixels: int
 
     def image(self, name: str) -> np.ndarray:
         """uint8 [H, W, 3], RGB. Raises InputError that names the file."""
-        return read_image(self.images[name])
+        return read_image(self.images[name], self.max_pixels)
+
+    def header(self, name: str) -> Header:
+        """Size and EXIF orientation of an image, undecoded. Raises InputError that names the file."""
+        return read_header(self.images[name], self.max_pixels)
 
     def label(self, name: str) -> np.ndarray:
         """Class ids uint8 [H, W], 255 where not labeled.
@@ -83,13 +89,16 @@ class FileSource:
         file = self.labels.get(name)
         if file is None:
             raise InputError(f"{self.images[name]}: this unlabeled image has no label file")
-        label = file.decoder.read(file.path)
-        check_pair(self.images[name], image_size(self.images[name]), file.path, label.shape)
+        label = file.decoder.read(file.path, self.max_pixels)
+        check_pair(self.images[name], self.header(name), file.path, label.shape)
         return label
 
     def pixel_state(self, name: str, labeled: bool) -> str:
-        """Path, size and modification time of the image, and of its label with the decoder's fingerprint."""
-        state = _file_state(self.images[name])
+        """Path, size and modification time of the image, and of its label with the decoder's fingerprint.
+
+        Begins with the number of the way in which files are read.
+        """
+        state = f"{READING} {_file_state(self.images[name])}"
         if labeled:
             file = self.labels[name]
             state += f" {_file_state(file.path)} {file.decoder.fingerprint}"
@@ -135,7 +144,7 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
             raise InputError(missing[0] + more)
     _check_no_image_twice(files, images)
     splits = {subset: files[subset].split if subset in files else make_split((), "ids") for subset in SUBSETS}
-    return FileSource(tuple(classes), palette, splits, images, labels)
+    return FileSource(tuple(classes), palette, splits, images, labels, data.max_pixels)
 
 
 def _check_no_image_twice(files: Mapping[str, SplitFile], images: Mapping[str, Path]) -> None:
