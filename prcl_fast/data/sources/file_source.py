@@ -21,6 +21,7 @@ from prcl_fast.data.sources.splits import (
     check_disjoint,
     make_split,
     read_split,
+    separator_hint,
 )
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_text
@@ -106,11 +107,15 @@ class FileSource:
 
 
 def _file_state(path: Path) -> str:
+    state = _state_of(path)
+    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
+
+
+def _state_of(path: Path) -> os.stat_result:
     try:
-        state = os.stat(path)
+        return os.stat(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
 
 
 def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, layout: Layout) -> FileSource:
@@ -132,6 +137,7 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
             image = layout.image(entry)
             if image is None:
                 missing.append(f"{where}: no image for {entry.name}: {layout.missing_image(entry)}")
+                missing[-1] += separator_hint(entry.text)
                 continue
             images[entry.name] = image
             label = layout.label(entry, image)
@@ -139,6 +145,7 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
                 labels[entry.name] = label
             elif subset != "unlabeled":
                 missing.append(f"{where}: no label for {entry.name}: {layout.missing_label(entry)}")
+                missing[-1] += separator_hint(entry.text)
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise InputError(missing[0] + more)
@@ -148,15 +155,17 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
 
 
 def _check_no_image_twice(files: Mapping[str, SplitFile], images: Mapping[str, Path]) -> None:
-    # Different ids can lead to one file, such as "0001" and "train/0001".
-    seen: dict[Path, str] = {}
+    # Different ids can lead to one file: "0001" and "train/0001", or links.
+    seen: dict[tuple[int, int], tuple[str, Path]] = {}
     for file in files.values():
         for entry in file.entries:
             where = f"{file.path}:{entry.line}"
             image = images[entry.name]
-            if image in seen:
-                raise InputError(f"{where}: {image} is already named by {seen[image]}")
-            seen[image] = where
+            state = _state_of(image)
+            earlier, other = seen.setdefault((state.st_dev, state.st_ino), (where, image))
+            if earlier != where:
+                same = "" if other == image else f", as {other}, which is the same file"
+                raise InputError(f"{where}: {image} is already named by {earlier}{same}")
 
 
 def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tuple[str, ...]:
@@ -199,11 +208,3 @@ def data_root(data: DataConfig) -> Path:
     if not os.path.isdir(data.root):
         raise InputError(f"{data.root}: no such folder (data.root)")
     return plain_path(data.root)
-
-
-def files_below(folder: Path) -> set[str]:
-    """Names in a folder; empty if there is no such folder."""
-    try:
-        return {entry.name for entry in folder.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()

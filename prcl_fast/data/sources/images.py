@@ -13,14 +13,13 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from prcl_fast.data.sources.orientation import orientation_of, stored_size, upright, upright_size
+from prcl_fast.data.sources.orientation import orientation_of, stored_size, turn_of, upright_size
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import check_regular
 from prcl_fast.files.writing import replacing
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")  # lossless: a lossy format alters ids
-LOSSLESS = f"a lossy format alters ids; masks are {', '.join(MASK_SUFFIXES)}"
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 # Files of these suffixes are images, too, which are not read.
 UNREAD_SUFFIXES = (
     *(".gif", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".tga", ".exr", ".hdr"),
@@ -31,11 +30,23 @@ MAX_PIXELS = 89_478_485  # Pillow's bound, too
 READING = 2
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
-_MASK_FORMATS = ("PNG", "BMP", "TIFF", "GIF")
+_MASK_FORMATS = ("PNG", "BMP", "TIFF")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 # Pillow stretches grey PNGs of 2 and 4 bits to 0..255; division restores the ids of the file.
 _STRETCHED = {"L;2": 85, "L;4": 17}
-_LOSSY = {"JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF"}
+# Formats in which no mask is read, by the first bytes of a file and by the suffixes.
+_NO_MASKS = {b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP", b"GIF8": "GIF"}
+_LOSSY = "a lossy format alters ids"
+_GIF = "programs that write GIF files give the colours other ids"
+
+
+def why_unread(path: Path, read: tuple[str, ...]) -> str:
+    """The reason why an image file cannot be used where `read` is IMAGE_SUFFIXES or MASK_SUFFIXES."""
+    if read != MASK_SUFFIXES:
+        return f"images are {', '.join(IMAGE_SUFFIXES)}"
+    suffix = path.suffix.lower()
+    reason = _GIF if suffix == ".gif" else _LOSSY if suffix in IMAGE_SUFFIXES else "it is not read"
+    return f"{reason}; masks are {', '.join(MASK_SUFFIXES)}"
 
 
 class Header(NamedTuple):
@@ -60,9 +71,10 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             raise InputError(
                 f"{path}: 8 bits a channel are expected, this image has mode {_true_mode(image)}"
             )
-        orientation = orientation_of(image)
+        turn = turn_of(image)
         image.info.pop("transparency", None)
-        return upright(np.array(image if image.mode == "RGB" else image.convert("RGB")), orientation, image)
+        colours = image if image.mode == "RGB" else image.convert("RGB")
+        return np.array(colours if turn is None else colours.transpose(turn))
 
 
 def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -73,14 +85,13 @@ def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         uint8 [H, W, 3], the colours of an RGB mask.
 
     Raises:
-        InputError: missing, damaged, not lossless, of several frames (GIF), ids above 255, an unsuitable
-            mode, or more than `max_pixels`.
+        InputError: missing, damaged, not lossless, ids above 255, an unsuitable mode, or more than
+            `max_pixels`.
     """
     with _opened(path, _MASK_FORMATS, max_pixels) as image:
-        orientation = orientation_of(image)
-        if image.format == "GIF" and getattr(image, "is_animated", False):
-            raise InputError(f"{path}: a GIF of several frames; a mask has one")
-        return upright(_mask_pixels(path, image), orientation, image)
+        turn = turn_of(image)
+        pixels = _mask_pixels(path, image)
+        return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
 
 def _mask_pixels(path: Path, image: Image.Image) -> np.ndarray:
@@ -193,9 +204,10 @@ def _recognised(file: BinaryIO, path: Path, formats: tuple[str, ...]) -> Image.I
             file.seek(0)
             with suppress(SyntaxError, IndexError, TypeError, struct.error):
                 return factory(file, os.fspath(path))
-    for name, first in _LOSSY.items():
-        if name not in formats and start.startswith(first):
-            raise InputError(f"{path}: a {name} file; {LOSSLESS}")
+    kind = next((kind for first, kind in _NO_MASKS.items() if start.startswith(first)), None)
+    if kind is not None and formats == _MASK_FORMATS:
+        reason = _GIF if kind == "GIF" else _LOSSY
+        raise InputError(f"{path}: a {kind} file; {reason}; masks are {', '.join(_MASK_FORMATS)} files")
     raise InputError(f"{path}: not a readable {', '.join(formats)} file")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 
-import numpy as np
 from PIL import Image
 
 _TAG, _SHORT = 0x0112, 3
@@ -46,16 +45,10 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if orientation_of(image) >= 5 else (width, height)
 
 
-def upright(pixels: np.ndarray, orientation: int, image: Image.Image) -> np.ndarray:
-    """Pixels as they are shown.
-
-    Args:
-        pixels: uint8 [H, W] or [H, W, 3], decoded from `image`.
-        orientation: of `image`, found before it was decoded.
-    """
-    if orientation not in _TURNS or image.format == "TIFF":  # Pillow turns a TIFF while it decodes it
-        return pixels
-    return np.array(Image.fromarray(pixels).transpose(_TURNS[orientation]))
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """The turn that makes the decoded pixels of an open image upright; to be asked before it is decoded."""
+    # Pillow turns a TIFF while it decodes it.
+    return None if image.format == "TIFF" else _TURNS.get(orientation_of(image))
 
 
 def _from_exif(exif: bytes) -> int:
