@@ -14,7 +14,6 @@ from prcl_fast.data.sources.cityscapes import PALETTE as CITYSCAPES_PALETTE
 from prcl_fast.data.sources.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
-    UNREAD_SUFFIXES,
     read_mask,
     save_index_png,
     why_unread,
@@ -140,7 +139,7 @@ def _targets(masks: Path) -> dict[Path, Path]:
     for path in sorted(masks.rglob("*")):
         suffix, below = path.suffix.lower(), path.relative_to(masks)
         hidden = any(part.startswith(".") for part in below.parts)
-        if hidden or suffix not in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES):
+        if hidden or suffix not in (*IMAGE_SUFFIXES, ".gif"):
             continue
         if suffix not in MASK_SUFFIXES:
             raise InputError(f"{path}: {why_unread(path, MASK_SUFFIXES)}")
