@@ -89,7 +89,7 @@ class Config(Section):
 # Keys that do not affect the result of a run.
 NEUTRAL_KEYS = (
     "output",
-    *(f"data.{key}" for key in ("workers", "scan", "cache", "cache_dir")),
+    *(f"data.{key}" for key in ("max_pixels", "workers", "scan", "cache", "cache_dir")),
     *(f"train.{key}" for key in ("threads", "device", "graph", "sync_check")),
     "train.on_nonfinite",  # a run stopped by a value that is not finite may resume with another setting
     *(f"train.{key}" for key in ("stall_timeout", "log_every", "save_every", "keep")),
