@@ -19,8 +19,9 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES, read_image, save_index_png
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.errors import InputError
-from prcl_fast.files.writing import make_folder, replacing
+from prcl_fast.files.writing import replacing
 from prcl_fast.processes.collectives import rank, world_size
+from prcl_fast.processes.output import locked_output
 from prcl_fast.runs.checkpoint import LoadedRun
 
 VARIANCE_COLOURS = "viridis"
@@ -94,6 +95,20 @@ def predict_files(
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
     images = find_images(inputs)
     _check_outputs(images, out)
+    with locked_output(out, "out"):
+        yield from _predict(run, run.networks[name], images, out, device, raw=raw, progress=progress)
+
+
+def _predict(
+    run: LoadedRun,
+    network: nn.Module,
+    images: Sequence[Path],
+    out: Path,
+    device: torch.device,
+    *,
+    raw: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Written]:
     images = images[rank() :: world_size()]
     if not images:
         return
@@ -103,7 +118,7 @@ def predict_files(
             image = ahead.result()
             if done < len(images):
                 ahead = pool.submit(read_image, images[done])
-            prediction = predict_image(run.networks[name], image, run.config, device)
+            prediction = predict_image(network, image, run.config, device)
             written = write_prediction(out, path, image, prediction, run.palette, raw=raw)
             if progress is not None:
                 progress(done, len(images))
@@ -170,7 +185,7 @@ def _outputs(out: Path, image: Path) -> tuple[Path, Path, Path, Path]:
 
 
 def _check_outputs(images: Sequence[Path], out: Path) -> None:
-    """Raises InputError where a file would be written twice or over an input, or `out` cannot be a folder."""
+    """Raises InputError where a file would be written twice or over an input."""
     inputs = {path.resolve() for path in images}
     owner: dict[Path, Path] = {}
     for path in images:
@@ -182,7 +197,6 @@ def _check_outputs(images: Sequence[Path], out: Path) -> None:
             if output.resolve() in inputs:
                 raise InputError(f"{path}: its output {output} would replace an input; choose another --out")
             owner[output] = path
-    make_folder(out, "out")
 
 
 def _save_png(path: Path, pixels: np.ndarray, texts: dict[str, str]) -> None:
