@@ -20,7 +20,7 @@ from prcl_fast.data.sources.images import IMAGE_SUFFIXES, read_image, save_index
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import replacing
-from prcl_fast.processes.collectives import rank, world_size
+from prcl_fast.processes.collectives import broadcast_text, rank, world_size
 from prcl_fast.processes.output import locked_output
 from prcl_fast.runs.checkpoint import LoadedRun
 
@@ -97,6 +97,7 @@ def predict_files(
     _check_outputs(images, out)
     with locked_output(out, "out"):
         yield from _predict(run, run.networks[name], images, out, device, raw=raw, progress=progress)
+        broadcast_text("")  # rank 0 holds the lock until every rank has written
 
 
 def _predict(

@@ -13,7 +13,7 @@ from prcl_fast.processes.collectives import broadcast_text, rank
 
 @contextlib.contextmanager
 def locked_output(folder: Path, key: str) -> Iterator[None]:
-    """Holds the lock of the folder into which all ranks write, until each of them has ended its block.
+    """Holds the lock of the folder during the block of rank 0.
 
     Every rank must call it.
 
@@ -31,4 +31,3 @@ def locked_output(folder: Path, key: str) -> Iterator[None]:
         if fault:
             raise InputError(fault)
         yield
-        broadcast_text("")
