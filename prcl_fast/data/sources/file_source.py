@@ -88,7 +88,7 @@ class FileSource:
         return label
 
     def pixel_state(self, name: str, labeled: bool) -> str:
-        """Path, size and modification time of the image, and of its label with the decoder's fingerprint."""
+        """Path, size and times of change of the image, and of its label with the decoder's fingerprint."""
         state = _file_state(self.images[name])
         if labeled:
             file = self.labels[name]
@@ -101,7 +101,8 @@ def _file_state(path: Path) -> str:
         state = os.stat(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
+    # Nobody can set the time of the last change of state, as `cp -p` sets that of the last modification.
+    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, layout: Layout) -> FileSource:
