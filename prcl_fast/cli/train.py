@@ -39,10 +39,16 @@ def train(config: Config, run: Session[Any]) -> dict[str, Any]:
     """Trains `config` to its end and draws its figures; returns the summary. Raises RunError, InputError."""
     from prcl_fast.analysis.figures import write_figures
     from prcl_fast.engine.trainer import Trainer
+    from prcl_fast.files.locking import FolderInUseError
     from prcl_fast.processes.collectives import rank
+    from prcl_fast.processes.output import locked_output
 
-    summary = Trainer(config, run.console, device=run.device, watchdog=run.watchdog).run()
-    if rank() == 0:
-        for figure in write_figures(config.output, run.device):
-            run.console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+    with locked_output(config.output, "output"):
+        summary = Trainer(config, run.console, device=run.device, watchdog=run.watchdog).run()
+        if rank() == 0:
+            try:
+                for figure in write_figures(config.output, run.device):
+                    run.console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+            except FolderInUseError as error:  # by `prcl figures`, which draws the same
+                run.console.print(str(error), highlight=False, markup=False, soft_wrap=True)
     return summary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from prcl_fast.engine.inference import inference, inference_settings, segmentati
 from prcl_fast.engine.predict_inputs import MARK, InputImage, Inputs, check_outputs
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.files.writing import replacing
-from prcl_fast.processes.collectives import rank, summed, world_size
+from prcl_fast.processes.collectives import broadcast_text, rank, summed, world_size
+from prcl_fast.processes.output import locked_output
 from prcl_fast.runs.checkpoint import LoadedRun
 
 VARIANCE_COLOURS = "viridis"
@@ -101,7 +102,22 @@ def predict_files(
     if name not in run.networks:
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
     check_outputs(inputs.images, out)
-    images = inputs.images[rank() :: world_size()]
+    with locked_output(out, "out"):
+        yield from _predict(run, run.networks[name], inputs.images, out, device, raw=raw, progress=progress)
+        broadcast_text("")  # rank 0 holds the lock until every rank has written
+
+
+def _predict(
+    run: LoadedRun,
+    network: nn.Module,
+    images: Sequence[InputImage],
+    out: Path,
+    device: torch.device,
+    *,
+    raw: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Written | Unreadable]:
+    images = images[rank() :: world_size()]
     if not images:
         return
 
@@ -120,7 +136,7 @@ def predict_files(
             except InputError as error:
                 found = Unreadable(image.path, str(error))
             else:
-                prediction = predict_image(run.networks[name], pixels, run.config, device)
+                prediction = predict_image(network, pixels, run.config, device)
                 found = write_prediction(out, image, pixels, prediction, run.palette, raw=raw)
             if progress is not None:
                 progress(done, len(images))

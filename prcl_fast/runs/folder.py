@@ -12,6 +12,7 @@ import yaml
 
 from prcl_fast.config import NEUTRAL_KEYS, Config, config_fingerprint, dump_config, load_stored_config
 from prcl_fast.errors import InputError
+from prcl_fast.files.folders import check_subfolder
 from prcl_fast.files.writing import make_folder, remove_leftovers, user_cache, write_text
 from prcl_fast.runs.metrics import METRICS, newest_records
 
@@ -42,12 +43,15 @@ def claim_output(config: Config) -> Path:
     Temporary files that a killed process of the run left there are removed.
 
     Raises:
-        InputError: the folder cannot be written, or holds the run of another configuration.
+        InputError: the folder cannot be written, holds the run of another configuration, or has a link in
+            place of a folder of its own.
     """
     folder, fingerprint = config.output, config_fingerprint(config)
     former = folder / "config.yaml"
     if os.path.exists(former) and config_fingerprint(load_stored_config(former)) != fingerprint:
         raise InputError(f"output: {folder} holds another configuration's run (config.yaml differs)")
+    for name in ("tensorboard", "figures"):
+        check_subfolder(folder / name)
     make_folder(folder, "output")
     remove_leftovers(folder)
     write_text(former, yaml.safe_dump(dump_config(config), sort_keys=False), durable=True)

@@ -20,7 +20,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from prcl_fast.errors import InputError, RunError
-from prcl_fast.files.writing import append, sync_file, write_bytes, write_errors
+from prcl_fast.files.folders import make_subfolder
+from prcl_fast.files.writing import append, sync_file, write_bytes
 from prcl_fast.runs.metrics import METRICS, read_lines
 
 # Values of an evaluation that are shown, and their decimals.
@@ -125,8 +126,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, *, start: int) -> None:
-        with write_errors(folder):
-            folder.mkdir(exist_ok=True)
+        make_subfolder(folder)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / name

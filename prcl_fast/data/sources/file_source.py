@@ -96,7 +96,7 @@ class FileSource:
         return label
 
     def pixel_state(self, name: str, labeled: bool) -> str:
-        """Path, size and modification time of the image, and of its label with the decoder's fingerprint.
+        """Path, size and times of change of the image, and of its label with the decoder's fingerprint.
 
         Begins with the number of the way in which files are read.
         """
@@ -131,7 +131,8 @@ def _file_content(path: Path, whole: bool) -> str:
 
 def _file_state(path: Path) -> str:
     state = _state_of(path)
-    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
+    # Nobody can set the time of the last change of state, as `cp -p` sets that of the last modification.
+    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 def _state_of(path: Path) -> os.stat_result:

@@ -100,8 +100,6 @@ def convert_masks(
     """
     if not masks.is_dir():
         raise InputError(f"{masks}: no such folder")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists already and is not an empty folder")
     targets = _targets(masks)
     table = np.arange(256, dtype=np.uint8)
     for source, target in label_map.items():
