@@ -32,7 +32,7 @@ def predict_command(
     from prcl_fast.processes.session import session
     from prcl_fast.runs.checkpoint import load_run
 
-    with session(lambda: None, lambda _: device) as here:
+    with session("predict", lambda: None, lambda _: device) as here:
         loaded = load_run(run, here.device)
         train = loaded.config.train
         prepare_device(here.device, threads=train.threads, tf32=train.tf32)

@@ -18,6 +18,7 @@ from prcl_fast.config import Config
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES, read_image, save_index_png
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
+from prcl_fast.engine.rank_facts import check_same_prediction
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import make_folder, replacing
 from prcl_fast.processes.collectives import rank, world_size
@@ -93,6 +94,7 @@ def predict_files(
     if name not in run.networks:
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
     images = find_images(inputs)
+    check_same_prediction(run, name, images, out, raw=raw)
     _check_outputs(images, out)
     images = images[rank() :: world_size()]
     if not images:
