@@ -48,7 +48,7 @@ def predict_command(
     from prcl_fast.processes.session import session
     from prcl_fast.runs.checkpoint import load_run
 
-    with session(lambda: _overrides_and_paths(images), lambda _: device) as here:
+    with session("predict", lambda: _overrides_and_paths(images), lambda _: device) as here:
         overrides, paths = here.loaded
         inputs = find_images(paths)
         loaded = load_run(run, here.device)

@@ -25,6 +25,7 @@ def train_command(
 
     notes: list[str] = []  # printed by rank 0
     with session(
+        "train",
         lambda: load_config(config, overrides or [], notes.append),
         lambda loaded: loaded.train.device,
         lambda loaded: loaded.train.stall_timeout,

@@ -17,6 +17,7 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.sources.images import read_image, save_index_png, save_png
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.engine.predict_inputs import MARK, InputImage, Inputs, check_outputs
+from prcl_fast.engine.rank_facts import check_same_prediction
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.files.writing import replacing
 from prcl_fast.processes.collectives import broadcast_text, rank, summed, world_size
@@ -101,6 +102,7 @@ def predict_files(
     name = next(iter(run.networks)) if network is None else network
     if name not in run.networks:
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
+    check_same_prediction(run, name, inputs.images, out, raw=raw)
     check_outputs(inputs.images, out)
     with locked_output(out, "out"):
         yield from _predict(run, run.networks[name], inputs.images, out, device, raw=raw, progress=progress)

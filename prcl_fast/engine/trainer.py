@@ -27,6 +27,7 @@ from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import CapturedStep, check_capture, host_syncs_refused, on_stream, warm_up_steps
 from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
 from prcl_fast.engine.progress import Progress, newest_state
+from prcl_fast.engine.rank_facts import check_same_settings, check_same_start
 from prcl_fast.engine.report import evaluation_record, opening_lines, run_summary
 from prcl_fast.engine.step import TrainStep
 from prcl_fast.engine.uncertainty import HeadMovement
@@ -59,7 +60,8 @@ class Trainer:
         watchdog: ends the run if it stalls; by default none.
 
     Raises:
-        InputError: a mistake in the configuration or its files, found before anything is written.
+        InputError: a mistake in the configuration or its files, or a difference of the ranks in them; found
+            before anything is written.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Trainer:
     ) -> None:
         self.config, self.console, self.output = config, console, config.output
         self.device = choose_device(config.train.device) if device is None else device
+        check_same_settings(config)
         check_capture(config, self.device)
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
@@ -81,6 +84,7 @@ class Trainer:
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
+        check_same_start(config, self.source, prototypes_from)
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Before the checkpoint is loaded: the seed and the file of weights give a resumed run the same start.
         head = self.method.student.probability

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -17,6 +18,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_BLOCK = 1 << 20  # bytes hashed at a time
 
 
 def special_kind(mode: int) -> str | None:
@@ -93,3 +95,23 @@ def read_text(path: Path, what: str, max_bytes: int) -> str:
             f"{path}: cannot be read as a {what}: not UTF-8 text at byte {error.start}"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def file_digest(path: Path, what: str) -> str:
+    """12 hex digits of SHA-256 over the bytes of a plain file.
+
+    Args:
+        what: the kind of file for messages.
+
+    Raises:
+        InputError: naming the file: see `check_regular`.
+    """
+    check_regular(path, what)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:12]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prcl_fast.config import NEUTRAL_KEYS, Config, config_fingerprint, dump_config, load_stored_config
+from prcl_fast.config import (
+    NEUTRAL_KEYS,
+    Config,
+    config_fingerprint,
+    dump_config,
+    flat_config,
+    load_stored_config,
+)
 from prcl_fast.errors import InputError
 from prcl_fast.files.folders import check_subfolder
 from prcl_fast.files.writing import make_folder, remove_leftovers, user_cache, write_text
@@ -96,17 +102,7 @@ def first_difference(former: Config, now: Config) -> str:
 
 def settings(config: Config) -> dict[str, Any]:
     """key.path: value, paths absolute, of every key that shapes the run's result."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: Mapping[str, Any], above: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict) and key != "label_map":
-                walk(value, f"{above}{key}.")
-            elif above + key not in NEUTRAL_KEYS:
-                flat[above + key] = value
-
-    walk(dump_config(config), "")
-    return flat
+    return flat_config(config, NEUTRAL_KEYS)
 
 
 def label_scan_cache() -> Path:
