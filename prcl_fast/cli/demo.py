@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from prcl_fast.analysis.duration import duration_text
 from prcl_fast.cli.train import train
 from prcl_fast.config import Config, SyntheticConfig, load_config
 
@@ -32,7 +33,9 @@ def demo(
 ) -> None:
     """Train three methods on a small generated data set and compare them."""
     from prcl_fast.data.sources.synthetic import write_synthetic
+    from prcl_fast.engine.resume import NO_CHANGES
     from prcl_fast.processes.session import session
+    from prcl_fast.runs.text_log import TextLog
 
     def load() -> dict[str, Config]:
         data = out / "data"
@@ -47,18 +50,18 @@ def demo(
         results = {}
         for title, config in run.loaded.items():
             run.console.rule(title)
-            results[title] = train(config, run)
+            results[title] = train(config, run, TextLog(run.console), NO_CHANGES)
         _show(results, run.console)
         run.result(json.dumps(results))
 
 
 def _show(results: dict[str, dict[str, Any]], console: Console) -> None:
     table = Table(title=f"Validation mIoU, %, {SyntheticConfig().labeled} labeled images")
-    for column in ("method", "mIoU", "mIoU (student)", "minutes"):
+    for column in ("method", "mIoU", "mIoU (student)", "time"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for title, result in sorted(results.items(), key=lambda item: -item[1]["miou"]):
-        minutes = result["seconds"] / 60
-        table.add_row(title, f"{result['miou']:.1f}", f"{result['miou_student']:.1f}", f"{minutes:.1f}")
+        scores = (f"{result[key]:.1f}" for key in ("miou", "miou_student"))
+        table.add_row(title, *scores, duration_text(result["seconds"]))
     console.print(table)
     for result in results.values():
         for figure in sorted((Path(result["output"]) / "figures").glob("*.png")):

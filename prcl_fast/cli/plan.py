@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prcl_fast.analysis.duration import duration_text
 from prcl_fast.cli.arguments import ConfigFile, Overrides
 
 if TYPE_CHECKING:
@@ -102,13 +103,17 @@ def _time_rows(plan: Plan, time: TimePlan) -> list[tuple[str, str, str]]:
     for found in time.measured:
         images = f"{found.labeled} + {found.unlabeled}"
         rows.append(
-            (f"forward and backward pass, measured ({found.steps})", images, _duration(found.pass_seconds))
+            (
+                f"forward and backward pass, measured ({found.steps})",
+                images,
+                duration_text(found.pass_seconds),
+            )
         )
-    rows.append(("optimiser and teacher, measured", "", _duration(time.update_seconds)))
+    rows.append(("optimiser and teacher, measured", "", duration_text(time.update_seconds)))
     labeled, unlabeled = plan.batch_labeled, plan.batch_unlabeled
     passes = f" of {time.accumulate} passes" if time.accumulate > 1 else ""
-    rows.append((f"step{passes}", f"{labeled} + {unlabeled}", _duration(time.step_seconds)))
-    rows.append((f"run of {plan.iterations} iterations", "", _duration(time.run_seconds)))
+    rows.append((f"step{passes}", f"{labeled} + {unlabeled}", duration_text(time.step_seconds)))
+    rows.append((f"run of {plan.iterations} iterations", "", duration_text(time.run_seconds)))
     return rows
 
 
@@ -150,15 +155,3 @@ def _share(size: int, free: int) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}" if size < 10 * 2**20 else f"{size / 2**20:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours / 24:.1f} days"

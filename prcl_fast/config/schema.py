@@ -41,7 +41,10 @@ class Config(Section):
     seed: int = Field(
         0, ge=0, description="Random seed of weights, order of images, augmentation and sampling."
     )
-    output: PathString = Field(description="Folder of the run: configuration, log, metrics, checkpoints.")
+    output: PathString = Field(
+        description="Folder of the run: configuration, log, metrics, checkpoints. Relative to the working "
+        "directory, unlike other paths, which are relative to the file that contains them."
+    )
     data: DataConfig
     model: ModelConfig = ModelConfig()
     method: MethodConfig
@@ -152,8 +155,13 @@ def parse_stored_config(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """A plain tree of YAML types, paths absolute and without `..`, that `parse_config` reads back."""
+    """A plain tree of YAML types, paths absolute and without `..`, that `parse_config` reads back.
+
+    `data.synthetic` is left out where the data set is of another kind.
+    """
     tree = config.model_dump()
+    if config.data.kind != "synthetic":
+        del tree["data"]["synthetic"]
     for section, key in (("", "output"), *PATH_KEYS, *RUN_KEYS):
         holder = tree[section] if section else tree
         if isinstance(holder.get(key), Path):

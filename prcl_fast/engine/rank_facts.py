@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prcl_fast.config import PROCESS_KEYS, Config, flat_config
@@ -17,17 +17,21 @@ from prcl_fast.processes.collectives import world_size
 from prcl_fast.runs.checkpoint import LoadedRun
 
 
-def check_same_settings(config: Config) -> None:
-    """Compares all keys but `PROCESS_KEYS`. A collective. Raises DifferenceError on every rank."""
-    check_same(flat_config(config, PROCESS_KEYS))
+def check_same_settings(config: Config, options: Mapping[str, bool]) -> None:
+    """Compares the options of the command, and all keys but `PROCESS_KEYS`.
+
+    A collective. Raises DifferenceError on every rank.
+    """
+    check_same({**options, **flat_config(config, PROCESS_KEYS)})
 
 
-def check_same_start(config: Config, source: Source, prototypes_from: LoadedRun | None) -> None:
+def check_same_start(config: Config, data: Mapping[str, str], prototypes_from: LoadedRun | None) -> None:
     """Compares what a training begins with: the data set and the content of `model.weights` and others.
 
     A collective.
 
     Args:
+        data: the identity of the data set.
         prototypes_from: the run of `method.prototypes_from`, if it is used.
 
     Raises:
@@ -39,7 +43,7 @@ def check_same_start(config: Config, source: Source, prototypes_from: LoadedRun 
     weights = config.model.weights
     check_same(
         {
-            **data_identity(source),
+            **data,
             "model.weights": "null" if weights is None else _content(weights, "weights file"),
             "method.prototypes_from": "null" if prototypes_from is None else _checkpoint(prototypes_from),
         }

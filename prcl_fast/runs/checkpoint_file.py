@@ -109,6 +109,9 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
         "iteration": state["iteration"] >= 0 and not isinstance(state["iteration"], bool),
         "progress": _is_progress(state["progress"]),
         "scaler": all(_is_number(value) for value in state["scaler"].values()),
+        # Checkpoints of former versions have neither of them.
+        "data": _are_texts(state.get("data", {})),
+        "starts": _are_records(state.get("starts", [])),
     }
     for key, is_whole in whole.items():
         if not is_whole:
@@ -182,6 +185,14 @@ def _is_buffer(value: object, shape: Any) -> bool:
     if value is None:
         return True
     return isinstance(value, Tensor) and not value.is_meta and not value.is_sparse and value.shape == shape
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+
+
+def _are_records(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(record, dict) for record in value)
 
 
 def _is_number(value: object) -> bool:

@@ -23,6 +23,7 @@ from prcl_fast.errors import InputError, RunError
 from prcl_fast.files.folders import make_subfolder
 from prcl_fast.files.writing import append, sync_file, write_bytes
 from prcl_fast.runs.metrics import METRICS, read_lines
+from prcl_fast.runs.text_log import TextLog
 
 # Values of an evaluation that are shown, and their decimals.
 _SHOWN = {
@@ -34,14 +35,16 @@ _SHOWN = {
 class RunLog:
     """The log of one run. A run that goes on from iteration `start` drops the later records.
 
-    Every record goes to metrics.jsonl (one JSON object a line) and its numbers to TensorBoard.
+    Every record goes to metrics.jsonl (one JSON object a line) and its numbers to TensorBoard; what the user
+    is to read also goes to `console`, which may be the run's text log.
 
     Raises:
         RunError: one of these files cannot be written. `train`, `evaluation` and `flush` raise it too.
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, console: Console) -> None:
-        self.console = console
+    def __init__(self, folder: Path, *, start: int, total: int, console: Console | TextLog) -> None:
+        self._lines = TextLog.of(console)
+        self.console = console = self._lines.console
         self._path = folder / METRICS
         with _ends_run():
             _keep_until(self._path, start)
@@ -80,13 +83,12 @@ class RunLog:
         self._write("train", iteration, values)
         shown = ", ".join(f"{key} {values[key]:.4g}" for key in values if key.startswith("loss"))
         self._bar.update(self._task, status=shown)
-        if not self.console.is_terminal:
-            self._print(f"iteration {iteration}: {shown}")
+        self._lines.say(f"iteration {iteration}: {shown}", shown=not self.console.is_terminal)
         # A single batch may be at chance level by accident: its note is shown when it comes twice in a row.
         note = values.get("note", "")
         self._notes_in_a_row = self._notes_in_a_row + 1 if note else 0
         if self._notes_in_a_row == 2:
-            self._print(f"iteration {iteration}: {note}")
+            self._lines.say(f"iteration {iteration}: {note}")
 
     def evaluation(self, iteration: int, values: Mapping[str, Any]) -> None:
         """A record of an evaluation after `iteration` steps; its "note", a sentence, is shown once."""
@@ -94,19 +96,20 @@ class RunLog:
         shown = ", ".join(
             f"{key} {values[key]:.{places}f}" for key, places in _SHOWN.items() if key in values
         )
-        self._print(f"iteration {iteration}: {shown}")
+        self._lines.say(f"iteration {iteration}: {shown}")
         if "note" in values and not self._evaluation_noted:
             self._evaluation_noted = True
-            self._print(f"iteration {iteration}: {values['note']}")
+            self._lines.say(f"iteration {iteration}: {values['note']}")
+
+    def extension(self, iteration: int, former_total: int, total: int) -> None:
+        """A record of a run that goes on after `iteration` steps with more iterations in all."""
+        self._write("extend", iteration, {"former_total": former_total, "total": total})
 
     def flush(self) -> None:
         """Returns when all records are on the disk, so that no checkpoint is newer than they are."""
         with _ends_run():
             sync_file(self._path)
             sync_file(self._events.path)
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
         record = {"kind": kind, "iteration": iteration} | {
@@ -158,9 +161,15 @@ def _ends_run() -> Iterator[None]:
 
 
 def _keep_until(path: Path, iteration: int) -> None:
-    """Drops the records after `iteration`, and lines that a killed writer or a failing disk has damaged."""
+    """Drops the records after `iteration`, and lines that a killed writer or a failing disk has damaged.
+
+    An extension at `iteration` itself is recorded again, because no checkpoint has it yet.
+    """
     lines = read_lines(path) if iteration > 0 and os.path.exists(path) else []
-    kept = [line.text for line in lines if line.record is not None and line.record["iteration"] <= iteration]
+    records = [(line.text, line.record) for line in lines if line.record is not None]
+    kept = [
+        text for text, record in records if record["iteration"] + (record["kind"] == "extend") <= iteration
+    ]
     write_bytes(path, b"".join(line + b"\n" for line in kept), durable=True)
 
 

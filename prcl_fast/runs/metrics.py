@@ -16,6 +16,7 @@ from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_bytes
 
 METRICS = "metrics.jsonl"
+KINDS = ("train", "eval", "extend")  # extend: the run goes on with more iterations in all
 _TAIL = 1 << 18  # bytes that hold the newest records: some hundred
 _LONGEST = 1 << 30  # bytes of a file; a run of 10^6 records writes less
 _LATEST = 1 << 53  # iterations beyond it are no float64
@@ -90,7 +91,7 @@ def read_metrics(path: Path) -> Metrics:
     Raises:
         InputError: as `read_lines` does; no record, or a faulty line, which is named by its number.
     """
-    records: dict[str, list[Mapping[str, Any]]] = {"train": [], "eval": []}
+    records: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in KINDS}
     for number, line in enumerate(read_lines(path), start=1):
         if line.record is not None:
             records[line.record["kind"]].append(line.record)
@@ -158,8 +159,8 @@ def _line(text: bytes, *, ended: bool) -> Line:
 def _fault(record: object) -> str:
     if not isinstance(record, dict):
         return "expected a JSON object"
-    if record.get("kind") not in ("train", "eval"):
-        return f"kind: expected train or eval, got {_shown(record.get('kind'))}"
+    if record.get("kind") not in KINDS:
+        return f"kind: expected {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {_shown(record.get('kind'))}"
     iteration = record.get("iteration")
     if type(iteration) is not int or not 0 <= iteration < _LATEST:
         return f"iteration: expected an integer, got {_shown(iteration)}"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from prcl_fast.analysis.duration import duration_text
 from prcl_fast.runs.folder import newest_iteration
 from prcl_fast.runs.metrics import RunResult
 from prcl_fast.sweep.config import SweepRun
@@ -77,8 +78,8 @@ class SweepProgress:
         else:
             self._ended += 1
             miou = "no mIoU" if result.miou is None else f"mIoU {result.miou:.1f}"
-            minutes = "" if result.seconds is None else f", {result.seconds / 60:.1f} min"
-            self._say(f"done {run.name}: {miou}{minutes}; {self._count()}")
+            time = "" if result.seconds is None else f", {duration_text(result.seconds)}"
+            self._say(f"done {run.name}: {miou}{time}; {self._count()}")
         self._bars.update(self._all, description=self._count())
 
     def _count(self) -> str:
