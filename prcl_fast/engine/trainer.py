@@ -26,6 +26,7 @@ from prcl_fast.engine.graph import (
     warm_up_steps,
 )
 from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
+from prcl_fast.engine.initial_weights import load_initial_weights
 from prcl_fast.engine.progress import Progress, newest_state
 from prcl_fast.engine.report import evaluation_record, opening_lines, run_summary
 from prcl_fast.engine.step import TrainStep
@@ -80,6 +81,7 @@ class Trainer:
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
+        load_initial_weights(self.method, config, self.source.classes, self._say)
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Before the checkpoint is loaded: the seed and the file of weights give a resumed run the same start.
         head = self.method.student.probability
