@@ -27,6 +27,7 @@ from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import CapturedStep, check_capture, host_syncs_refused, on_stream, warm_up_steps
 from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
+from prcl_fast.engine.initial_weights import load_initial_weights
 from prcl_fast.engine.rank_facts import check_same_settings, check_same_start
 from prcl_fast.engine.report import evaluation_record, opening_lines, run_summary
 from prcl_fast.engine.resume import NO_CHANGES, AllowedChanges, resume
@@ -89,6 +90,7 @@ class Trainer:
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
+        load_initial_weights(self.method, config, self.source.classes, self._say)
         self.data = data_identity(self.source)
         check_same_start(config, self.data, prototypes_from)
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
