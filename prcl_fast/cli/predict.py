@@ -41,5 +41,5 @@ def predict_command(
             if written.variance_range is not None:
                 low, high = written.variance_range
                 line += f"; variance {low:.4g} (dark blue) to {high:.4g} (yellow)"
-            here.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        here.console.print(f"predictions are in {out}", highlight=False, markup=False, soft_wrap=True)
+            here.console.print(line)
+        here.console.print(f"predictions are in {out}")

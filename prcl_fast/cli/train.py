@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
-from prcl_fast.config import Config, load_config
 
 if TYPE_CHECKING:
+    from prcl_fast.config import Config
     from prcl_fast.processes.session import Session
 
 
@@ -21,6 +21,7 @@ def train_command(
     A run whose output folder holds its own checkpoint continues from it. Progress goes to standard error; the
     last line on standard output is one JSON object.
     """
+    from prcl_fast.config import load_config
     from prcl_fast.processes.session import session
 
     notes: list[str] = []  # printed by rank 0
@@ -31,7 +32,7 @@ def train_command(
         lambda loaded: loaded.train.graph,
     ) as run:
         for note in notes:
-            run.console.print(f"prcl: {note}", highlight=False, markup=False, soft_wrap=True)
+            run.console.print(f"prcl: {note}")
         run.result(json.dumps(train(run.loaded, run)))
 
 
@@ -44,5 +45,5 @@ def train(config: Config, run: Session[Any]) -> dict[str, Any]:
     summary = Trainer(config, run.console, device=run.device, watchdog=run.watchdog).run()
     if rank() == 0:
         for figure in write_figures(config.output, run.device):
-            run.console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+            run.console.print(f"figure: {figure}")
     return summary

@@ -12,8 +12,12 @@ def convert_weights(
     source: Annotated[Path, typer.Argument(help="Checkpoint of the authors' public PRCL code.")],
     out: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
-    """Convert a checkpoint of the authors' public code. A key that is unknown or missing is an error."""
+    """Convert a checkpoint of the authors' public code.
+
+    A key that is unknown or missing is an error.
+    """
+    from prcl_fast.console import note
     from prcl_fast.models.convert import convert_authors_checkpoint
 
     convert_authors_checkpoint(source, out)
-    typer.echo(f"{out}: written", err=True)
+    note(f"{out}: written")

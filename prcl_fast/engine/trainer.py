@@ -8,10 +8,10 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
 from prcl_fast.data.micro_steps import named_images
 from prcl_fast.data.sources import build_source
@@ -65,7 +65,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        console: Console,
+        console: PlainConsole,
         *,
         device: torch.device | None = None,
         watchdog: Watchdog | None = None,
@@ -288,7 +288,7 @@ class Trainer:
         return images_of_step(self.source, self.config, iteration)
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line)
 
     def _due(self, every: int) -> bool:
         return self.iteration % every == 0

@@ -105,7 +105,7 @@ class RunLog:
             sync_file(self._events.path)
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line)
 
     def _write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
         record = {"kind": kind, "iteration": iteration} | {

@@ -46,10 +46,10 @@ def test_runs_that_differ_by_seed_output_and_seeded_split_form_one_row(tmp_path)
             scores = {3: 50.0, 6: 10.0 * labels + seed}
             make(tmp_path / f"{labels}_{seed}", *on_split(labels, seed), scores=scores, seconds=60.0 * seed)
     comparison = compared(tmp_path)
-    assert comparison.header() == ["method", "labeled", "seeds", "mIoU", "best", "iterations", "minutes"]
+    assert comparison.header() == ["method", "labeled", "seeds", "mIoU", "best", "iterations", "time"]
     assert comparison.rows() == [
-        ["prcl", "12", "3", "121.0 ± 1.0", "121.0 ± 1.0", "6", "1.0"],
-        ["prcl", "23", "3", "**231.0 ± 1.0**", "**231.0 ± 1.0**", "6", "1.0"],
+        ["prcl", "12", "3", "121.0 ± 1.0", "121.0 ± 1.0", "6", "60 s"],
+        ["prcl", "23", "3", "**231.0 ± 1.0**", "**231.0 ± 1.0**", "6", "60 s"],
     ]
     assert comparison.warnings == ()
 
@@ -130,7 +130,7 @@ def test_the_files_hold_the_table_one_line_a_run_and_where_they_were_made(tmp_pa
         make(tmp_path / "runs" / f"{seed}", f"seed={seed}", scores={3: 40.0, 6: 30.0 + seed})
     paths = write_comparison(compared(tmp_path / "runs"), tmp_path / "out")
     assert [path.name for path in paths] == ["compare.md", "compare.csv", "compare.json", "compare.png"]
-    assert "| prcl | 2 | 30.5 ± 0.7 | 40.0 ± 0.0 | 6 | 1.0 |" in paths[0].read_text()
+    assert "| prcl | 2 | 30.5 ± 0.7 | 40.0 ± 0.0 | 6 | 60 s |" in paths[0].read_text()
     lines = list(csv.DictReader(paths[1].open()))
     assert [(line["seed"], line["miou"], line["best_miou"]) for line in lines] == [
         ("0", "30.0", "40.0"),

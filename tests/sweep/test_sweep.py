@@ -143,7 +143,7 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_named_at_the_end(stand
         "prcl: run fails/seed_0 failed: data.root: no such folder",
         "prcl: run killed/seed_0 failed: ended by SIGKILL; its log is empty",
     ]
-    assert error.splitlines()[1:3] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 1.5 min; 1 of 4 runs"]
+    assert error.splitlines()[1:3] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 90 s; 1 of 4 runs"]
     again = read_sweep(path).runs[0].config
     assert yaml.safe_load((again.output / "train.yaml").read_text())["output"] == str(again.output)
     assert "first\nprcl: data.root" in (tmp_path / "out/fails/seed_0/train.log").read_text()
