@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
-from prcl_fast.config import Config, load_config
 
 if TYPE_CHECKING:
+    from prcl_fast.config import Config
     from prcl_fast.engine.resume import AllowedChanges
     from prcl_fast.processes.session import Session
     from prcl_fast.runs.text_log import TextLog
@@ -34,6 +34,7 @@ def train_command(
     A run whose output folder holds its own checkpoint continues from it. Progress goes to standard error; the
     last line on standard output is one JSON object.
     """
+    from prcl_fast.config import load_config
     from prcl_fast.processes.session import session
     from prcl_fast.runs.text_log import TextLog
 

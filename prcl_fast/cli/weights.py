@@ -19,8 +19,9 @@ def convert_weights(
     Of a run, the network that gives its mIoU. Of the authors' code, their averaged network; a key that is
     unknown or missing is an error.
     """
+    from prcl_fast.console import note
     from prcl_fast.models.convert import convert_authors_checkpoint
     from prcl_fast.runs.trained_network import export_network, is_run
 
     (export_network if is_run(source) else convert_authors_checkpoint)(source, out)
-    typer.echo(f"{out}: written", err=True)
+    note(f"{out}: written")

@@ -42,8 +42,8 @@ class ModelConfig(Section):
     weights: PathString | None = Field(
         None,
         description="Initial weights: a file with torchvision's key names for the backbone; or a run folder "
-        "(best.pt, else last.pt), a checkpoint or a network file of this program, whose heads are used as far "
-        "as they fit; null: random weights.",
+        "(best.pt, else last.pt), a checkpoint or a network file of this program, whose heads are used "
+        "as far as they fit; null: random weights.",
     )
 
     @model_validator(mode="after")

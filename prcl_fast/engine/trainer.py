@@ -8,10 +8,10 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.data.batches import (
     Batch,
     check_batches,
@@ -72,7 +72,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        console: Console | TextLog,
+        console: PlainConsole | TextLog,
         *,
         device: torch.device | None = None,
         watchdog: Watchdog | None = None,
@@ -162,9 +162,9 @@ class Trainer:
                 if logs or saves or stopping or self.device.type == "cpu":
                     self._check_finite()
                 if log is not None:
+                    log.advance(self.iteration)
                     if logs:
                         log.train(self.iteration, self._record())
-                    log.advance(self.iteration)
                 if (self._due(train.eval_every) and not stopping) or done:
                     self._evaluate(log)
                     self.progress.seconds = time.monotonic() - started
@@ -227,6 +227,12 @@ class Trainer:
     def _evaluate(self, log: RunLog | None) -> None:
         config, progress = self.config, self.progress
         self.watchdog.at("evaluating")
+
+        def show(done: int, total: int) -> None:
+            self.watchdog.alive(f"evaluating, image {done} of {total}")
+            if log is not None:
+                log.evaluating(done, total)
+
         with contextlib.nullcontext() if self._head is None else self._head.watching():
             results = evaluate(
                 self.method.networks(),
@@ -235,7 +241,7 @@ class Trainer:
                 config.eval,
                 self.device,
                 amp=config.train.amp,
-                progress=lambda done, total: self.watchdog.alive(f"evaluating, image {done} of {total}"),
+                progress=show,
             )
         record = evaluation_record(results, self._head, self.iteration, config)
         if log is not None:

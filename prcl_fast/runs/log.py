@@ -13,16 +13,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.files.folders import make_subfolder
 from prcl_fast.files.writing import append, sync_file, write_bytes
 from prcl_fast.runs.metrics import METRICS, read_lines
+from prcl_fast.runs.progress_bar import ProgressBar
 from prcl_fast.runs.text_log import TextLog
 
 # Values of an evaluation that are shown, and their decimals.
@@ -42,23 +42,14 @@ class RunLog:
         RunError: one of these files cannot be written. `train`, `evaluation` and `flush` raise it too.
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, console: Console | TextLog) -> None:
+    def __init__(self, folder: Path, *, start: int, total: int, console: PlainConsole | TextLog) -> None:
         self._lines = TextLog.of(console)
         self.console = console = self._lines.console
         self._path = folder / METRICS
         with _ends_run():
             _keep_until(self._path, start)
             self._events = EventFile(folder / "tensorboard", start=start + 1)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("train", total=total, completed=start, status="")
+        self._bar = ProgressBar(console, start=start, total=total)
         self._notes_in_a_row = 0
         self._evaluation_noted = False
 
@@ -76,14 +67,18 @@ class RunLog:
 
     def advance(self, iteration: int) -> None:
         """Moves the progress bar to `iteration` finished steps."""
-        self._bar.update(self._task, completed=iteration)
+        self._bar.advance(iteration)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Shows that an evaluation has finished `done` of `total` images."""
+        self._bar.evaluating(done, total)
 
     def train(self, iteration: int, values: Mapping[str, Any]) -> None:
         """A record of training after `iteration` steps; its "note" is a sentence for the user."""
         self._write("train", iteration, values)
-        shown = ", ".join(f"{key} {values[key]:.4g}" for key in values if key.startswith("loss"))
-        self._bar.update(self._task, status=shown)
-        self._lines.say(f"iteration {iteration}: {shown}", shown=not self.console.is_terminal)
+        self._bar.record(values)
+        line = f"iteration {iteration}: {self._bar.line(iteration, values)}"
+        self._lines.say(line, shown=not self.console.is_terminal)
         # A single batch may be at chance level by accident: its note is shown when it comes twice in a row.
         note = values.get("note", "")
         self._notes_in_a_row = self._notes_in_a_row + 1 if note else 0
@@ -92,6 +87,7 @@ class RunLog:
 
     def evaluation(self, iteration: int, values: Mapping[str, Any]) -> None:
         """A record of an evaluation after `iteration` steps; its "note", a sentence, is shown once."""
+        self._bar.evaluated()
         self._write("eval", iteration, values)
         shown = ", ".join(
             f"{key} {values[key]:.{places}f}" for key, places in _SHOWN.items() if key in values

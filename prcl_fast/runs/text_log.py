@@ -11,8 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.errors import InputError, RunError, WriteError
 from prcl_fast.files.writing import append
 
@@ -27,13 +26,13 @@ class TextLog:
     console says so, and the run goes on: its metrics and checkpoints end a run whose disk is full.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
         self.console = console
         self._path: Path | None = None
         self._waiting: list[bytes] = []
 
     @classmethod
-    def of(cls, console: Console | TextLog) -> TextLog:
+    def of(cls, console: PlainConsole | TextLog) -> TextLog:
         """`console` itself where it is a text log, else a new one that prints on it."""
         return console if isinstance(console, TextLog) else cls(console)
 
@@ -51,7 +50,7 @@ class TextLog:
             shown: False: only the file takes it.
         """
         if shown:
-            self.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            self.console.print(line)
         entry = _entry(level, line)
         if self._path is None:
             self._waiting.append(entry)
