@@ -49,7 +49,8 @@ def convert(
     palette: Annotated[
         str | None,
         typer.Option(
-            help="Ids of the colours of RGB masks: voc, cityscapes, or a file of lines R G B [ID] [NAME]."
+            help="Ids of the colours of RGB and palette masks: voc, cityscapes, or a file of lines "
+            "R G B [ID] [NAME]."
         ),
     ] = None,
     label_map: Annotated[
@@ -65,7 +66,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert RGB masks to masks of ids, or change the ids of masks. OUT is complete or not there at all."""
+    """Convert masks of colours to masks of ids, or change the ids of masks. OUT is complete or not there."""
     from prcl_fast.console import counting
     from prcl_fast.data.tools.mask_convert import convert_masks, parse_label_map, read_colour_code
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from prcl_fast.cli.train import train
 from prcl_fast.config import Config, SyntheticConfig, load_config
+from prcl_fast.files.json_text import json_text
 
 METHODS = {
     "prcl": [],
@@ -47,7 +47,7 @@ def demo(
             run.console.rule(title)
             results[title] = train(config, run)
         _show(results, run.console)
-        run.result(json.dumps(results))
+        run.result(json_text(results))
 
 
 def _show(results: dict[str, dict[str, Any]], console: Console) -> None:

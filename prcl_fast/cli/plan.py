@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config.paper import Difference
@@ -33,7 +33,7 @@ def plan_command(
 
     plan = make_plan(load_config(config, overrides or ()))
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(plan)))
+        typer.echo(json_text(dataclasses.asdict(plan)))
     else:
         _print(plan)
 

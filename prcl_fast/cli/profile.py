@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ import typer
 from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.config import load_config
 from prcl_fast.console import print_table
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
@@ -46,7 +46,7 @@ def profile_command(
     _print(found)
     _print_decoding(found.decoding, loaded, found.step_ms)
     if out is not None:
-        write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
+        write_text(out / "profile.json", json_text(found.plain(), indent=1) + "\n")
         save_figure(draw_step_time({config.stem: found.parts_ms}), out / "step_time.png")
         print(f"written: {out}/profile.json, step_time.png, trace.json.gz", file=sys.stderr)
 

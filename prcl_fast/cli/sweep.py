@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from prcl_fast.console import print_table
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.files.json_text import json_text
 from prcl_fast.sweep.config import Sweep, SweepRun, read_sweep
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def sweep_command(
         )
     _show(result)
     summary = {"output": str(sweep.output), "runs": len(sweep.runs), "done": len(result.results)}
-    print(json.dumps(summary | {"failed": list(failed), "table": str(path)}), flush=True)
+    print(json_text(summary | {"failed": list(failed), "table": str(path)}), flush=True)
     for name, reason in failed.items():
         print(f"prcl: run {name} failed: {reason}", file=sys.stderr)
     if failed:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.config import Config, load_config
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.processes.session import Session
@@ -32,7 +32,7 @@ def train_command(
     ) as run:
         for note in notes:
             run.console.print(f"prcl: {note}", highlight=False, markup=False, soft_wrap=True)
-        run.result(json.dumps(train(run.loaded, run)))
+        run.result(json_text(train(run.loaded, run)))
 
 
 def train(config: Config, run: Session[Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from prcl_fast.config import Config, dump_config
 from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
 from prcl_fast.data.micro_steps import named_images
 from prcl_fast.data.sources import build_source
-from prcl_fast.data.tools.scan import scan_labels
+from prcl_fast.data.tools.label_check import check_labels
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import (
@@ -76,7 +76,8 @@ class Trainer:
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
         if config.data.scan and rank() == 0:
-            scan_labels(self.source, cache=label_scan_cache()).check()
+            for note in check_labels(self.source, cache=label_scan_cache()):
+                self._say(f"note: {note}")
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.files.json_text import json_text
 from prcl_fast.files.writing import append, sync_file, write_bytes, write_errors
 from prcl_fast.runs.metrics import METRICS, read_lines
 
@@ -108,12 +108,10 @@ class RunLog:
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
-        record = {"kind": kind, "iteration": iteration} | {
-            key: _plain(value) for key, value in values.items()
-        }
+        record = {"kind": kind, "iteration": iteration, **values}
         numbers = {f"{kind}/{name}": number for key in values for name, number in _numbers(key, values[key])}
         with _ends_run():
-            append(self._path, json.dumps(record).encode() + b"\n")
+            append(self._path, json_text(record).encode() + b"\n")
             self._events.add(iteration, numbers)
 
 
@@ -162,17 +160,6 @@ def _keep_until(path: Path, iteration: int) -> None:
     lines = read_lines(path) if iteration > 0 and os.path.exists(path) else []
     kept = [line.text for line in lines if line.record is not None and line.record["iteration"] <= iteration]
     write_bytes(path, b"".join(line + b"\n" for line in kept), durable=True)
-
-
-def _plain(value: Any) -> Any:
-    """A value of JSON, which has no NaN: it becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _numbers(key: str, value: Any) -> list[tuple[str, float]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
-
-import numpy as np
 
 from prcl_fast.config import DataConfig
 from prcl_fast.data.sources.file_source import (
@@ -18,12 +16,12 @@ from prcl_fast.data.sources.file_source import (
     locate_files,
 )
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES, MASK_SUFFIXES
-from prcl_fast.data.sources.labels import LabelDecoder, check_colours, id_table
+from prcl_fast.data.sources.labels import LabelDecoder, label_decoder
 from prcl_fast.data.sources.splits import Entry, check_inside
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
 
-_RGB_HINT = "data.palette says what the colours mean, and `prcl data convert` makes masks of ids"
+_MOST_LINKS = 1000  # to one folder; links between links multiply
 
 
 def build_folder(data: DataConfig) -> FileSource:
@@ -38,13 +36,8 @@ def build_folder(data: DataConfig) -> FileSource:
     """
     classes = class_names(data.classes, ())
     palette = class_palette(data.palette, len(classes), voc_palette(len(classes)))
-    colours = None
-    if data.palette is not None:
-        check_colours(data.palette, "data.palette")
-        colours = np.array(data.palette, dtype=np.uint8)
-    table = id_table(len(classes), data.label_map, data.ignore)
-    decoder = LabelDecoder(len(classes), table, colours, _RGB_HINT)
-    return locate_files(data, classes, palette, _FolderLayout(data, decoder))
+    layout = _FolderLayout(data, label_decoder(data, len(classes)))
+    return locate_files(data, classes, palette, layout)
 
 
 class _FolderLayout:
@@ -98,13 +91,18 @@ class _Finder:
             self._list()
 
     def _list(self) -> None:
-        seen = set()
+        # Links can lead to one folder by several paths, all of which names may use, and form a circle.
+        above: dict[str, frozenset[str]] = {str(self.folder): frozenset()}
+        visits: Counter[str] = Counter()
         for folder, subfolders, files in os.walk(self.folder, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:  # links can form a circle
+            real, parents = os.path.realpath(folder), above.pop(folder)
+            if real in parents:
                 subfolders.clear()
                 continue
-            seen.add(real)
+            visits[real] += 1
+            if visits[real] > _MOST_LINKS:
+                raise InputError(f"{real}: more than {_MOST_LINKS} links lead to this folder ({self.key})")
+            above |= {os.path.join(folder, below): parents | {real} for below in subfolders}
             for file in files:
                 stem, suffix = os.path.splitext(file)
                 if suffix.lower() in self.suffixes and not file.startswith("."):
@@ -141,6 +139,6 @@ class _Finder:
         return f"no {name} with suffix {', '.join(self.suffixes)} below {self.folder} ({self.key})"
 
     def _only(self, name: str, found: list[Path]) -> Path | None:
-        if len(found) > 1:
+        if len(found) > 1 and len({os.path.realpath(path) for path in found}) > 1:
             raise InputError(f"{self.key}: {name} could be {found[0]} or {found[1]}")
         return found[0] if found else None
