@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from prcl_fast.cli.arguments import Device, NetworkName, RunOrCheckpoint
 from prcl_fast.errors import InputError
+from prcl_fast.files.json_text import json_text
 
 
 def analyse_command(
@@ -59,7 +59,7 @@ def analyse_command(
         *("silhouette", "davies_bouldin", "intra_variance", "inter_variance"),
         *("trace_intra", "trace_inter", "trace_ratio"),
     )
-    print(json.dumps({key: metrics[key] for key in keys} | {"output": result["output"]}))
+    print(json_text({key: metrics[key] for key in keys} | {"output": result["output"]}))
 
 
 def _checkpoints_and_overrides(rest: list[str]) -> tuple[list[Path], list[str]]:

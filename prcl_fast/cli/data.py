@@ -47,7 +47,8 @@ def convert(
     palette: Annotated[
         str | None,
         typer.Option(
-            help="Ids of the colours of RGB masks: voc, cityscapes, or a file of lines R G B [ID] [NAME]."
+            help="Ids of the colours of RGB and palette masks: voc, cityscapes, or a file of lines "
+            "R G B [ID] [NAME]."
         ),
     ] = None,
     label_map: Annotated[
@@ -63,7 +64,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert RGB masks to masks of ids, or change the ids of masks.
+    """Convert masks of colours to masks of ids, or change the ids of masks.
 
     OUT is complete or not there at all. Example: prcl data convert masks ids --palette voc
     """

@@ -30,11 +30,12 @@ def check(
     """Check a data set before training.
 
     Checked: splits, missing and damaged files, label ids, sizes, class shares. Exit status 2: a file is
-    wrong.
+    wrong, or training would refuse the labels.
     """
     from prcl_fast.config import load_config
     from prcl_fast.console import counting, print_table, say
     from prcl_fast.data.sources import build_source
+    from prcl_fast.data.tools.label_check import judge_labels
     from prcl_fast.data.tools.scan import scan_labels
 
     data = load_config(config, overrides or ()).data
@@ -47,9 +48,6 @@ def check(
     print_table("Images", columns, _subset_rows(data, source, sizes), right=(1,))
     columns = ["id", "class", "labeled, % of pixels", "in images", "val, % of pixels", "in images"]
     print_table("Classes", columns, _class_rows(source, scan), right=(0, 2, 3, 4, 5))
-    for name, pixels in zip(source.classes, scan.pixels["labeled"].sum(axis=0), strict=False):
-        if pixels == 0:
-            say(f"note: no labeled image contains class {name}")
     if turned:
         say(f"note: {turned} images carry an EXIF orientation; it is applied")
     for problem in problems[:_SHOWN]:
@@ -58,7 +56,14 @@ def check(
         say(f"wrong: {len(problems) - _SHOWN} more")
     if problems:
         raise InputError(f"{config}: {len(problems)} files are wrong, the first: {problems[0]}")
-    say("no problem found")
+    verdict = judge_labels(source, scan)
+    for note in verdict.notes:
+        say(f"note: {note}")
+    for refusal in verdict.refusals:
+        say(f"wrong: {refusal}")
+    if verdict.refusals:
+        raise InputError(verdict.refusals[0])
+    say("no file is wrong; see the notes" if verdict.notes else "nothing wrong found")
 
 
 def _read_images(source: Source, fast: bool) -> tuple[dict[str, tuple[int, int]], int, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from prcl_fast.cli.train import train
 from prcl_fast.console import print_table
 from prcl_fast.console.text import duration
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
@@ -60,7 +60,7 @@ def demo(
             results[title] = train(config, run, TextLog(run.console), NO_CHANGES)
         labeled = next(iter(run.loaded.values())).data.synthetic.labeled
         _show(results, f"Validation mIoU in %, {labeled} labeled images", run.console)
-        run.result(json.dumps(results))
+        run.result(json_text(results))
 
 
 def _show(results: dict[str, dict[str, Any]], title: str, console: PlainConsole) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from prcl_fast.cli.arguments import Device, RunOrCheckpoint
 from prcl_fast.errors import InputError
+from prcl_fast.files.json_text import json_text
 
 _OVERRIDABLE = ("data.", "eval.", "train.amp=", "train.threads=")
 
@@ -97,7 +97,7 @@ def evaluate_command(
         }
         if "teacher_prototypes" in results:
             summary["miou_teacher_prototypes"] = results["teacher_prototypes"].miou
-        here.result(json.dumps(summary))
+        here.result(json_text(summary))
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

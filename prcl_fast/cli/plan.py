@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.console import print_table, say
 from prcl_fast.console.text import duration
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config.paper import Difference
@@ -35,7 +35,7 @@ def plan_command(
 
     plan = make_plan(load_config(config, overrides or ()))
     if as_json:
-        say(json.dumps(dataclasses.asdict(plan)))
+        say(json_text(dataclasses.asdict(plan)))
     else:
         _print(plan)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json as json_format
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
 from prcl_fast.console import note, print_table, say
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
@@ -51,7 +51,7 @@ def _profile(loaded: Config, title: str, steps: int, out: Path | None) -> None:
     _print(found)
     _print_decoding(found.decoding, loaded, found.step_ms)
     if out is not None:
-        write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
+        write_text(out / "profile.json", json_text(found.plain(), indent=1) + "\n")
         save_figure(draw_step_time({title: found.parts_ms}), out / "step_time.png")
         note(f"written: {out}/profile.json, step_time.png, trace.json.gz")
 

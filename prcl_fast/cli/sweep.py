@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 
 from prcl_fast.console import note, print_table
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.sweep.config import Sweep, SweepRun
@@ -75,7 +75,7 @@ def sweep_command(
         )
     _show(result)
     summary = {"output": str(sweep.output), "runs": len(sweep.runs), "done": len(result.results)}
-    print(json.dumps(summary | {"failed": list(failed), "table": str(path)}), flush=True)
+    print(json_text(summary | {"failed": list(failed), "table": str(path)}), flush=True)
     for name, reason in failed.items():
         note(f"prcl: run {name} failed: {reason}")
     if failed:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
@@ -52,7 +52,7 @@ def train_command(
         from prcl_fast.engine.resume import AllowedChanges
 
         allowed = AllowedChanges(extend=extend, data=accept_data)
-        run.result(json.dumps(train(run.loaded, run, lines, allowed)))
+        run.result(json_text(train(run.loaded, run, lines, allowed)))
 
 
 def train(config: Config, run: Session[Any], lines: TextLog, allowed: AllowedChanges) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from prcl_fast.data.batches import (
 from prcl_fast.data.identity import data_identity
 from prcl_fast.data.micro_steps import named_images
 from prcl_fast.data.sources import build_source
-from prcl_fast.data.tools.scan import scan_labels
+from prcl_fast.data.tools.label_check import check_labels
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import CapturedStep, check_capture, host_syncs_refused, on_stream, warm_up_steps
@@ -86,7 +86,8 @@ class Trainer:
         self.source = build_source(config.data)
         check_batches(self.source, config, world_size())
         if config.data.scan and rank() == 0:
-            scan_labels(self.source, cache=label_scan_cache()).check()
+            for note in check_labels(self.source, cache=label_scan_cache()):
+                self._say(f"note: {note}")
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from prcl_fast.console.plain import PlainConsole
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.files.folders import make_subfolder
+from prcl_fast.files.json_text import json_text
 from prcl_fast.files.writing import append, sync_file, write_bytes
 from prcl_fast.runs.metrics import METRICS, read_lines
 from prcl_fast.runs.progress_bar import ProgressBar
@@ -108,12 +108,10 @@ class RunLog:
             sync_file(self._events.path)
 
     def _write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
-        record = {"kind": kind, "iteration": iteration} | {
-            key: _plain(value) for key, value in values.items()
-        }
+        record = {"kind": kind, "iteration": iteration, **values}
         numbers = {f"{kind}/{name}": number for key in values for name, number in _numbers(key, values[key])}
         with _ends_run():
-            append(self._path, json.dumps(record).encode() + b"\n")
+            append(self._path, json_text(record).encode() + b"\n")
             self._events.add(iteration, numbers)
 
 
@@ -167,17 +165,6 @@ def _keep_until(path: Path, iteration: int) -> None:
         text for text, record in records if record["iteration"] + (record["kind"] == "extend") <= iteration
     ]
     write_bytes(path, b"".join(line + b"\n" for line in kept), durable=True)
-
-
-def _plain(value: Any) -> Any:
-    """A value of JSON, which has no NaN: it becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _numbers(key: str, value: Any) -> list[tuple[str, float]]:

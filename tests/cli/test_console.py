@@ -160,7 +160,7 @@ def test_counting_shows_nothing_where_standard_error_is_no_terminal(
         (0.0123, "12.3 ms"),
         (2.96, "2.96 s"),
         (90.0, "90 s"),
-        (150.0, "2 min"),
+        (150.0, "2.5 min"),
         (12_000.0, "3 h 20 min"),
         (216_000.0, "2.5 days"),
     ],
