@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.errors import InputError, RunError, WriteError
 from prcl_fast.runs.log import RunLog
 from prcl_fast.runs.text_log import TextLog
@@ -20,7 +20,7 @@ ENTRY = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d "
 
 def recording(**options: bool) -> tuple[TextLog, io.StringIO]:
     file = io.StringIO()
-    return TextLog(Console(file=file, width=40, **options)), file
+    return TextLog(PlainConsole(file=file, width=40, **options)), file
 
 
 def entries(folder: Path) -> list[str]:
