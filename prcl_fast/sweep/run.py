@@ -85,7 +85,10 @@ def check_label_files(runs: Sequence[SweepRun]) -> list[str]:
         InputError: naming the run whose data set `prcl train` would refuse.
     """
     notes: dict[str, None] = {}
-    data_sets = {run.config.data.model_dump_json(): run for run in runs if run.config.data.scan}
+    data_sets: dict[str, SweepRun] = {}
+    for run in runs:
+        if run.config.data.scan:
+            data_sets.setdefault(run.config.data.model_dump_json(), run)
     for run in data_sets.values():
         try:
             notes |= dict.fromkeys(check_labels(build_source(run.config.data), cache=label_scan_cache()))
