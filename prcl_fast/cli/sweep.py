@@ -98,12 +98,22 @@ def _train(sweep: Sweep, runs: Sequence[SweepRun], done: int, jobs: int | None) 
     """Trains `runs` and keeps the table up to date; returns why runs failed, by their names."""
     from prcl_fast.console.plain import PlainConsole
     from prcl_fast.sweep.progress import SweepProgress
-    from prcl_fast.sweep.run import Ended, Started, Working, check_files, places, train_runs
+    from prcl_fast.sweep.run import (
+        Ended,
+        Started,
+        Working,
+        check_files,
+        check_label_files,
+        places,
+        train_runs,
+    )
     from prcl_fast.sweep.table import read_table, write_table
 
     if not runs:
         return {}
     check_files(runs)
+    for note in check_label_files(runs):
+        print(f"note: {note}", file=sys.stderr)
     failed: dict[str, str] = {}
     events = train_runs(runs, places(runs, jobs, os.environ))
     with contextlib.closing(events), SweepProgress(runs, done, PlainConsole(stderr=True)) as progress:

@@ -59,7 +59,7 @@ def test_a_second_start_goes_on_in_the_same_file(tmp_path: Path) -> None:
 def test_the_records_of_a_run_stand_in_the_file_also_where_a_bar_shows_them(
     tmp_path: Path, terminal: bool
 ) -> None:
-    log, _ = recording(force_terminal=terminal)
+    log, _ = recording(terminal=terminal)
     log.open(tmp_path)
     with RunLog(tmp_path, start=0, total=4, console=log) as records:
         records.train(2, {"loss": 0.5, "note": "first"})
