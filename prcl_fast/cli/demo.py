@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prcl_fast.cli.train import train
-from prcl_fast.config import Config, SyntheticConfig, load_config
+from prcl_fast.config import SyntheticConfig, load_config
 
 METHODS = {
     "prcl": [],
@@ -32,20 +32,20 @@ def demo(
 ) -> None:
     """Train three methods on a small generated data set and compare them."""
     from prcl_fast.data.sources.synthetic import write_synthetic
+    from prcl_fast.processes.collectives import broadcast_text, rank
     from prcl_fast.processes.session import session
 
-    def load() -> dict[str, Config]:
-        data = out / "data"
-        if not (data / "config.yaml").exists():
+    data = out / "data"
+    with session("demo", lambda: None, lambda _: "auto") as run:
+        if rank() == 0 and not (data / "config.yaml").exists():
             write_synthetic(data, SyntheticConfig())
-        return {
+        broadcast_text("")  # the other ranks wait for the data
+        configs = {
             title: load_config(data / "config.yaml", [f"output={out / title.split()[0]}", *changes])
             for title, changes in METHODS.items()
         }
-
-    with session("demo", load, lambda _: "auto") as run:
         results = {}
-        for title, config in run.loaded.items():
+        for title, config in configs.items():
             run.console.rule(title)
             results[title] = train(config, run)
         _show(results, run.console)
