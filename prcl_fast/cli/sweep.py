@@ -112,8 +112,8 @@ def _train(sweep: Sweep, runs: Sequence[SweepRun], done: int, jobs: int | None) 
     if not runs:
         return {}
     check_files(runs)
-    for note in check_label_files(runs):
-        print(f"note: {note}", file=sys.stderr)
+    for line in check_label_files(runs):
+        note(f"note: {line}")
     failed: dict[str, str] = {}
     events = train_runs(runs, places(runs, jobs, os.environ))
     with contextlib.closing(events), SweepProgress(runs, done, PlainConsole(stderr=True)) as progress:

@@ -135,6 +135,7 @@ class Watchdog:
         if heartbeat.report is not None:
             return None
         if not peers.store_answers(2 * self._beat_s):
+            time.sleep(self._beat_s / 2)  # until the watching thread has noticed a pause of this process
             return peers.lost_store()
         silent = peers.silent(2 * self._beat_s)
         if silent:
@@ -250,10 +251,10 @@ class Watchdog:
             text = (
                 f"another program wrote {heartbeat.foreign} in the run's store; MASTER_PORT sets another port"
             )
-            if report is None:
-                self.report(text)
-            else:
+            if heartbeat.foreign == "report":  # no rank can report any more
                 self._print(f"prcl: {text}")
+            else:
+                self.report(text)
             return True
         if report is not None:
             if report.rank == self.rank:
