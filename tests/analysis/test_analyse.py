@@ -184,7 +184,7 @@ def test_a_logged_shift_is_drawn_and_a_wrong_one_refused(run, tmp_path, no_pictu
     iterations, shift = seen[0]
     assert iterations.tolist() == [2]
     np.testing.assert_array_equal(shift, [[0.5, np.nan] + [0.1] * (classes - 2)])
-    for wrong in ([0.5], "far", None, [[0.1]] * classes):
+    for wrong in ([0.5], "far", None, [[0.1]] * classes, [10**400] * classes):
         log.write_text(json.dumps(record | {"prototype_shift": wrong}) + "\n")
         with pytest.raises(InputError, match=r"metrics\.jsonl: prototype_shift: expected a number for each"):
             logged_shift(tmp_path, classes)
