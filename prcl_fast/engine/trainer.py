@@ -39,7 +39,7 @@ from prcl_fast.processes.replicas import check_alike
 from prcl_fast.processes.signals import StopRequest
 from prcl_fast.processes.watchdog import Watchdog
 from prcl_fast.runs.checkpoint import save_checkpoint, save_last
-from prcl_fast.runs.folder import claim_output, label_scan_cache, store_config
+from prcl_fast.runs.folder import check_output, claim_output, label_scan_cache, store_config
 from prcl_fast.runs.log import RunLog
 from prcl_fast.runs.provenance import add_record, start_record
 from prcl_fast.runs.text_log import TextLog
@@ -76,6 +76,8 @@ class Trainer:
         allowed: AllowedChanges = NO_CHANGES,
     ) -> None:
         self.config, self.output, self.lines = config, config.output, TextLog.of(console)
+        if rank() == 0:
+            check_output(config, extend=allowed.extend)  # before the work that takes time
         self.device = choose_device(config.train.device) if device is None else device
         check_capture(config, self.device)
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
