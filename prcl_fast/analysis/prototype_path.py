@@ -102,6 +102,6 @@ def logged_shift(run: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray] |
         shift = np.array([record["prototype_shift"] for record in records], dtype=np.float64)
         if shift.shape != (len(records), num_classes):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{log}: prototype_shift: expected a number for each class") from None
     return np.array([record["iteration"] for record in records]), shift

@@ -63,6 +63,7 @@ def make(
     from prcl_fast.config import load_config
     from prcl_fast.data.sources.splits import read_split
     from prcl_fast.data.tools.split_tools import choose_labeled, write_lines
+    from prcl_fast.files.locking import locked_folder
 
     presence: Mapping[str, np.ndarray] | None = None
     classes: tuple[str, ...] = ()
@@ -80,11 +81,12 @@ def make(
         "labeled": [line for name, line in lines.items() if name in chosen],
         "unlabeled": [line for name, line in lines.items() if name not in chosen],
     }
-    for part in parts:
-        if (out / f"{part}.txt").exists():
-            raise InputError(f"{out / part}.txt: exists already")
-    for part, part_lines in parts.items():
-        write_lines(out / f"{part}.txt", part_lines)
+    with locked_folder(out, "--out"):
+        for part in parts:
+            if (out / f"{part}.txt").exists():
+                raise InputError(f"{out / part}.txt: exists already")
+        for part, part_lines in parts.items():
+            write_lines(out / f"{part}.txt", part_lines)
     show([out / f"{part}.txt" for part, part_lines in parts.items() if part_lines])
 
 

@@ -37,14 +37,16 @@ def demo(
     from prcl_fast.processes.session import session
     from prcl_fast.runs.text_log import TextLog
 
-    data = out / "data"
-    if not (data / "config.yaml").exists():
-        write_synthetic(data, SyntheticConfig())
+    def load() -> dict[str, Config]:
+        data = out / "data"
+        if not (data / "config.yaml").exists():
+            write_synthetic(data, SyntheticConfig())
+        return {
+            title: load_config(data / "config.yaml", [f"output={out / title.split()[0]}", *changes])
+            for title, changes in METHODS.items()
+        }
 
-    def load(title: str) -> Config:
-        return load_config(data / "config.yaml", [f"output={out / title.split()[0]}", *METHODS[title]])
-
-    with session(lambda: {title: load(title) for title in METHODS}, lambda _: "auto") as run:
+    with session("demo", load, lambda _: "auto") as run:
         results = {}
         for title, config in run.loaded.items():
             run.console.rule(title)

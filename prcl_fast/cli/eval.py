@@ -41,11 +41,15 @@ def evaluate_command(
     from prcl_fast.data.sources import build_source
     from prcl_fast.device import prepare_device
     from prcl_fast.engine.evaluate import evaluate, format_table
+    from prcl_fast.engine.rank_facts import check_same_evaluation
     from prcl_fast.processes.session import session
     from prcl_fast.runs.checkpoint import load_run
 
-    check_known("subset", [subset], SUBSETS)
-    with session(lambda: _check_overrides(overrides or ()), lambda _: device) as here:
+    def check_arguments() -> None:
+        check_known("subset", [subset], SUBSETS)
+        _check_overrides(overrides or ())
+
+    with session("eval", check_arguments, lambda _: device) as here:
         console = here.console
         loaded = load_run(run, here.device)
         config = override_config(loaded.config, overrides or ())
@@ -54,6 +58,7 @@ def evaluate_command(
         source = build_source(config.data)
         if source.classes != loaded.classes:
             raise InputError(_other_classes(loaded.path, loaded.classes, source.classes))
+        check_same_evaluation(loaded, config, source, subset)
         started = time.monotonic()
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("evaluate", total=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_format
 import sys
 from pathlib import Path
@@ -32,22 +33,26 @@ def profile_command(
 
     The trace opens in https://ui.perfetto.dev and in chrome://tracing.
     """
-    from prcl_fast.analysis.step_time import draw_step_time
-    from prcl_fast.analysis.style import save_figure
-    from prcl_fast.files.writing import make_folder, write_text
-    from prcl_fast.planning.step_profile import profile
+    from prcl_fast.files.locking import locked_folder
 
     loaded = load_config(config, overrides or [])
-    trace = None
-    if out is not None:
-        make_folder(out, "--out")
-        trace = out / "trace.json.gz"
+    with contextlib.nullcontext() if out is None else locked_folder(out, "--out"):
+        _profile(loaded, config.stem, steps, out)
+
+
+def _profile(loaded: Config, title: str, steps: int, out: Path | None) -> None:
+    from prcl_fast.analysis.step_time import draw_step_time
+    from prcl_fast.analysis.style import save_figure
+    from prcl_fast.files.writing import write_text
+    from prcl_fast.planning.step_profile import profile
+
+    trace = None if out is None else out / "trace.json.gz"
     found = profile(loaded, steps, trace=trace, say=lambda text: print(text, file=sys.stderr, flush=True))
     _print(found)
     _print_decoding(found.decoding, loaded, found.step_ms)
     if out is not None:
         write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
-        save_figure(draw_step_time({config.stem: found.parts_ms}), out / "step_time.png")
+        save_figure(draw_step_time({title: found.parts_ms}), out / "step_time.png")
         print(f"written: {out}/profile.json, step_time.png, trace.json.gz", file=sys.stderr)
 
 

@@ -39,6 +39,7 @@ def train_command(
 
     notes: list[str] = []  # printed by rank 0
     with session(
+        "train",
         lambda: load_config(config, overrides or [], notes.append),
         lambda loaded: loaded.train.device,
         lambda loaded: loaded.train.stall_timeout,
@@ -66,14 +67,20 @@ def train(config: Config, run: Session[Any], lines: TextLog, allowed: AllowedCha
     """
     from prcl_fast.analysis.figures import write_figures
     from prcl_fast.engine.trainer import Trainer
+    from prcl_fast.files.locking import FolderInUseError
     from prcl_fast.processes.collectives import rank, world_size
+    from prcl_fast.processes.output import locked_output
 
     run.watchdog.record = lines.error
     # With several processes, the watchdog's report is the error of the run.
-    with lines.errors() if world_size() == 1 else contextlib.nullcontext():
+    errors = lines.errors() if world_size() == 1 else contextlib.nullcontext()
+    with locked_output(config.output, "output"), errors:
         trainer = Trainer(config, lines, device=run.device, watchdog=run.watchdog, allowed=allowed)
         summary = trainer.run()
         if rank() == 0:
-            for figure in write_figures(config.output, run.device):
-                lines.say(f"figure: {figure}")
+            try:
+                for figure in write_figures(config.output, run.device):
+                    lines.say(f"figure: {figure}")
+            except FolderInUseError as error:  # by `prcl figures`, which draws the same
+                lines.say(str(error))
     return summary

@@ -121,6 +121,13 @@ class DataConfig(Section):
         max_length=3,
         description="Standard deviation by which normalisation divides red, green and blue; ImageNet's.",
     )
+    max_pixels: int = Field(
+        89_478_485,
+        ge=1,
+        le=2**31 - 1,
+        description="Largest number of pixels of one image or label; larger files are refused before they "
+        "are decoded, because a small file can hold an image that fills the memory.",
+    )
     workers: int = Field(
         2, ge=0, le=256, description="Worker processes that decode images; 0 decodes in the main process."
     )

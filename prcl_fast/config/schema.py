@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,20 @@ class Config(Section):
         return self
 
 
+# Keys that the processes of a run may set differently. Threads, worker processes and the image cache suit the
+# machine; the processes agree on the kind of device where they meet. Rank 0 alone scans the labels and writes
+# the output. Files may lie elsewhere: their content must be equal.
+PROCESS_KEYS = (
+    "output",
+    *(".".join(key) for key in (*PATH_KEYS, *RUN_KEYS)),
+    *(f"data.{key}" for key in ("workers", "scan", "cache")),
+    *(f"train.{key}" for key in ("threads", "device")),
+)
+
 # Keys that do not affect the result of a run.
 NEUTRAL_KEYS = (
     "output",
-    *(f"data.{key}" for key in ("workers", "scan", "cache", "cache_dir")),
+    *(f"data.{key}" for key in ("max_pixels", "workers", "scan", "cache", "cache_dir")),
     *(f"train.{key}" for key in ("threads", "device", "graph", "sync_check")),
     "train.on_nonfinite",  # a run stopped by a value that is not finite may resume with another setting
     *(f"train.{key}" for key in ("stall_timeout", "log_every", "save_every", "keep")),
@@ -157,6 +167,21 @@ def dump_config(config: Config) -> dict[str, Any]:
         if isinstance(holder.get(key), Path):
             holder[key] = str(plain_path(holder[key]))
     return tree
+
+
+def flat_config(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
+    """key.path: value of every key that is not in `without`; paths absolute."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Mapping[str, Any], above: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict) and key != "label_map":
+                walk(value, f"{above}{key}.")
+            elif above + key not in without:
+                flat[above + key] = value
+
+    walk(dump_config(config), "")
+    return flat
 
 
 def config_fingerprint(config: Config) -> str:

@@ -12,21 +12,22 @@ from rich.console import Console
 from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
-from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
+from prcl_fast.data.batches import (
+    Batch,
+    check_batches,
+    images_of_step,
+    training_batches,
+    training_cache,
+)
 from prcl_fast.data.identity import data_identity
 from prcl_fast.data.micro_steps import named_images
 from prcl_fast.data.sources import build_source
 from prcl_fast.data.tools.scan import scan_labels
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.graph import (
-    CapturedStep,
-    check_capture,
-    host_syncs_refused,
-    on_stream,
-    warm_up_steps,
-)
+from prcl_fast.engine.graph import CapturedStep, check_capture, host_syncs_refused, on_stream, warm_up_steps
 from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
+from prcl_fast.engine.rank_facts import check_same_settings, check_same_start
 from prcl_fast.engine.report import evaluation_record, opening_lines, run_summary
 from prcl_fast.engine.resume import NO_CHANGES, AllowedChanges, resume
 from prcl_fast.engine.step import TrainStep
@@ -62,8 +63,8 @@ class Trainer:
         allowed: changes with which the run in the output folder may go on; by default none.
 
     Raises:
-        InputError: a mistake in the configuration or its files, found before anything is written, or a run in
-            the output folder that cannot go on with this configuration or its data.
+        InputError: a mistake in the configuration or its files, or a difference of the ranks in them; or the
+            run in the output folder cannot go on with them.
     """
 
     def __init__(
@@ -76,17 +77,21 @@ class Trainer:
         allowed: AllowedChanges = NO_CHANGES,
     ) -> None:
         self.config, self.output, self.lines = config, config.output, TextLog.of(console)
+        self.device = choose_device(config.train.device) if device is None else device
+        check_same_settings(config, {"--extend": allowed.extend, "--accept-data": allowed.data})
         if rank() == 0:
             check_output(config, extend=allowed.extend)  # before the work that takes time
-        self.device = choose_device(config.train.device) if device is None else device
         check_capture(config, self.device)
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
+        check_batches(self.source, config, world_size())
         if config.data.scan and rank() == 0:
             scan_labels(self.source, cache=label_scan_cache()).check()
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
+        self.data = data_identity(self.source)
+        check_same_start(config, self.data, prototypes_from)
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Before the checkpoint is loaded: the seed and the file of weights give a resumed run the same start.
         head = self.method.student.probability
@@ -106,7 +111,6 @@ class Trainer:
         self.watchdog = watchdog or Watchdog()  # inactive unless entered
         self.watchdog.details = lambda: named_images(self._images(self.iteration))
         self.cache = training_cache(self.source, config, say=self._say)
-        self.data = data_identity(self.source)
         if rank() == 0:
             self.lines.open(claim_output(config, extend=allowed.extend))
         before = resume(config, self.data, self.method, self.train_step, allowed, self._say)
@@ -279,11 +283,8 @@ class Trainer:
     def _log(self) -> contextlib.AbstractContextManager[RunLog | None]:
         if rank() > 0:
             return contextlib.nullcontext()
-        total = self.config.train.iterations
-        log = RunLog(self.output, start=self.iteration, total=total, console=self.lines)
-        if total > self._former_total:
-            log.extension(self.iteration, self._former_total, total)
-        return log
+        total, former = self.config.train.iterations, self._former_total
+        return RunLog(self.output, start=self.iteration, total=total, former_total=former, console=self.lines)
 
     def _forget_graph(self) -> None:
         if isinstance(self._run_step, CapturedStep):

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from prcl_fast.config import NEUTRAL_KEYS, Config, dump_config, load_stored_config
+from prcl_fast.config import NEUTRAL_KEYS, Config, dump_config, flat_config, load_stored_config
 from prcl_fast.errors import InputError
+from prcl_fast.files.folders import check_subfolder
 from prcl_fast.files.writing import make_folder, remove_leftovers, user_cache, write_text
 from prcl_fast.runs.metrics import METRICS, newest_records
 
@@ -64,10 +65,13 @@ def claim_output(config: Config, *, extend: bool = False) -> Path:
     config.yaml, once the run's checkpoint is compared as well.
 
     Raises:
-        InputError: the folder cannot be written, or what `check_output` refuses.
+        InputError: the folder cannot be written, or has a link in place of a folder of its own; or what
+            `check_output` refuses.
     """
     folder = config.output
     check_output(config, extend=extend)
+    for name in ("tensorboard", "figures"):
+        check_subfolder(folder / name)
     make_folder(folder, "output")
     remove_leftovers(folder)
     return folder
@@ -142,17 +146,7 @@ def newest_iteration(config: Config) -> int:
 
 def settings(config: Config) -> dict[str, Any]:
     """key.path: value, paths absolute, of every key that shapes the run's result."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: Mapping[str, Any], above: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict) and key != "label_map":
-                walk(value, f"{above}{key}.")
-            elif above + key not in NEUTRAL_KEYS:
-                flat[above + key] = value
-
-    walk(dump_config(config), "")
-    return flat
+    return flat_config(config, NEUTRAL_KEYS)
 
 
 def _stored_config(folder: Path) -> Config | None:

@@ -20,7 +20,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from prcl_fast.errors import InputError, RunError
-from prcl_fast.files.writing import append, sync_file, write_bytes, write_errors
+from prcl_fast.files.folders import make_subfolder
+from prcl_fast.files.writing import append, sync_file, write_bytes
 from prcl_fast.runs.metrics import METRICS, read_lines
 from prcl_fast.runs.text_log import TextLog
 
@@ -37,11 +38,23 @@ class RunLog:
     Every record goes to metrics.jsonl (one JSON object a line) and its numbers to TensorBoard; what the user
     is to read also goes to `console`, which may be the run's text log.
 
+    Args:
+        former_total: iterations of the whole run when its checkpoint was written; fewer than `total` in a run
+            that was extended, which leaves a record of both.
+
     Raises:
         RunError: one of these files cannot be written. `train`, `evaluation` and `flush` raise it too.
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, console: Console | TextLog) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        console: Console | TextLog,
+        former_total: int | None = None,
+    ) -> None:
         self._lines = TextLog.of(console)
         self.console = console = self._lines.console
         self._path = folder / METRICS
@@ -60,6 +73,8 @@ class RunLog:
         self._task = self._bar.add_task("train", total=total, completed=start, status="")
         self._notes_in_a_row = 0
         self._evaluation_noted = False
+        if former_total is not None and former_total < total:
+            self._write("extend", start, {"former_total": former_total, "total": total})
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -100,10 +115,6 @@ class RunLog:
             self._evaluation_noted = True
             self._lines.say(f"iteration {iteration}: {values['note']}")
 
-    def extension(self, iteration: int, former_total: int, total: int) -> None:
-        """A record of a run that goes on after `iteration` steps with more iterations in all."""
-        self._write("extend", iteration, {"former_total": former_total, "total": total})
-
     def flush(self) -> None:
         """Returns when all records are on the disk, so that no checkpoint is newer than they are."""
         with _ends_run():
@@ -128,8 +139,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, *, start: int) -> None:
-        with write_errors(folder):
-            folder.mkdir(exist_ok=True)
+        make_subfolder(folder)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / name

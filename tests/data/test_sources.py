@@ -236,11 +236,13 @@ def test_patterns_say_where_files_are(tmp_path: Path) -> None:
     assert source.label("c")[0, 0] == 1
 
 
-@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png", ".bmp", ".webp", ".tif"])
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".jpe", ".JFIF", ".png", ".bmp", ".webp", ".tif"])
 def test_images_of_all_formats_are_found_and_read(tmp_path: Path, suffix: str) -> None:
     folder_tree(tmp_path)
     (tmp_path / "images/train/b.jpg").unlink()
-    put_image(tmp_path / f"images/train/b{suffix}", (250, 250, 250))
+    put_image(tmp_path / "b.jpg", (250, 250, 250))
+    with Image.open(tmp_path / "b.jpg") as image:
+        image.save(tmp_path / f"images/train/b{suffix}")
     assert abs(int(build_source(folder_config(tmp_path)).image("b").mean()) - 250) <= 2
 
 
@@ -353,15 +355,6 @@ def test_truncated_and_foreign_files_are_input_errors(tmp_path: Path) -> None:
         read_image(tmp_path / "none.jpg")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_more_pixels_than_the_bound_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_image(tmp_path / "a.png", size=(10, 15))
-    for bound in (149, 50):  # Pillow only warns of the first
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
-        with pytest.raises(InputError, match=r"a\.png: .*pixels"):
-            read_image(tmp_path / "a.png")
-
-
 def test_sixteen_bits_are_refused_as_image_and_read_as_ids_if_they_fit(tmp_path: Path) -> None:
     Image.fromarray(np.full(SIZE, 200, np.uint16)).save(tmp_path / "grey.png")
     with pytest.raises(InputError, match=r"grey\.png: 8 bits a channel are expected"):
@@ -386,13 +379,6 @@ def test_palette_and_grey_and_transparent_images_become_rgb(tmp_path: Path) -> N
     for mode in ("L", "P", "RGBA", "1", "LA"):
         Image.new(mode, (3, 2)).save(tmp_path / "a.png")
         assert read_image(tmp_path / "a.png").shape == (2, 3, 3)
-
-
-def test_the_exif_orientation_is_not_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").shape == (4, 6, 3)
 
 
 def test_an_index_png_keeps_ids_and_colours(tmp_path: Path) -> None:

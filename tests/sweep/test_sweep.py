@@ -201,8 +201,14 @@ def test_a_run_that_another_process_trains_is_not_started_twice(stand_in, tmp_pa
     first = train_runs(runs, [{}])
     while not (tmp_path / "out/waits/seed_0/waiting").exists():
         next(first)
-    assert list(train_runs(runs, [{}])) == [Ended(runs[0], "another process is training this run")]
+    before = (runs[0].config.output / "train.log").read_bytes()
+    (ended,) = train_runs(runs, [{}])
+    folder = runs[0].config.output
+    assert isinstance(ended, Ended)
+    assert ended.failure.startswith(f"output: {folder} is in use by process {os.getpid()} on ")
+    assert (folder / "train.log").read_bytes() == before
     first.close()
+    assert not (folder / ".prcl.lock").exists()
 
 
 def test_a_log_that_is_a_link_or_a_pipe_fails_its_run_and_no_other(stand_in, tmp_path):

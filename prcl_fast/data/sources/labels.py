@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from prcl_fast.data.source import IGNORE
-from prcl_fast.data.sources.images import read_mask
+from prcl_fast.data.sources.images import MAX_PIXELS, read_mask
 from prcl_fast.errors import InputError
 
 
@@ -32,14 +32,14 @@ class LabelDecoder:
     colours: np.ndarray | None = None
     hint: str = "`prcl data convert` makes masks of ids from RGB masks"
 
-    def read(self, path: Path) -> np.ndarray:
+    def read(self, path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Class ids uint8 [H, W], 255 where not labeled.
 
         Raises:
             InputError: unreadable, an id out of range, a refused RGB mask, or an unknown colour; names the
             file.
         """
-        mask = read_mask(path)
+        mask = read_mask(path, max_pixels)
         if mask.ndim == 3:
             if self.colours is None:
                 raise InputError(f"{path}: an RGB mask, where ids are expected; {self.hint}")

@@ -83,8 +83,6 @@ def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
     """
     _check_size(config, "size")
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already and is not an empty folder")
     with replacing_folder(folder) as temporary:
         for subset in SUBSETS:
             _write_subset(temporary, config, subset)

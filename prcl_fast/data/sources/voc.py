@@ -13,10 +13,11 @@ from prcl_fast.data.sources.file_source import (
     class_names,
     class_palette,
     data_root,
-    files_below,
     locate_files,
 )
+from prcl_fast.data.sources.images import IMAGE_SUFFIXES
 from prcl_fast.data.sources.labels import LabelDecoder, id_table
+from prcl_fast.data.sources.listing import files_below
 from prcl_fast.data.sources.splits import Entry
 from prcl_fast.errors import InputError
 
@@ -61,8 +62,8 @@ def voc_palette(num_classes: int) -> np.ndarray:
 def build_voc(data: DataConfig) -> FileSource:
     """A data set in VOC's layout below `data.root`, 21 classes unless `data.classes` says otherwise.
 
-    `JPEGImages/`, and `SegmentationClassAug/` or else `SegmentationClass/`, are in root itself, in VOC2012 or
-    in VOCdevkit/VOC2012.
+    `JPEGImages/`, with images of any suffix, and `SegmentationClassAug/` or else `SegmentationClass/`, are in
+    root itself, in VOC2012 or in VOCdevkit/VOC2012.
 
     Raises:
         InputError: naming the file, folder or key at fault.
@@ -84,16 +85,16 @@ class _VocLayout:
         if not masks:
             raise InputError(f"{bases[0]}: no folder {_AUGMENTED} or {_ORIGINAL}")
         self.image_folder, self.label_folder = bases[0] / "JPEGImages", masks[0]
-        self.image_names, self.label_names = files_below(self.image_folder), files_below(self.label_folder)
+        self.images, self.labels = files_below(self.image_folder), files_below(self.label_folder)
         self.decoder = decoder
 
     def image(self, entry: Entry) -> Path | None:
-        file = f"{entry.name}.jpg"
-        return self.image_folder / file if file in self.image_names else None
+        names = (f"{entry.name}{suffix}" for suffix in IMAGE_SUFFIXES)
+        return next((self.images[name] for name in names if name in self.images), None)
 
     def label(self, entry: Entry, image: Path) -> LabelFile | None:
-        file = f"{entry.name}.png"
-        return LabelFile(self.label_folder / file, self.decoder) if file in self.label_names else None
+        path = self.labels.get(f"{entry.name}.png")
+        return None if path is None else LabelFile(path, self.decoder)
 
     def missing_image(self, entry: Entry) -> str:
         return f"{self.image_folder / entry.name}.jpg does not exist"

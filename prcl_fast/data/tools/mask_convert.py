@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from prcl_fast.data.sources.cityscapes import PALETTE as CITYSCAPES_PALETTE
-from prcl_fast.data.sources.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_mask, save_index_png
+from prcl_fast.data.sources.images import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    read_mask,
+    save_index_png,
+    why_unread,
+)
 from prcl_fast.data.sources.labels import check_colours, colour_positions, first_colour
 from prcl_fast.data.sources.voc import CLASSES as VOC_CLASSES
 from prcl_fast.data.sources.voc import voc_palette
@@ -94,8 +100,6 @@ def convert_masks(
     """
     if not masks.is_dir():
         raise InputError(f"{masks}: no such folder")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists already and is not an empty folder")
     targets = _targets(masks)
     table = np.arange(256, dtype=np.uint8)
     for source, target in label_map.items():
@@ -131,14 +135,13 @@ def _targets(masks: Path) -> dict[Path, Path]:
     """Every mask by the path of its output, in the order of names."""
     targets: dict[Path, Path] = {}
     for path in sorted(masks.rglob("*")):
-        suffix = path.suffix.lower()
-        if path.name.startswith(".") or suffix not in IMAGE_SUFFIXES:
+        suffix, below = path.suffix.lower(), path.relative_to(masks)
+        hidden = any(part.startswith(".") for part in below.parts)
+        if hidden or suffix not in (*IMAGE_SUFFIXES, ".gif"):
             continue
         if suffix not in MASK_SUFFIXES:
-            raise InputError(
-                f"{path}: a lossy format alters ids and colours; masks are {', '.join(MASK_SUFFIXES)}"
-            )
-        target = path.relative_to(masks).with_suffix(".png")
+            raise InputError(f"{path}: {why_unread(path, MASK_SUFFIXES)}")
+        target = below.with_suffix(".png")
         if target in targets:
             raise InputError(f"{path}: becomes the same file as {targets[target]}")
         targets[target] = path

@@ -18,7 +18,7 @@ from prcl_fast.data.sources.file_source import FileSource
 from prcl_fast.errors import InputError, WriteError
 from prcl_fast.files.writing import write_text
 
-_VERSION = 1
+_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
