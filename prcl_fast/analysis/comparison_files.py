@@ -17,6 +17,7 @@ from prcl_fast.files.locking import locked_folder
 from prcl_fast.files.writing import write_text
 from prcl_fast.machine.description import provenance
 from prcl_fast.runs.metrics import series
+from prcl_fast.runs.provenance import read_records
 
 _RESULTS = ("miou", "miou_student", "best_miou", "iteration", "seconds")
 _DASHES = ("-", "--", "-.", ":")
@@ -121,6 +122,7 @@ def _json(comparison: Comparison) -> str:
                 "seed": run.config.seed,
                 "iterations": run.config.train.iterations,
                 **{key: getattr(run.result, key) for key in _RESULTS},
+                "starts": read_records(run.folder),
             }
             for run in group.runs
         ]

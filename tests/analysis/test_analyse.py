@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from prcl_fast.analysis.prototype_path import logged_shift
+from prcl_fast.analysis.prototype_path import logged_shift, prototype_path
 from prcl_fast.analysis.style import new_figure
 from prcl_fast.cli.analyse import analyse_command
 from prcl_fast.cli.main import main
@@ -229,6 +229,13 @@ def test_a_checkpoint_of_another_run_or_other_classes_is_refused(run, tmp_path):
     write_run(tmp_path / "other", tiny_tree(tmp_path / "other", prototype="ema", tau=9.0))
     message = refused(run, str(tmp_path / "other/best.pt"), out=tmp_path / "o")
     assert "best.pt: is of another run than" in message
+    # A run that was extended has checkpoints of both totals.
+    state = load_checkpoint(run / "last.pt")
+    train = state["config"]["train"] | {"iterations": 9}
+    longer = state | {"iteration": 3, "config": state["config"] | {"train": train}}
+    save_checkpoint(tmp_path / "longer.pt", longer)
+    path = prototype_path(run / "last.pt", [tmp_path / "longer.pt"], lambda _: None)
+    assert [point.iteration for point in path] == [2, 3]
     write_run(tmp_path / "four", tiny_tree(tmp_path / "four", name="supervised"), tuple("abcd"))
     assert "trained on other classes (a, b, c, d) than the data" in refused(tmp_path / "four")
 

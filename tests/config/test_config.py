@@ -98,6 +98,20 @@ def test_a_step_up_from_a_symbolic_link_leads_to_the_parent_of_its_target(tmp_pa
     assert plain_path(Path("/../etc")) == Path("/etc")
 
 
+def test_the_generated_data_set_is_stored_only_where_it_is_used(file: Path) -> None:
+    config = load_config(file, ["data.synthetic.labeled=3"])
+    assert dump_config(config)["data"]["synthetic"]["labeled"] == 3
+    folder = ["data.kind=folder", "data.classes=[a, b]"]
+    folder += [f"data.{key}=here" for key in ("root", "labeled", "unlabeled", "val")]
+    config = load_config(file, folder)
+    assert "synthetic" not in dump_config(config)["data"]
+    again = parse_config(dump_config(config), "test")
+    assert dump_config(again) == dump_config(config)
+    # A run of a former version stored the section.
+    former = override_config(config, ["data.synthetic.labeled=3"])
+    assert config_fingerprint(former) == config_fingerprint(config)
+
+
 def test_the_fingerprint_sees_what_shapes_the_result_and_nothing_else(file: Path) -> None:
     config = load_config(file)
     assert config_fingerprint(override_config(config, ["data.workers=7", "train.log_every=3"])) == (
