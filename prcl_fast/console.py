@@ -12,18 +12,26 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.machine.memory import out_of_memory
 
 
 def run(command: Callable[[], int | None], name: str) -> int:
     """Runs a command and returns its exit status.
 
-    InputError and RunError become one line on standard error, begun with `name`, and status 2 and 1.
+    InputError and RunError become one line on standard error, begun with `name`, and status 2 and 1; so does
+    a failed allocation of memory, with status 1.
     """
     try:
         return command() or 0
     except (InputError, RunError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        line = out_of_memory(error)
+        if line is None:
+            raise
+        print(f"{name}: {line}", file=sys.stderr)
+        return 1
 
 
 def check_known(key: str, values: Collection[str], known: Collection[str]) -> None:

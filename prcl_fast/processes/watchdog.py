@@ -32,6 +32,7 @@ from typing import Any
 import torch.distributed as dist
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.machine.memory import out_of_memory
 from prcl_fast.processes.heartbeat import Heartbeat
 from prcl_fast.processes.rendezvous import first_line
 
@@ -169,6 +170,8 @@ class Watchdog:
                 self.report(message)
         elif isinstance(error, (InputError, RunError)):
             self.report(str(error))
+        elif (shortage := out_of_memory(error)) is not None:
+            self.report(f"rank {self.rank}: {shortage}")
         else:
             self._report("".join(traceback.format_exception(error)).rstrip())
 
