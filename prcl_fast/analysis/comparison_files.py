@@ -21,8 +21,9 @@ _RESULTS = ("miou", "miou_student", "best_miou", "iteration", "seconds")
 _DASHES = ("-", "--", "-.", ":")
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Writes the files into `folder`; the figure only if a run was evaluated. Raises WriteError."""
+    folder = Path(folder)
     texts = {
         "compare.md": _markdown(comparison),
         "compare.csv": _csv(comparison),

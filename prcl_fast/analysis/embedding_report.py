@@ -63,11 +63,11 @@ class Question:
 
 
 def write_analysis(
-    run: Path,
-    further: Sequence[Path],
+    run: str | Path,
+    further: Sequence[str | Path],
     overrides: Sequence[str],
     question: Question,
-    out: Path | None,
+    out: str | Path | None,
     device: torch.device,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -90,8 +90,9 @@ def write_analysis(
         raise InputError(f"pixels: {question.pixels} is less than 1")
     if question.seed < 0:
         raise InputError(f"seed: {question.seed} is negative")
+    run, others = Path(run), [Path(path) for path in further]
     main = find_checkpoint(run)
-    out = main.parent / "analysis" if out is None else out
+    out = main.parent / "analysis" if out is None else Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is not a folder")
     loaded = load_run(main, device)
@@ -108,7 +109,7 @@ def write_analysis(
         its_embedding = embedding if file == main else analysis.embed(load_run(file, device), drawn)
         return pixel_prototypes(its_embedding, drawn, len(loaded.classes))
 
-    path = prototype_path(main, [*checkpoints_of(run), *further], of_pixels)
+    path = prototype_path(main, [*checkpoints_of(run), *others], of_pixels)
     current = next(point.prototypes for point in path if point.file == main)
     wrong = None if drawn.truth is None else embedding.prediction != drawn.truth
     space = Space(

@@ -22,7 +22,7 @@ from prcl_fast.runs.metrics import read_metrics
 PANEL_IMAGES = 4
 
 
-def write_figures(run: Path, device: torch.device | None = None) -> list[Path]:
+def write_figures(run: str | Path, device: torch.device | None = None) -> list[Path]:
     """Writes RUN/figures: curves.png, panel.png and, if the method logs it, representation.png.
 
     Args:
@@ -35,6 +35,7 @@ def write_figures(run: Path, device: torch.device | None = None) -> list[Path]:
     Raises:
         InputError: no run folder; metrics, checkpoint or data cannot be read; a figure cannot be written.
     """
+    run = Path(run)
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder")
     device = choose_device("auto") if device is None else device

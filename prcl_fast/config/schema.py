@@ -105,7 +105,7 @@ NEUTRAL_KEYS = (
 
 
 def load_config(
-    path: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = say_on_stderr
+    path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = say_on_stderr
 ) -> Config:
     """Reads a YAML file, its chain of `base:` files and `key.path=value` overrides.
 
@@ -117,7 +117,7 @@ def load_config(
     Raises:
         InputError: naming the file and the key.
     """
-    tree = read_tree(path, say)
+    tree = read_tree(Path(path), say)
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree, str(path))
@@ -139,9 +139,9 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
         raise InputError(f"{origin}: {first_message(error, tree, Config)}") from None
 
 
-def load_stored_config(path: Path) -> Config:
+def load_stored_config(path: str | Path) -> Config:
     """The config.yaml that a run has written, also a run of a former version. Raises InputError."""
-    return parse_stored_config(read_tree(path), str(path))
+    return parse_stored_config(read_tree(Path(path)), str(path))
 
 
 def parse_stored_config(tree: Mapping[str, Any], origin: str) -> Config:

@@ -66,8 +66,8 @@ def predict_image(network: nn.Module, image: np.ndarray, config: Config, device:
 def predict_files(
     run: LoadedRun,
     network: str | None,
-    inputs: Sequence[Path],
-    out: Path,
+    inputs: Sequence[str | Path],
+    out: str | Path,
     device: torch.device,
     *,
     raw: bool = False,
@@ -92,7 +92,7 @@ def predict_files(
     name = next(iter(run.networks)) if network is None else network
     if name not in run.networks:
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
-    images = find_images(inputs)
+    images, out = find_images(inputs), Path(out)
     _check_outputs(images, out)
     images = images[rank() :: world_size()]
     if not images:
@@ -110,14 +110,14 @@ def predict_files(
             yield written
 
 
-def find_images(inputs: Sequence[Path]) -> list[Path]:
+def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     """The files themselves, and the image files directly inside folders in order of their names.
 
     Raises:
         InputError: an input that does not exist, a folder without images, or no input at all.
     """
     images: list[Path] = []
-    for path in inputs:
+    for path in map(Path, inputs):
         if path.is_dir():
             try:
                 files = sorted(path.iterdir())

@@ -8,14 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from torch import Tensor
 
-from prcl_fast.config import parse_config
+from prcl_fast.analysis.comparison import compare, find_runs
+from prcl_fast.analysis.comparison_files import write_comparison
+from prcl_fast.analysis.figures import write_figures
+from prcl_fast.config import SyntheticConfig, load_config, load_stored_config, parse_config
+from prcl_fast.data.sources.splits import read_split
+from prcl_fast.data.sources.synthetic import write_synthetic
+from prcl_fast.data.tools.mask_convert import convert_masks
+from prcl_fast.data.tools.split_tools import write_lines
+from prcl_fast.engine.predict import predict_files
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.methods import build_method
-from prcl_fast.runs.checkpoint import load_checkpoint, load_run, save_checkpoint
+from prcl_fast.runs.checkpoint import find_checkpoint, load_checkpoint, load_run, save_checkpoint
+from prcl_fast.runs.metrics import read_metrics, read_result
+from prcl_fast.runs.trained_network import export_network, network_of_run
 from support.run_folders import write_run
 from support.stub_networks import small_backbones
 from support.tiny import tiny_tree
@@ -133,5 +144,22 @@ def test_every_method_is_built_on_the_meta_device(tmp_path: Path, name: str) -> 
 
 
 def test_paths_may_be_strings(tmp_path: Path) -> None:
-    write_run(tmp_path, tiny_tree(tmp_path / "run"))
-    assert load_run(str(tmp_path), "cpu").path == tmp_path / "best.pt"
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_tree(tmp_path / "run")))
+    Trainer(load_config(str(config)), Console(quiet=True)).run()
+    folder, data, out = (str(tmp_path / name) for name in ("run", "data", "out"))
+    run = load_run(folder, "cpu")
+    assert find_checkpoint(folder) == run.path == tmp_path / "run" / "best.pt"
+    save_checkpoint(f"{folder}/copy.pt", load_checkpoint(str(run.path)))
+    write_synthetic(data, SyntheticConfig(labeled=1, unlabeled=1, val=1))
+    assert read_split(f"{data}/splits/val.txt").names == ("val_0000",)
+    assert len(list(predict_files(run, None, [f"{data}/JPEGImages"], out, CPU))) == 3
+    assert convert_masks(f"{data}/SegmentationClass", f"{out}/masks", code=None, label_map={}) == 2
+    write_lines(f"{out}/list.txt", ["a"])
+    assert read_metrics(f"{folder}/metrics.jsonl").evaluations
+    assert read_result(folder).iteration == 6
+    assert load_stored_config(f"{folder}/config.yaml").method.name == "prcl"
+    assert [path.name for path in write_figures(folder, CPU)][:1] == ["curves.png"]
+    assert write_comparison(compare(find_runs([folder])), f"{out}/comparison")
+    export_network(folder, f"{out}/network.pth")
+    assert network_of_run(folder).path == run.path

@@ -68,8 +68,8 @@ def read_colour_code(palette: str) -> ColourCode:
 
 
 def convert_masks(
-    masks: Path,
-    out: Path,
+    masks: str | Path,
+    out: str | Path,
     *,
     code: ColourCode | None,
     label_map: Mapping[int, int],
@@ -92,6 +92,7 @@ def convert_masks(
     Raises:
         InputError: naming the file and, for an unknown colour, the colour.
     """
+    masks, out = Path(masks), Path(out)
     if not masks.is_dir():
         raise InputError(f"{masks}: no such folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
