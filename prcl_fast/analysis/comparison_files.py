@@ -23,10 +23,10 @@ _RESULTS = ("miou", "miou_student", "best_miou", "iteration", "seconds")
 _DASHES = ("-", "--", "-.", ":")
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Writes the files into `folder`; the figure only if a run was evaluated. Raises InputError."""
-    with locked_folder(folder, "out"):
-        return _write(comparison, folder)
+    with locked_folder(Path(folder), "out"):
+        return _write(comparison, Path(folder))
 
 
 def _write(comparison: Comparison, folder: Path) -> list[Path]:

@@ -65,11 +65,11 @@ class Question:
 
 
 def write_analysis(
-    run: Path,
-    further: Sequence[Path],
+    run: str | Path,
+    further: Sequence[str | Path],
     overrides: Sequence[str],
     question: Question,
-    out: Path | None,
+    out: str | Path | None,
     device: torch.device,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -92,18 +92,19 @@ def write_analysis(
         raise InputError(f"pixels: {question.pixels} is less than 1")
     if question.seed < 0:
         raise InputError(f"seed: {question.seed} is negative")
+    run, others = Path(run), [Path(path) for path in further]
     main = find_checkpoint(run)
     if out is None:
         out = main.parent / "analysis"
         check_subfolder(out)
-    with locked_folder(out, "out"):
-        return _write_analysis(main, run, further, overrides, question, out, device, progress)
+    with locked_folder(Path(out), "out"):
+        return _write_analysis(main, run, others, overrides, question, Path(out), device, progress)
 
 
 def _write_analysis(
     main: Path,
     run: Path,
-    further: Sequence[Path],
+    others: Sequence[Path],
     overrides: Sequence[str],
     question: Question,
     out: Path,
@@ -124,7 +125,7 @@ def _write_analysis(
         its_embedding = embedding if file == main else analysis.embed(load_run(file, device), drawn)
         return pixel_prototypes(its_embedding, drawn, len(loaded.classes))
 
-    path = prototype_path(main, [*checkpoints_of(run), *further], of_pixels)
+    path = prototype_path(main, [*checkpoints_of(run), *others], of_pixels)
     current = next(point.prototypes for point in path if point.file == main)
     wrong = None if drawn.truth is None else embedding.prediction != drawn.truth
     space = Space(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from prcl_fast.console.text import printable
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.machine.memory import out_of_memory
 
 if TYPE_CHECKING:
     from prcl_fast.console.plain import PlainConsole
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def run(command: Callable[[], int | None], name: str) -> int:
     """Runs a command and returns its exit status.
 
-    InputError and RunError become one line on standard error, begun with `name`, and status 2 and 1.
+    InputError and RunError become one line on standard error, begun with `name`, and status 2 and 1; so does
+    a failed allocation of memory, with status 1.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: any name can be printed
@@ -32,6 +34,12 @@ def run(command: Callable[[], int | None], name: str) -> int:
     except (InputError, RunError) as error:
         note(f"{name}: {error}")
         return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        line = out_of_memory(error)
+        if line is None:
+            raise
+        print(f"{name}: {line}", file=sys.stderr)
+        return 1
 
 
 def say(line: str) -> None:

@@ -33,6 +33,7 @@ from typing import Any
 import torch.distributed as dist
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.machine.memory import out_of_memory
 from prcl_fast.processes.agreement import DifferenceError
 from prcl_fast.processes.heartbeat import Heartbeat, Report
 from prcl_fast.processes.peers import Peers
@@ -180,6 +181,8 @@ class Watchdog:
             return
         if isinstance(error, (InputError, RunError)):
             text = f"prcl: {error}"
+        elif (shortage := out_of_memory(error)) is not None:
+            text = f"prcl: rank {self.rank}: {shortage}"
         else:
             text = "".join(traceback.format_exception(error)).rstrip()
         status, everywhere = 2 if isinstance(error, InputError) else 1, isinstance(error, DifferenceError)

@@ -83,8 +83,8 @@ def read_colour_code(palette: str) -> ColourCode:
 
 
 def convert_masks(
-    masks: Path,
-    out: Path,
+    masks: str | Path,
+    out: str | Path,
     *,
     code: ColourCode | None,
     label_map: Mapping[int, int],
@@ -108,6 +108,7 @@ def convert_masks(
     Raises:
         InputError: naming the file and, for an unknown colour, the colour.
     """
+    masks, out = Path(masks), Path(out)
     if not masks.is_dir():
         raise InputError(f"{masks}: no such folder")
     targets = _targets(masks)
