@@ -43,7 +43,7 @@ def analyse_command(
     The last line on standard output is one JSON object; analysis.json holds all results.
     """
     from prcl_fast.analysis.embedding_report import LABEL, PREDICTION, Question, write_analysis
-    from prcl_fast.console import check_known, counting
+    from prcl_fast.console import check_known, counting, note
     from prcl_fast.data.source import SUBSETS
     from prcl_fast.device import choose_device
 
@@ -52,7 +52,7 @@ def analyse_command(
     further, overrides = _checkpoints_and_overrides(rest or [])
     question = Question(subset, pixels, by, seed, network)
     with counting("embed images") as progress:
-        result = write_analysis(run, further, overrides, question, out, choose_device(device), progress)
+        result = write_analysis(run, further, overrides, question, out, choose_device(device), progress, note)
     _print(result)
     metrics = result["metrics"]
     keys = (
