@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from prcl_fast.analysis.cluster_quality import (
     DEFINITIONS,
@@ -43,6 +44,7 @@ from prcl_fast.config import Config, override_config
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source
 from prcl_fast.data.sources import build_source
+from prcl_fast.device import prepare_device
 from prcl_fast.errors import InputError
 from prcl_fast.files.folders import check_subfolder
 from prcl_fast.files.locking import locked_folder
@@ -72,6 +74,7 @@ def write_analysis(
     out: str | Path | None,
     device: torch.device,
     progress: Progress,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Writes analysis.json, tsne.png and prototypes.png into `out`, by default RUN/analysis.
 
@@ -81,6 +84,7 @@ def write_analysis(
         further: more checkpoints of the run, whose prototypes are drawn too.
         overrides: values of `data.*` that replace the run's.
         progress: called with (images done, images in all) after each image.
+        say: takes a line about a long calculation.
 
     Returns:
         The content of analysis.json, and "output", its folder.
@@ -116,6 +120,8 @@ def _write_analysis(
     if name not in loaded.networks:
         raise InputError(f"network: {main} has no {name}, only {', '.join(loaded.networks)}")
     analysis = _Analysis(name, override_config(loaded.config, overrides), question, device, progress)
+    train = analysis.config.train
+    prepare_device(device, threads=train.threads, tf32=train.tf32)
     drawn = analysis.draw(loaded)
     embedding = analysis.embed(loaded, drawn)
     if np.ptp(normalized(embedding.representation), axis=0).max() == 0:
@@ -162,8 +168,11 @@ def _write_analysis(
     iterations = [point.iteration for point in path]
     means = np.stack([point.prototypes.mean for point in path])
     shift = logged_shift(main.parent, len(loaded.classes))
+    say(f"t-SNE of {len(drawn.group)} pixels")
+    with threadpool_limits(train.threads):  # of scikit-learn, which depends on threadpoolctl
+        tsne = draw_tsne(space, question.seed)
     figures = {
-        "tsne.png": draw_tsne(space, question.seed),
+        "tsne.png": tsne,
         "prototypes.png": draw_prototypes(space, iterations, means, shift),
     }
     for file, figure in figures.items():

@@ -8,9 +8,10 @@ import typer.core
 # Help and errors as plain text: Rich would take brackets in them for markup, and is slow to import.
 typer.core.HAS_RICH = False
 
-# PyTorch's C++ code would repeat on standard error what the command prints in one line. The variable is read
-# when torch is imported.
+# PyTorch's C++ code would repeat on standard error what the command prints in one line, and its profiler
+# would report start and end. The variables are read when torch is imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 # Figures are drawn without a display. A notebook names a backend here that its own environment alone has, and
 # importing matplotlib would fail.
 os.environ["MPLBACKEND"] = "agg"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prcl_fast.cli.completion import complete_override
 from prcl_fast.console import note, print_table
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.files.json_text import json_text
@@ -26,6 +27,7 @@ def sweep_command(
         list[str] | None,
         typer.Argument(
             metavar="[KEY.PATH=VALUE]...",
+            autocompletion=complete_override,
             help="Values for all runs; output=FOLDER replaces the sweep's.",
         ),
     ] = None,

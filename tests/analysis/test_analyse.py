@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -260,3 +261,28 @@ def test_the_command_line_knows_it(run, tmp_path, monkeypatch, capsys, no_pictur
     assert not caught.value.code
     assert Path(json.loads(capsys.readouterr().out.splitlines()[-1])["output"]) == tmp_path
     assert result_of(tmp_path)["data"]["images"] == 2
+
+
+def test_the_runs_threads_are_those_of_the_networks_and_of_t_sne(run, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    @contextlib.contextmanager
+    def limits(threads):
+        seen.append(("limit", threads))
+        yield
+        seen.append("end")
+
+    def draw(*_):
+        seen.append("t-SNE")
+        return new_figure(1, 1)
+
+    report = "prcl_fast.analysis.embedding_report"
+    monkeypatch.setattr(f"{report}.threadpool_limits", limits)
+    monkeypatch.setattr(f"{report}.draw_tsne", draw)
+    monkeypatch.setattr(f"{report}.draw_prototypes", lambda *_: new_figure(1, 1))
+    monkeypatch.setattr(
+        f"{report}.prepare_device", lambda device, threads, tf32: seen.append(("device", threads))
+    )
+    analyse(run, out=tmp_path / "out")
+    assert seen == [("device", 1), ("limit", 1), "t-SNE", "end"]
+    assert "t-SNE of " in capsys.readouterr().err
