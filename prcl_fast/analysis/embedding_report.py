@@ -44,6 +44,8 @@ from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source
 from prcl_fast.data.sources import build_source
 from prcl_fast.errors import InputError
+from prcl_fast.files.folders import check_subfolder
+from prcl_fast.files.locking import locked_folder
 from prcl_fast.files.writing import write_text
 from prcl_fast.runs.checkpoint import LoadedRun, find_checkpoint, load_checkpoint, load_run
 from prcl_fast.runs.metrics import read_metrics
@@ -91,9 +93,23 @@ def write_analysis(
     if question.seed < 0:
         raise InputError(f"seed: {question.seed} is negative")
     main = find_checkpoint(run)
-    out = main.parent / "analysis" if out is None else out
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out: {out} is not a folder")
+    if out is None:
+        out = main.parent / "analysis"
+        check_subfolder(out)
+    with locked_folder(out, "out"):
+        return _write_analysis(main, run, further, overrides, question, out, device, progress)
+
+
+def _write_analysis(
+    main: Path,
+    run: Path,
+    further: Sequence[Path],
+    overrides: Sequence[str],
+    question: Question,
+    out: Path,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Any]:
     loaded = load_run(main, device)
     name = next(iter(loaded.networks)) if question.network is None else question.network
     if name not in loaded.networks:
@@ -267,5 +283,6 @@ def _logged_iou(run: LoadedRun) -> dict[str, float]:
         return {}
     for record in read_metrics(path).evaluations:
         if record["iteration"] == run.iteration and isinstance(record.get("iou"), dict):
-            return {name: value for name, value in record["iou"].items() if isinstance(value, float)}
+            numbers = {name: value for name, value in record["iou"].items() if isinstance(value, float)}
+            return {name: value for name, value in numbers.items() if np.isfinite(value)}
     return {}

@@ -4,9 +4,11 @@ from prcl_fast.config.contrast import ContrastConfig
 from prcl_fast.config.data import AugmentConfig, DataConfig, SyntheticConfig
 from prcl_fast.config.schema import (
     NEUTRAL_KEYS,
+    PROCESS_KEYS,
     Config,
     config_fingerprint,
     dump_config,
+    flat_config,
     json_schema,
     load_config,
     load_stored_config,
@@ -18,6 +20,7 @@ from prcl_fast.config.sections import EvalConfig, ModelConfig, OptimConfig, Trai
 
 __all__ = [
     "NEUTRAL_KEYS",
+    "PROCESS_KEYS",
     "AugmentConfig",
     "Config",
     "ContrastConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "TrainConfig",
     "config_fingerprint",
     "dump_config",
+    "flat_config",
     "json_schema",
     "load_config",
     "load_stored_config",

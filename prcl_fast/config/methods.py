@@ -33,6 +33,10 @@ class MethodSection(Section):
         """Supervised iterations at the start, before unlabeled images take part."""
         return 0
 
+    def smallest_pass(self, labeled: int, unlabeled: int) -> int:
+        """Images in the smallest training pass over so many labeled and unlabeled ones."""
+        return labeled
+
     def check_dim(self, dim: int) -> None:
         """Raises ValueError where the method cannot have `model.dim` channels."""
 
@@ -67,6 +71,10 @@ class UnlabeledConfig(MethodSection):
         """`warmup`."""
         return self.warmup
 
+    def smallest_pass(self, labeled: int, unlabeled: int) -> int:
+        """One pass has all images, except in the warm-up."""
+        return labeled if self.warmup else labeled + unlabeled
+
 
 class ConsistencyConfig(UnlabeledConfig):
     """Settings common to all methods with an EMA teacher and pseudo-labels."""
@@ -90,6 +98,11 @@ class ConsistencyConfig(UnlabeledConfig):
         description="concatenated: one student pass over labeled and unlabeled images, with common "
         "batch-norm statistics; separate: one pass for each.",
     )
+
+    def smallest_pass(self, labeled: int, unlabeled: int) -> int:
+        """That of the labeled or the unlabeled images with `forward: separate`."""
+        separate = self.forward == "separate"
+        return min(labeled, unlabeled) if separate else super().smallest_pass(labeled, unlabeled)
 
 
 class MeanTeacherConfig(ConsistencyConfig):

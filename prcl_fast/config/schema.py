@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ class Config(Section):
     seed: int = Field(
         0, ge=0, description="Random seed of weights, order of images, augmentation and sampling."
     )
-    output: PathString = Field(description="Folder of the run: configuration, log, metrics, checkpoints.")
+    output: PathString = Field(
+        description="Folder of the run: configuration, log, metrics, checkpoints. Relative to the working "
+        "directory, unlike other paths, which are relative to the file that contains them."
+    )
     data: DataConfig
     model: ModelConfig = ModelConfig()
     method: MethodConfig
@@ -85,6 +88,16 @@ class Config(Section):
                 )
         return self
 
+
+# Keys that the processes of a run may set differently. Threads, worker processes and the image cache suit the
+# machine; the processes agree on the kind of device where they meet. Rank 0 alone scans the labels and writes
+# the output. Files may lie elsewhere: their content must be equal.
+PROCESS_KEYS = (
+    "output",
+    *(".".join(key) for key in (*PATH_KEYS, *RUN_KEYS)),
+    *(f"data.{key}" for key in ("workers", "scan", "cache")),
+    *(f"train.{key}" for key in ("threads", "device")),
+)
 
 # Keys that do not affect the result of a run.
 NEUTRAL_KEYS = (
@@ -142,13 +155,33 @@ def parse_stored_config(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """A plain tree of YAML types, paths absolute and without `..`, that `parse_config` reads back."""
+    """A plain tree of YAML types, paths absolute and without `..`, that `parse_config` reads back.
+
+    `data.synthetic` is left out where the data set is of another kind.
+    """
     tree = config.model_dump()
+    if config.data.kind != "synthetic":
+        del tree["data"]["synthetic"]
     for section, key in (("", "output"), *PATH_KEYS, *RUN_KEYS):
         holder = tree[section] if section else tree
         if isinstance(holder.get(key), Path):
             holder[key] = str(plain_path(holder[key]))
     return tree
+
+
+def flat_config(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
+    """key.path: value of every key that is not in `without`; paths absolute."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Mapping[str, Any], above: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict) and key != "label_map":
+                walk(value, f"{above}{key}.")
+            elif above + key not in without:
+                flat[above + key] = value
+
+    walk(dump_config(config), "")
+    return flat
 
 
 def config_fingerprint(config: Config) -> str:

@@ -53,3 +53,10 @@ class Source(Protocol):
 
         Caches use it as key. Raises InputError that names the file.
         """
+
+    def content(self, name: str, labeled: bool, *, whole: bool) -> str:
+        """A text that is equal for equal content of image, and label if `labeled`, wherever it lies.
+
+        It holds cheap signs of the content, such as sizes of files, and with `whole` a checksum of all bytes.
+        Raises InputError that names the file.
+        """

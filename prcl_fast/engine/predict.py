@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image
 from torch import nn
 
@@ -18,9 +17,11 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.sources.images import read_image, save_index_png, save_png
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.engine.predict_inputs import MARK, InputImage, Inputs, check_outputs
+from prcl_fast.engine.rank_facts import check_same_prediction
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.files.writing import replacing
-from prcl_fast.processes.collectives import rank, summed, world_size
+from prcl_fast.processes.collectives import broadcast_text, rank, summed, world_size
+from prcl_fast.processes.output import locked_output
 from prcl_fast.runs.checkpoint import LoadedRun
 
 VARIANCE_COLOURS = "viridis"
@@ -101,8 +102,24 @@ def predict_files(
     name = next(iter(run.networks)) if network is None else network
     if name not in run.networks:
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
+    check_same_prediction(run, name, inputs.images, out, raw=raw)
     check_outputs(inputs.images, out)
-    images = inputs.images[rank() :: world_size()]
+    with locked_output(out, "out"):
+        yield from _predict(run, run.networks[name], inputs.images, out, device, raw=raw, progress=progress)
+        broadcast_text("")  # rank 0 holds the lock until every rank has written
+
+
+def _predict(
+    run: LoadedRun,
+    network: nn.Module,
+    images: Sequence[InputImage],
+    out: Path,
+    device: torch.device,
+    *,
+    raw: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Written | Unreadable]:
+    images = images[rank() :: world_size()]
     if not images:
         return
 
@@ -121,7 +138,7 @@ def predict_files(
             except InputError as error:
                 found = Unreadable(image.path, str(error))
             else:
-                prediction = predict_image(run.networks[name], pixels, run.config, device)
+                prediction = predict_image(network, pixels, run.config, device)
                 found = write_prediction(out, image, pixels, prediction, run.palette, raw=raw)
             if progress is not None:
                 progress(done, len(images))
@@ -170,6 +187,8 @@ def write_prediction(
 
 def colour_variance(variance: np.ndarray, low: float, high: float) -> np.ndarray:
     """float [H, W] -> uint8 [H, W, 3]: viridis from `low` (dark blue) to `high` (yellow)."""
+    from matplotlib import colormaps
+
     scaled = np.clip((variance - low) / (high - low if high > low else 1.0), 0, 1)
     colours: np.ndarray = colormaps[VARIANCE_COLOURS](scaled, bytes=True)[..., :3]
     return colours

@@ -10,7 +10,6 @@ from pathlib import Path
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, png_texts
 from prcl_fast.data.sources.listing import walk
 from prcl_fast.errors import InputError
-from prcl_fast.files.writing import make_folder
 
 # The PNGs of a prediction carry this text, so that a later one does not take them for photos.
 MARK = {"Software": "prcl predict"}
@@ -83,12 +82,7 @@ def find_images(inputs: Sequence[Path]) -> Inputs:
 
 
 def check_outputs(images: Sequence[InputImage], out: Path) -> None:
-    """Makes the output folder.
-
-    Raises:
-        InputError: a file would be written twice, over an input, or over a PNG that is no prediction, or
-            `out` cannot be a folder.
-    """
+    """Raises InputError where a file would be written twice, over an input, or over a PNG of others."""
     inputs = {image.path.resolve() for image in images}
     owner: dict[Path, Path] = {}
     for image in images:
@@ -106,7 +100,6 @@ def check_outputs(images: Sequence[InputImage], out: Path) -> None:
                     f"{image.path}: its output {output} exists and was not {_OWN}; choose another --out"
                 )
             owner[output] = image.path
-    make_folder(out, "out")
 
 
 def _in_folder(folder: Path, passed_over: Counter[str]) -> list[InputImage]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from prcl_fast.engine.rank_facts import check_same_checkpoint
 from prcl_fast.errors import InputError
 from prcl_fast.processes.collectives import broadcast_text, rank
 from prcl_fast.runs.checkpoint import load_checkpoint, newest_checkpoint
@@ -42,14 +43,18 @@ def newest_state(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[s
 
     Raises:
         InputError: no checkpoint is whole, or this rank cannot read the chosen one.
+        DifferenceError: on every rank: it has other content on some of them.
         RunError: a damaged one cannot be renamed.
     """
     found = newest_checkpoint(folder, say) if rank() == 0 else None
     name = broadcast_text("" if found is None else found[0].name)
-    if found is not None or not name:
-        return found
+    if not name:
+        return None
     path = folder / name
-    try:
-        return path, load_checkpoint(path)
-    except InputError as error:
-        raise InputError(f"output: process {rank()} cannot read what process 0 reads: {error}") from None
+    if found is None:
+        try:
+            found = path, load_checkpoint(path)
+        except InputError as error:
+            raise InputError(f"output: process {rank()} cannot read what process 0 reads: {error}") from None
+    check_same_checkpoint(path)
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
 
 from prcl_fast.errors import InputError
 
+_OF_NO_SIZE = 1 << 20  # bytes read of a file that reports a size of 0: some of them are endless
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -16,6 +18,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_BLOCK = 1 << 20  # bytes hashed at a time
 
 
 def special_kind(mode: int) -> str | None:
@@ -46,6 +49,34 @@ def check_regular(path: str | Path, what: str) -> int:
     return state.st_size
 
 
+def read_bytes(path: Path, what: str, max_bytes: int, *, after: int = 0, tail: int | None = None) -> bytes:
+    """The content of a plain file.
+
+    Args:
+        what: the kind of file for messages.
+        max_bytes: longer files are refused before they are read.
+        after: bytes to leave out at the beginning.
+        tail: at most that many bytes, from the end.
+
+    Raises:
+        InputError: naming the file: see `check_regular`; too long.
+    """
+    check_regular(path, what)  # a device may act when it is opened
+    try:
+        # Without waiting: a pipe may have taken the name since.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            state = os.fstat(file.fileno())
+            kind = special_kind(state.st_mode)
+            if kind is not None:
+                raise InputError(f"{path}: cannot be read as a {what}: it is {kind}")
+            if state.st_size > max_bytes:
+                raise InputError(f"{path}: {state.st_size} bytes; a {what} has at most {max_bytes}")
+            file.seek(max(after, state.st_size - tail) if tail is not None else after)
+            return file.read(min(max_bytes, state.st_size or _OF_NO_SIZE))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_text(path: Path, what: str, max_bytes: int) -> str:
     """The UTF-8 text of a plain file, without its byte order mark and with line ends as newlines.
 
@@ -56,14 +87,7 @@ def read_text(path: Path, what: str, max_bytes: int) -> str:
     Raises:
         InputError: naming the file: see `check_regular`; too long, or not UTF-8.
     """
-    size = check_regular(path, what)
-    if size > max_bytes:
-        raise InputError(f"{path}: {size} bytes; a {what} has at most {max_bytes}")
-    try:
-        with open(path, "rb") as file:
-            content = file.read(max_bytes)  # some endless files report a size of 0
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    content = read_bytes(path, what, max_bytes)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -71,3 +95,23 @@ def read_text(path: Path, what: str, max_bytes: int) -> str:
             f"{path}: cannot be read as a {what}: not UTF-8 text at byte {error.start}"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def file_digest(path: Path, what: str) -> str:
+    """12 hex digits of SHA-256 over the bytes of a plain file.
+
+    Args:
+        what: the kind of file for messages.
+
+    Raises:
+        InputError: naming the file: see `check_regular`.
+    """
+    check_regular(path, what)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:12]

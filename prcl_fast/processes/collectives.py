@@ -1,4 +1,4 @@
-"""Collectives over the ranks of a run: sum, maximum, all-gather, broadcast of a text."""
+"""Collectives over the ranks of a run: sum, maximum, all-gather of tensors and texts, broadcast of a text."""
 
 from __future__ import annotations
 
@@ -65,6 +65,17 @@ def broadcast_text(text: str) -> str:
     if rank() == 0:
         content = torch.tensor(list(text.encode()), dtype=torch.int64)
     return bytes(summed(content).tolist()).decode()
+
+
+def gathered_texts(text: str) -> list[str]:
+    """The texts of all ranks, on each. Every rank must call it."""
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    lengths = gathered(torch.tensor(len(content))).tolist()
+    padded = content.new_zeros(max(lengths))
+    padded[: len(content)] = content
+    return [
+        bytes(row[:length].tolist()).decode() for row, length in zip(gathered(padded), lengths, strict=True)
+    ]
 
 
 def maximum(values: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch.distributed import Store
 
@@ -25,6 +26,23 @@ class Status:
     left: bool
 
 
+@dataclass(frozen=True)
+class Report:
+    """The first report of a run.
+
+    Attributes:
+        rank: its author; -1 where another program has written it.
+        message: its text.
+        status: with which all ranks exit.
+        everywhere: every rank prints it.
+    """
+
+    rank: int
+    message: str
+    status: int
+    everywhere: bool
+
+
 class Heartbeat:
     """A thread that writes the status of this rank every `beat_s` seconds and reads that of the other ranks.
 
@@ -34,11 +52,13 @@ class Heartbeat:
     Attributes:
         statuses: the last status of each rank that has written one. All ranks are read on rank 0 and where
             `read_all` is set, else rank 0 alone.
+        clock: gives seconds.
         heard_at: for each rank in `statuses`, the time by `clock` at which a new status was last read.
         answered_at: the time by `clock` at which the store last answered.
-        report: (rank, message) of the run's first report, None before it.
+        report: the run's first report, None before it.
         readers: the number of ranks that have read the report.
         store_lost: the store does not answer any more.
+        foreign: an entry of the store that no rank can have written; None as long as there is none.
     """
 
     def __init__(
@@ -59,13 +79,15 @@ class Heartbeat:
         self.statuses: dict[int, Status] = {}
         self.heard_at: dict[int, float] = {}
         self.answered_at = clock()
-        self.report: tuple[int, str] | None = None
+        self.report: Report | None = None
         self.readers = 0
+        self.foreign: str | None = None
         self.store_lost = False
         self.read_all = rank == 0
-        self._store, self._own_status, self._clock, self._beat_s = store, own_status, clock, beat_s
+        self.clock = clock
+        self._store, self._own_status, self._beat_s = store, own_status, beat_s
         self._beats: dict[int, int] = {}  # the number of the beat that each rank's status carried
-        self._claim: str | None = None
+        self._claims: list[Report] = []  # of the threads of this rank
         self._left = self._has_read_report = self._stopped = False
         self._rounds = self._wanted_rounds = 0
         self._changed = threading.Condition()
@@ -98,10 +120,10 @@ class Heartbeat:
             self._changed.wait_for(lambda: self.store_lost or self._rounds >= wanted, timeout)
             return self._rounds >= wanted and not self.store_lost
 
-    def claim_report(self, message: str, timeout: float) -> bool:
-        """Whether `message` is the first report of the run. True also where the store does not answer."""
-        self._claim = message
-        return not self.exchange(timeout) or self.report is None or self.report[0] == self.rank
+    def claim_report(self, report: Report, timeout: float) -> bool:
+        """Whether `report` is the first of the run. True also where the store does not answer."""
+        self._claims.append(report)
+        return not self.exchange(timeout) or self.report is None or self.report.rank == self.rank
 
     def leave(self, timeout: float) -> None:
         """Marks this rank as one that has left, so that its silence is no loss."""
@@ -114,7 +136,7 @@ class Heartbeat:
                 self._round(self._own_store)
                 with self._changed:
                     self._rounds += 1
-                    self.answered_at = self._clock()
+                    self.answered_at = self.clock()
                     self._changed.notify_all()
                     self._changed.wait_for(
                         lambda: self._stopped or self._rounds < self._wanted_rounds, self._beat_s
@@ -127,12 +149,11 @@ class Heartbeat:
     def _round(self, store: Store) -> None:
         calls, activity = self._own_status()
         store.set(f"status/{self.rank}", json.dumps([self._rounds, calls, activity, self._left]))
-        if self._claim is not None and self.report is None:
-            store.compare_set("report", "", json.dumps([self.rank, self._claim]))
+        if self._claims and self.report is None:
+            store.compare_set("report", "", json.dumps(astuple(self._claims[0])))
         # Getting a key that does not exist would block.
         if self.report is None and store.check(["report"]):
-            rank, message = json.loads(store.get("report"))
-            self.report = rank, message
+            self.report = self._read_report(store.get("report"))
         if self.report is not None:
             self.readers = store.add("readers", 0 if self._has_read_report else 1)
             self._has_read_report = True
@@ -140,7 +161,22 @@ class Heartbeat:
         present = [rank for rank in others if rank in self.statuses or store.check([f"status/{rank}"])]
         texts = store.multi_get([f"status/{rank}" for rank in present])
         for rank, text in zip(present, texts, strict=True):
-            beat, calls, activity, left = json.loads(text)
+            try:
+                beat, calls, activity, left = json.loads(text)
+                status = Status(int(calls), str(activity), bool(left))
+            except (ValueError, TypeError):
+                self.foreign = f"status/{rank}"
+                continue
             if self._beats.get(rank) != beat:
-                self._beats[rank], self.heard_at[rank] = beat, self._clock()
-            self.statuses[rank] = Status(calls, activity, left)
+                self._beats[rank], self.heard_at[rank] = beat, self.clock()
+            self.statuses[rank] = status
+
+    def _read_report(self, text: bytes) -> Report:
+        """The report in the store, or one about it where no rank can have written it."""
+        with contextlib.suppress(ValueError, TypeError):
+            report = Report(*json.loads(text))
+            known = report.rank in range(self.world) and type(report.status) is int
+            if known and (report.rank != self.rank or report in self._claims):
+                return report
+        self.foreign = "report"
+        return Report(-1, "", 1, False)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
+import json
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
@@ -13,10 +17,12 @@ import torch
 import torch.distributed as dist
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.processes.agreement import DifferenceError, first_difference
+from prcl_fast.processes.arrival import Arrival, arrival, misplaced
 from prcl_fast.processes.launch import Launch
 
-# What a rank announces when it arrives: this, or the name of its GPU.
-_CPU, _INPUT_ERROR = "cpu", "input error"
+# A server that answers no request of PyTorch's store for so long is another program's.
+_ANSWER_S = 10.0
 
 
 class Group:
@@ -44,24 +50,29 @@ class Group:
 
 def join(
     launch: Launch,
-    device: torch.device | InputError,
+    device: torch.device | Exception,
     timeout_s: float,
     *,
+    command: str = "",
     wait_s: float = 300.0,
     captures: bool = False,
 ) -> Group:
     """Waits for all ranks of the run and makes them PyTorch's process group.
 
     Args:
-        device: of this rank: NCCL carries CUDA tensors, gloo tensors on the CPU. Or the input error for which
-            this rank, and so the run, cannot begin.
+        device: of this rank: NCCL carries CUDA tensors, gloo tensors on the CPU. Or the error for which this
+            rank, and so the run, cannot begin.
         timeout_s: a collective raises after this time if a rank is missing.
+        command: its name, which must be equal on all ranks.
         wait_s: how long to wait for the ranks to arrive.
         captures: CUDA graphs will hold collectives. If one of them fails or takes too long, NCCL's own thread
             then ends no process; the watchdog does.
 
     Raises:
-        InputError: the input error of some rank; one rank raises it, the others SystemExit(1).
+        DifferenceError: on every rank: the ranks have another command, world size or version of the program,
+            Python, PyTorch or NumPy.
+        Exception: the error of some rank; one rank raises it, the others SystemExit, with status 2 for an
+            InputError, else with 1.
         RunError: the ranks did not all arrive. Where they can agree on it, one rank raises this, the others
             SystemExit(1).
     """
@@ -69,20 +80,22 @@ def join(
     timeout = timedelta(seconds=timeout_s)
     try:
         store = rendezvous.open_store()
-        device = rendezvous.await_ranks(store, device)
+        here = rendezvous.await_ranks(store, device, command)
         if captures:
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # PyTorch's notes on CUDA graphs ask for it
         dist.init_process_group(
-            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+            "gloo" if here.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.PrefixStore("group", store),
             rank=launch.rank,
             world_size=launch.world,
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=here if here.type == "cuda" else None,
         )
     except (InputError, RunError):
         raise
     except (RuntimeError, ValueError) as error:
+        if error is device:
+            raise
         raise RunError(f"{rendezvous.place}: rank {launch.rank}: {first_line(error)}") from None
     return Group(dist.PrefixStore("watchdog", store))
 
@@ -103,75 +116,129 @@ class _Rendezvous:
         self.place = f"rendezvous at {launch.address}:{launch.port}"
         self._deadline = time.monotonic() + wait_s
         # torchrun hosts a store for its processes; otherwise rank 0 does.
-        self._hosting = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._hosting = launch.rank == 0 and not _by_torchrun()
 
     def open_store(self) -> dist.Store:
         """The store of all ranks; on rank 0, where needed, with the server that holds it."""
         listener = self._listen() if self._hosting else None
         self._await_server()
-        server = dist.TCPStore(
-            self.launch.address,
-            self.launch.port,
-            is_master=self._hosting,
-            timeout=timedelta(seconds=self.wait_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener else None,
+        server = self._connected(
+            lambda: dist.TCPStore(
+                self.launch.address,
+                self.launch.port,
+                is_master=self._hosting,
+                timeout=timedelta(seconds=self.wait_s),
+                wait_for_workers=False,
+                master_listen_fd=listener.detach() if listener else None,
+            )
         )
         # The store of torchrun outlives a restart of the processes.
         return dist.PrefixStore(f"prcl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
 
-    def await_ranks(self, store: dist.Store, device: torch.device | InputError) -> torch.device:
+    def await_ranks(self, store: dist.Store, device: torch.device | Exception, command: str) -> torch.device:
         """The device, once every rank has arrived with one of the same kind, and no two with the same GPU."""
         world, own = self.launch.world, self.launch.rank
         keys = [f"arrived/{rank}" for rank in range(world)]
-        store.set(keys[own], _announcement(device))
+        if not _by_torchrun() and store.add(f"arrivals/{own}", 1) > 1:
+            raise RunError(
+                f"{self.place}: another process is rank {own} there; MASTER_PORT sets another port"
+            )
+        store.set(keys[own], arrival(self.launch, device, command).to_text())
         count, pause = store.add("count", 1), 0.01
         while count < world:
-            if time.monotonic() > self._deadline or store.check(["failed"]):
+            if store.check(["failed"]):
+                self._end_as(store)
+            if time.monotonic() > self._deadline:
                 missing = [str(rank) for rank in range(world) if not store.check([keys[rank]])]
                 self._give_up(
                     store,
-                    f"{world - len(missing)} of {world} processes arrived within {self.wait_s:g} s; "
-                    f"missing: rank {', '.join(missing)}",
+                    f"{self.place}: {world - len(missing)} of {world} processes arrived within "
+                    f"{self.wait_s:g} s; missing: rank {', '.join(missing)}",
                 )
             time.sleep(pause)
             pause = min(0.5, 1.5 * pause)
             count = store.add("count", 0)
-        names = [name.decode() for name in store.multi_get(keys)]
-        if isinstance(device, InputError) or _INPUT_ERROR in names:
-            self._end(device if isinstance(device, InputError) and names.index(_INPUT_ERROR) == own else None)
-        if _CPU in names and len(set(names)) > 1:
-            cpu, gpu = names.index(_CPU), next(rank for rank in range(world) if names[rank] != _CPU)
-            self._give_up(store, f"rank {cpu} computes on the CPU, but rank {gpu} on {names[gpu]}")
-        for rank, name in enumerate(names):
-            owner = names.index(name)
-            if name != _CPU and owner != rank:
-                self._give_up(store, f"ranks {owner} and {rank} share {name}; give each its own")
+        arrived = [Arrival.from_text(text) for text in store.multi_get(keys)]
+        difference = first_difference([other.facts for other in arrived])
+        if difference:
+            self._give_up(store, difference, everywhere=True)
+        failed = [rank for rank, other in enumerate(arrived) if other.status]
+        if failed:
+            if isinstance(device, Exception) and failed[0] == own:
+                self._end(device)
+            self._end(SystemExit(arrived[failed[0]].status))
+        reason = misplaced([other.device for other in arrived])
+        if reason:
+            self._give_up(store, f"{self.place}: {reason}")
+        assert isinstance(device, torch.device)
         return device
 
-    def _give_up(self, store: dist.Store, message: str) -> NoReturn:
-        own = str(self.launch.rank)
-        is_first = store.compare_set("failed", "", own).decode() == own
-        self._end(RunError(f"{self.place}: {message}") if is_first else None)
+    def _give_up(self, store: dist.Store, message: str, *, everywhere: bool = False) -> NoReturn:
+        """Ends all ranks with the message of the first one that gives up.
 
-    def _end(self, error: Exception | None) -> NoReturn:
-        """Raises the error, or ends this process silently where another rank raises it."""
+        Args:
+            everywhere: it is a difference of the ranks, and each of them raises it.
+        """
+        store.compare_set("failed", "", json.dumps([self.launch.rank, message, everywhere]))
+        self._end_as(store)
+
+    def _end_as(self, store: dist.Store) -> NoReturn:
+        """Ends this process as the first rank that gave up has decided."""
+        try:
+            rank, message, everywhere = json.loads(store.get("failed"))
+        except (ValueError, TypeError):
+            raise RunError(
+                f"{self.place}: another program writes there; MASTER_PORT sets another port"
+            ) from None
+        if everywhere:
+            self._end(DifferenceError(message))
+        self._end(RunError(message) if rank == self.launch.rank else SystemExit(1))
+
+    def _end(self, error: Exception | SystemExit) -> NoReturn:
+        """Raises the error."""
         if self._hosting:
             time.sleep(2.0)  # for the other ranks to read the store, which ends with rank 0
-        raise SystemExit(1) if error is None else error
+        raise error
 
     def _listen(self) -> socket.socket:
+        launch = self.launch
         try:
-            found = socket.getaddrinfo(self.launch.address, self.launch.port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(launch.address, launch.port, type=socket.SOCK_STREAM)
             # PyTorch looks up the name of every peer; that of an IPv4 address in IPv6 form can take seconds.
-            family = min((entry[0] for entry in found), key=(socket.AF_INET, socket.AF_INET6).index)
-            return socket.create_server(("", self.launch.port), family=family, backlog=2048)
+            entry = min(found, key=lambda entry: (socket.AF_INET, socket.AF_INET6).index(entry[0]))
+            host = str(entry[4][0])
+            # On other machines the same name may lead to an address of the network.
+            alone = launch.world == launch.local_world and ipaddress.ip_address(host).is_loopback
+            return socket.create_server((host if alone else "", launch.port), family=entry[0], backlog=2048)
         except socket.gaierror as error:
             raise RunError(f"{self.place}: unknown address: {error.strerror}") from None
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             reason = "the port is taken" if taken else f"rank 0 cannot listen there: {error.strerror}"
             raise RunError(f"{self.place}: {reason}; MASTER_PORT sets another port") from None
+
+    def _connected(self, connect: Callable[[], dist.Store]) -> dist.Store:
+        """The result of `connect`, which waits without a limit for the answer of a server."""
+        result: list[dist.Store] = []
+        errors: list[Exception] = []
+
+        def call() -> None:
+            try:
+                result.append(connect())
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=call, name="rendezvous", daemon=True)
+        thread.start()
+        thread.join(_ANSWER_S)
+        if errors:
+            raise errors[0]
+        if not result:
+            raise RunError(
+                f"{self.place}: rank {self.launch.rank} found a server there that is not rank 0's (no answer "
+                f"within {_ANSWER_S:g} s); MASTER_PORT sets another port"
+            )
+        return result[0]
 
     def _await_server(self) -> None:
         launch = self.launch
@@ -194,9 +261,6 @@ class _Rendezvous:
             time.sleep(0.2)
 
 
-def _announcement(device: torch.device | InputError) -> str:
-    if isinstance(device, InputError):
-        return _INPUT_ERROR
-    if device.type == "cpu":
-        return _CPU
-    return f"GPU {torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
+def _by_torchrun() -> bool:
+    """Whether torchrun hosts the store: it gives each rank once, and its store outlives restarts."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from rich.console import Console
 
-from prcl_fast.errors import InputError
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.processes.collectives import rank
 from prcl_fast.processes.launch import device_of, read_launch
 from prcl_fast.processes.rendezvous import join
@@ -30,7 +29,7 @@ class Session(Generic[Loaded]):
     loaded: Loaded
     device: torch.device
     watchdog: Watchdog
-    console: Console  # standard error; quiet except on rank 0
+    console: PlainConsole  # standard error; quiet except on rank 0
 
     def result(self, line: str) -> None:
         """Prints a line on standard output, on rank 0 only."""
@@ -40,6 +39,7 @@ class Session(Generic[Loaded]):
 
 @contextlib.contextmanager
 def session(
+    command: str,
     load: Callable[[], Loaded],
     device: Callable[[Loaded], str],
     stall_timeout: Callable[[Loaded], float | None] = lambda _: None,
@@ -50,12 +50,14 @@ def session(
     An error in the block, or in `load`, is printed by one rank and ends all of them.
 
     Args:
+        command: its name, which must be equal on all ranks.
         load: reads what the command needs.
         device: gives the name of the device, from what was loaded.
         stall_timeout: gives the seconds without progress that end the run, from what was loaded.
         captures: whether CUDA graphs are captured, from what was loaded.
 
     Raises:
+        DifferenceError: the ranks have another command or version of the program or its libraries.
         InputError: a wrong environment or device, or an error of `load`.
         RunError: not all ranks arrived.
     """
@@ -63,9 +65,9 @@ def session(
     try:
         loaded = load()
         here, stall = device_of(launch, device(loaded)), stall_timeout(loaded)
-    except InputError as error:
+    except Exception as error:
         if launch is not None:
-            join(launch, error, _MARGIN_S)  # raises it once all ranks have arrived
+            join(launch, error, _MARGIN_S, command=command)  # raises it once all ranks have arrived
         raise
     own, world = (0, 1) if launch is None else (launch.rank, launch.world)
     with contextlib.ExitStack() as stack:
@@ -73,7 +75,8 @@ def session(
         if launch is not None:
             if here.type == "cuda":
                 torch.cuda.set_device(here)
-            group = join(launch, here, (stall or _DAY_S) + _MARGIN_S, captures=captures(loaded))
+            timeout_s = (stall or _DAY_S) + _MARGIN_S
+            group = join(launch, here, timeout_s, command=command, captures=captures(loaded))
             store = stack.enter_context(group).store
         watchdog = stack.enter_context(Watchdog(own, world, store, stall))
-        yield Session(loaded, here, watchdog, Console(stderr=True, quiet=own > 0))
+        yield Session(loaded, here, watchdog, PlainConsole(stderr=True, quiet=own > 0))

@@ -10,7 +10,7 @@ The states of a rank:
     reported   the run's first report, of this rank or another one, is in the store
     left       the block ended without an error: the rank's silence is no loss. Rank 0 first waits for the
                other ranks, because the store may end with it
-    ended      the process ends: with status 2 after an input error of its own, else with 1
+    ended      the process ends: with status 2 after an input error of any rank, else with 1
 
 Every rank goes from stalled, cut off and reported to ended. With one process there is no store, and only
 starting, working and stalled occur.
@@ -19,6 +19,7 @@ starting, working and stalled occur.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import sys
@@ -32,7 +33,9 @@ from typing import Any
 import torch.distributed as dist
 
 from prcl_fast.errors import InputError, RunError
-from prcl_fast.processes.heartbeat import Heartbeat
+from prcl_fast.processes.agreement import DifferenceError
+from prcl_fast.processes.heartbeat import Heartbeat, Report
+from prcl_fast.processes.peers import Peers
 from prcl_fast.processes.rendezvous import first_line
 
 _OUTPUT_S = 5.0  # timeout of printing to a blocked stream, and of `details`
@@ -57,6 +60,7 @@ class Watchdog:
 
     Attributes:
         details: more words about a rank that makes no progress, such as the images in work.
+        record: takes the run's first report, of whichever rank, before this process ends.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Watchdog:
         """
         self.rank, self.world, self.stall_s = rank, world, stall_s
         self.details: Callable[[], str] | None = None
+        self.record: Callable[[str], None] | None = None
         self._say, self._end = say, end
         self._beat_s, self._gone_s = beat_s, gone_s
         self._calls, self._activity = 0, "starting"
@@ -89,11 +94,14 @@ class Watchdog:
         self._awake_s = 0.0
         self._stopped = threading.Event()
         self._printed = threading.Lock()
+        self._reported = ""
         self._heartbeat: Heartbeat | None = None
+        self._peers: Peers | None = None
         if store is not None:
             self._heartbeat = Heartbeat(
                 rank, world, store, beat_s, lambda: (self._calls, self._activity), lambda: self._awake_s
             )
+            self._peers = Peers(self._heartbeat, beat_s, lambda: self._calls)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, activity: str, *, patient: bool = False) -> None:
@@ -112,12 +120,12 @@ class Watchdog:
 
     def report(self, message: str) -> bool:
         """Prints `message` if it is the run's first report; returns whether it is. All other ranks end."""
-        return self._report(f"prcl: {message}")
+        return self._report(Report(self.rank, f"prcl: {message}", 1, everywhere=False))
 
     def collective_failure(self, error: BaseException) -> str | None:
         """The cause of an error of a collective in one line, or None where another rank prints it."""
-        heartbeat = self._heartbeat
-        if heartbeat is None:
+        heartbeat, peers = self._heartbeat, self._peers
+        if heartbeat is None or peers is None:
             return first_line(error)
         heartbeat.read_all = True
         until = time.monotonic() + 2.5 * self._beat_s
@@ -126,15 +134,14 @@ class Watchdog:
             time.sleep(self._beat_s / 10)
         if heartbeat.report is not None:
             return None
-        if heartbeat.store_lost:
-            return self._lost_store()
-        silent = self._silent_ranks(2 * self._beat_s)
+        if not peers.store_answers(2 * self._beat_s):
+            return peers.lost_store()
+        silent = peers.silent(2 * self._beat_s)
         if silent:
-            return _gone(silent)
-        last, alike = self._furthest_behind()
+            return peers.gone(silent)
+        last, alike = peers.furthest_behind()
         if last != self.rank and not alike:
-            doing = heartbeat.statuses[last].activity
-            return f"a collective timed out, waiting for rank {last}, which is {doing}"
+            return f"a collective timed out, waiting for rank {last}, which is {peers.doing(last)}"
         return f"rank {self.rank}: a collective failed while {self._activity}: {first_line(error)}"
 
     def __enter__(self) -> Watchdog:
@@ -149,7 +156,8 @@ class Watchdog:
         heartbeat = self._heartbeat
         if heartbeat is not None and isinstance(error, Exception):
             self._report_error(error)
-            self._end_process(2 if isinstance(error, InputError) else 1)
+            # The status of the cause, where this error follows from that of another rank.
+            self._end_process(2 if isinstance(error, InputError) else self._status())
         self._stopped.set()
         self._thread.join(1.0)
         if heartbeat is None:
@@ -157,9 +165,10 @@ class Watchdog:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             heartbeat.leave(2 * self._beat_s)
             if self.rank == 0:
-                self._hold_store(lambda: len(self._calls_of_present()) == 1)
+                self._hold_store(lambda: all(other.left for other in heartbeat.statuses.values()))
         elif not isinstance(error, Exception):
-            heartbeat.claim_report("", 2 * self._beat_s)  # interrupted by hand: the other ranks end silently
+            # Interrupted by hand: the other ranks end silently.
+            heartbeat.claim_report(Report(self.rank, "", 1, everywhere=False), 2 * self._beat_s)
         heartbeat.stop()
 
     def _report_error(self, error: Exception) -> None:
@@ -167,19 +176,28 @@ class Watchdog:
             message = self.collective_failure(error)
             if message is not None:
                 self.report(message)
-        elif isinstance(error, (InputError, RunError)):
-            self.report(str(error))
+            return
+        if isinstance(error, (InputError, RunError)):
+            text = f"prcl: {error}"
         else:
-            self._report("".join(traceback.format_exception(error)).rstrip())
+            text = "".join(traceback.format_exception(error)).rstrip()
+        status, everywhere = 2 if isinstance(error, InputError) else 1, isinstance(error, DifferenceError)
+        self._report(Report(self.rank, text, status, everywhere))
 
-    def _report(self, text: str) -> bool:
-        first = self._heartbeat is None or self._heartbeat.claim_report(text, 2 * self._beat_s)
-        if first:
-            self._print(text)
+    def _report(self, report: Report) -> bool:
+        first = self._heartbeat is None or self._heartbeat.claim_report(report, 2 * self._beat_s)
+        if first or report.everywhere:
+            self._print(report.message)
         return first
+
+    def _status(self) -> int:
+        """The exit status of a process that ends for the run's report."""
+        report = None if self._heartbeat is None else self._heartbeat.report
+        return 1 if report is None else report.status
 
     def _print(self, text: str) -> None:
         if self._printed.acquire(blocking=False):  # never released: a process prints one report
+            self._reported = text
             _within(_OUTPUT_S, lambda: self._say(text))
 
     def _end_process(self, status: int) -> None:
@@ -188,6 +206,9 @@ class Watchdog:
             # Ranks that have only just started may have sent no status, but they count.
             left = [other for other in heartbeat.statuses.values() if other.left]
             self._hold_store(lambda: heartbeat.readers >= self.world - len(left))
+        report = heartbeat.report.message if heartbeat is not None and heartbeat.report else self._reported
+        if self.record is not None and report:
+            _within(_OUTPUT_S, functools.partial(self.record, report.removeprefix("prcl: ")))
         _within(_OUTPUT_S, lambda: (sys.stdout.flush(), sys.stderr.flush()))
         for worker in multiprocessing.active_children():  # one that hangs would stay, and hold the terminal
             worker.kill()
@@ -210,51 +231,69 @@ class Watchdog:
         while not self._stopped.wait(tick):
             now = time.monotonic()
             self._awake_s += min(now - before, 4 * tick)
+            if self._peers is not None and now - before > 2 * self._beat_s:
+                self._peers.paused = (self._awake_s, now - before)
             before = now
             if self._patient or (self._calls, self._signs) != progress:
                 progress, since = (self._calls, self._signs), self._awake_s
             if self._run_is_over() or (self._calls and self._has_stalled(self._awake_s - since)):
-                self._end_process(1)
+                self._end_process(self._status())
                 return
 
     def _run_is_over(self) -> bool:
         """Whether another rank has reported, or is lost, which is reported here."""
-        heartbeat = self._heartbeat
-        if heartbeat is None:
+        heartbeat, peers = self._heartbeat, self._peers
+        if heartbeat is None or peers is None:
             return False
-        if heartbeat.report is not None:
-            if heartbeat.report[0] == self.rank:
+        report = heartbeat.report
+        if heartbeat.foreign is not None:
+            text = (
+                f"another program wrote {heartbeat.foreign} in the run's store; MASTER_PORT sets another port"
+            )
+            if report is None:
+                self.report(text)
+            else:
+                self._print(f"prcl: {text}")
+            return True
+        if report is not None:
+            if report.rank == self.rank:
                 return False  # the thread that has reported ends the process
             # A launcher kills all ranks when one ends: the report must be printed before.
             time.sleep(min(1.0, self._beat_s))
+            if report.everywhere:
+                self._print("".join(c if c.isprintable() else " " for c in report.message))
             return True
-        if heartbeat.store_lost or self._awake_s - heartbeat.answered_at > self._gone_s:
+        if not peers.store_answers(self._gone_s):
             if 0 in heartbeat.statuses and heartbeat.statuses[0].left:
                 return False
-            message = self._lost_store()
+            message = peers.lost_store()
             if message is not None:
                 self._print(f"prcl: {message}")
             return True
-        silent = self._silent_ranks(self._gone_s)
+        silent = peers.silent(self._gone_s)
         if silent:
-            self.report(_gone(silent))
+            self.report(peers.gone(silent))
         return bool(silent)
 
     def _has_stalled(self, quiet_s: float) -> bool:
         """Whether this rank has stalled and its report, or another rank's, is made."""
         if self.stall_s is None or quiet_s < self.stall_s:
             return False
-        heartbeat, text = self._heartbeat, f"no progress for {self.stall_s:g} s"
+        heartbeat, peers, text = self._heartbeat, self._peers, f"no progress for {self.stall_s:g} s"
         last, alike = self.rank, False
-        if heartbeat is not None:
+        if heartbeat is not None and peers is not None:
             heartbeat.read_all = True
-            heartbeat.exchange(2 * self._beat_s)
-            last, alike = self._furthest_behind()
-        if last != self.rank:
+            if not heartbeat.exchange(2 * self._beat_s) and heartbeat.report is None:
+                # Without the store no rank can tell which one is behind.
+                message = peers.lost_store()
+                if message is not None:
+                    self._print(f"prcl: {text}: {message}")
+                return True
+            last, alike = peers.furthest_behind()
+        if peers is not None and last != self.rank:
             if quiet_s < self.stall_s + 4 * self._beat_s:
                 return False  # the rank that is furthest behind has more detail, so it reports first
-            assert heartbeat is not None
-            text += f", waiting for rank {last}, which is {heartbeat.statuses[last].activity}"
+            text += f", waiting for rank {last}, which is {peers.doing(last)}"
         else:
             who = (
                 f"all {self.world} processes are " if alike else f"rank {self.rank} is " if heartbeat else ""
@@ -263,35 +302,6 @@ class Watchdog:
             text += f", {who}{self._activity}" + (f" ({more})" if more else "")
         self.report(f"{text}; train.stall_timeout sets how long that may take")
         return True
-
-    def _calls_of_present(self) -> dict[int, int]:
-        """The calls of each rank that has not left."""
-        calls = {self.rank: self._calls}
-        if self._heartbeat is not None:
-            others = list(self._heartbeat.statuses.items())
-            calls |= {rank: status.calls for rank, status in others if not status.left}
-        return calls
-
-    def _furthest_behind(self) -> tuple[int, bool]:
-        """The rank with the fewest calls, the lowest of several; and whether all ranks have equally many."""
-        calls = self._calls_of_present()
-        return min(sorted(calls), key=calls.__getitem__), len(set(calls.values())) == 1
-
-    def _silent_ranks(self, seconds: float) -> list[int]:
-        assert self._heartbeat is not None
-        heard_at = self._heartbeat.heard_at
-        present = self._calls_of_present()
-        return [rank for rank in present if self._awake_s - heard_at.get(rank, self._awake_s) > seconds]
-
-    def _lost_store(self) -> str | None:
-        # Without a store the ranks cannot agree on who reports. The last rank is the least likely to be on
-        # the machine of rank 0.
-        return "lost rank 0, or the machine that started it" if self.rank == self.world - 1 else None
-
-
-def _gone(ranks: list[int]) -> str:
-    names = ", ".join(str(rank) for rank in sorted(ranks))
-    return f"rank {names} is gone (killed, out of memory, or its machine lost)"
 
 
 def _is_collective_failure(error: Exception) -> bool:

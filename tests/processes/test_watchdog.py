@@ -108,7 +108,7 @@ def test_an_error_is_printed_once_and_ends_all_ranks(faulty: int) -> None:
     with pytest.raises(InputError), group[faulty].watchdog:
         raise InputError("data.root: no such folder")
     assert group[faulty].status() == 2
-    assert [process.status() for process in others] == [1, 1]
+    assert [process.status() for process in others] == [2, 2]
     assert printed(group) == group[faulty].printed == ["prcl: data.root: no such folder"]
 
 

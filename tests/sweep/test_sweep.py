@@ -55,7 +55,7 @@ def test_a_finished_run_of_another_configuration_is_named_with_the_difference(tm
         sweep_command(path, ["optim.lr=0.125"])
     folder = tmp_path / "out/supervised/2/seed_0"
     assert str(caught.value).startswith(
-        f"{folder} holds another configuration's run: optim.lr is 0.0064 there and 0.125 here"
+        f"output: {folder} holds another configuration's run: optim.lr is 0.0064 there and 0.125 here"
     )
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_named_at_the_end(stand
         "prcl: run fails/seed_0 failed: data.root: no such folder",
         "prcl: run killed/seed_0 failed: ended by SIGKILL; its log is empty",
     ]
-    assert error.splitlines()[1:3] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 1.5 min; 1 of 4 runs"]
+    assert error.splitlines()[1:3] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 90 s; 1 of 4 runs"]
     again = read_sweep(path).runs[0].config
     assert yaml.safe_load((again.output / "train.yaml").read_text())["output"] == str(again.output)
     assert "first\nprcl: data.root" in (tmp_path / "out/fails/seed_0/train.log").read_text()
@@ -201,8 +201,14 @@ def test_a_run_that_another_process_trains_is_not_started_twice(stand_in, tmp_pa
     first = train_runs(runs, [{}])
     while not (tmp_path / "out/waits/seed_0/waiting").exists():
         next(first)
-    assert list(train_runs(runs, [{}])) == [Ended(runs[0], "another process is training this run")]
+    before = (runs[0].config.output / "train.log").read_bytes()
+    (ended,) = train_runs(runs, [{}])
+    folder = runs[0].config.output
+    assert isinstance(ended, Ended)
+    assert ended.failure.startswith(f"output: {folder} is in use by process {os.getpid()} on ")
+    assert (folder / "train.log").read_bytes() == before
     first.close()
+    assert not (folder / ".prcl.lock").exists()
 
 
 def test_a_log_that_is_a_link_or_a_pipe_fails_its_run_and_no_other(stand_in, tmp_path):

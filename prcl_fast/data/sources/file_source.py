@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from prcl_fast.config import DataConfig
 from prcl_fast.config.files import plain_path
 from prcl_fast.data.source import SUBSETS, Split
 from prcl_fast.data.sources.images import READING, Header, check_pair, read_header, read_image
-from prcl_fast.data.sources.labels import LabelDecoder
+from prcl_fast.data.sources.labels import LabelContent, LabelDecoder
 from prcl_fast.data.sources.splits import (
     Entry,
     SplitFile,
@@ -87,15 +88,26 @@ class FileSource:
         Raises:
             InputError: the label cannot be read, or differs in size from the image.
         """
-        file = self.labels.get(name)
-        if file is None:
-            raise InputError(f"{self.images[name]}: this unlabeled image has no label file")
+        file = self._label_file(name)
         label = file.decoder.read(file.path, self.max_pixels)
         check_pair(self.images[name], self.header(name), file.path, label.shape)
         return label
 
+    def label_content(self, name: str) -> LabelContent:
+        """The ids in the file of a label. Raises InputError as `label` does."""
+        file = self._label_file(name)
+        size, content = file.decoder.read_content(file.path, self.max_pixels)
+        check_pair(self.images[name], self.header(name), file.path, size)
+        return content
+
+    def _label_file(self, name: str) -> LabelFile:
+        file = self.labels.get(name)
+        if file is None:
+            raise InputError(f"{self.images[name]}: this unlabeled image has no label file")
+        return file
+
     def pixel_state(self, name: str, labeled: bool) -> str:
-        """Path, size and modification time of the image, and of its label with the decoder's fingerprint.
+        """Path, size and times of change of the image, and of its label with the decoder's fingerprint.
 
         Begins with the number of the way in which files are read.
         """
@@ -105,10 +117,33 @@ class FileSource:
             state += f" {_file_state(file.path)} {file.decoder.fingerprint}"
         return state
 
+    def content(self, name: str, labeled: bool, *, whole: bool) -> str:
+        """Size of the image file, and of the label file with the decoder's fingerprint; CRCs with `whole`."""
+        if not labeled:
+            return _file_content(self.images[name], whole)
+        file = self.labels[name]
+        label = f"{_file_content(file.path, whole)} {file.decoder.fingerprint}"
+        return f"{_file_content(self.images[name], whole)} {label}"
+
+
+def _file_content(path: Path, whole: bool) -> str:
+    try:
+        size = os.stat(path).st_size
+        if not whole:
+            return str(size)
+        checksum = 0
+        with path.open("rb") as file:
+            while block := file.read(_MAX_BYTES):
+                checksum = zlib.crc32(block, checksum)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return f"{size} {checksum:08x}"
+
 
 def _file_state(path: Path) -> str:
     state = _state_of(path)
-    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
+    # Nobody can set the time of the last change of state, as `cp -p` sets that of the last modification.
+    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 def _state_of(path: Path) -> os.stat_result:
@@ -155,17 +190,27 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
 
 
 def _check_no_image_twice(files: Mapping[str, SplitFile], images: Mapping[str, Path]) -> None:
-    # Different ids can lead to one file: "0001" and "train/0001", or links.
-    seen: dict[tuple[int, int], tuple[str, Path]] = {}
-    for file in files.values():
+    # Different ids can lead to one file, such as "0001" and "train/0001", or by links. A link may repeat an
+    # image within a subset, but not lead from one subset into another.
+    seen: dict[Path, str] = {}
+    linked: dict[tuple[int, int], tuple[str, Path, str]] = {}
+    for subset, file in files.items():
         for entry in file.entries:
             where = f"{file.path}:{entry.line}"
             image = images[entry.name]
-            state = _state_of(image)
-            earlier, other = seen.setdefault((state.st_dev, state.st_ino), (where, image))
-            if earlier != where:
-                same = "" if other == image else f", as {other}, which is the same file"
-                raise InputError(f"{where}: {image} is already named by {earlier}{same}")
+            if image in seen:
+                raise InputError(f"{where}: {image} is already named by {seen[image]}")
+            seen[image] = where
+            try:
+                state = os.stat(image)
+            except OSError:  # the decoder reports it
+                continue
+            inode = (state.st_dev, state.st_ino)
+            other_subset, other, other_where = linked.setdefault(inode, (subset, image, where))
+            if other_subset != subset and state.st_ino:  # some file systems number every file 0
+                raise InputError(
+                    f"{where}: {image} is by a link the same file as {other}, which {other_where} names"
+                )
 
 
 def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tuple[str, ...]:

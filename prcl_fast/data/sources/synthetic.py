@@ -6,6 +6,7 @@ Every image is a function of (seed, subset, index), rendered by `prcl_fast.data.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +56,16 @@ class SyntheticSource:
         """Name, settings, and the version of this package, which renders the images."""
         return f"synthetic {name} {self.config.size} {self.config.seed} {__version__}"
 
+    def content(self, name: str, labeled: bool, *, whole: bool) -> str:
+        """Name and settings; with `whole` a CRC of the pixels, which this version of the package renders."""
+        settings = f"synthetic {name} {self.config.size} {self.config.seed}"
+        if not whole:
+            return settings
+        checksum = zlib.crc32(self.image(name).tobytes())
+        if labeled:
+            checksum = zlib.crc32(self.label(name).tobytes(), checksum)
+        return f"{settings} {checksum:08x}"
+
     def _scene(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         subset, _, index = name.rpartition("_")
         height, width = self.config.size
@@ -72,8 +83,6 @@ def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
     """
     _check_size(config, "size")
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already and is not an empty folder")
     with replacing_folder(folder) as temporary:
         for subset in SUBSETS:
             _write_subset(temporary, config, subset)
