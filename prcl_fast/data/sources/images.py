@@ -210,7 +210,7 @@ def _opened(path: Path, formats: tuple[str, ...], max_pixels: int | None) -> Ite
             if max_pixels is not None and width * height > max_pixels:
                 raise InputError(
                     f"{path}: {width} x {height} is {width * height} pixels, more than the bound of "
-                    f"{max_pixels} on one image; data.max_pixels raises it"
+                    f"{max_pixels} on one image; data.max_pixels (data convert: --max-pixels) raises it"
                 )
             yield image
     except InputError:
