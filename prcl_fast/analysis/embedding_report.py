@@ -102,7 +102,7 @@ def write_analysis(
         out = main.parent / "analysis"
         check_subfolder(out)
     with locked_folder(Path(out), "out"):
-        return _write_analysis(main, run, others, overrides, question, Path(out), device, progress)
+        return _write_analysis(main, run, others, overrides, question, Path(out), device, progress, say)
 
 
 def _write_analysis(
@@ -114,6 +114,7 @@ def _write_analysis(
     out: Path,
     device: torch.device,
     progress: Progress,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     loaded = load_run(main, device)
     name = next(iter(loaded.networks)) if question.network is None else question.network

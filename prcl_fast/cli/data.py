@@ -63,6 +63,9 @@ def convert(
             help="Id for colours that the palette lacks; they are errors by default.",
         ),
     ] = None,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Largest number of pixels of one mask, as data.max_pixels.")
+    ] = 89_478_485,
 ) -> None:
     """Convert masks of colours to masks of ids, or change the ids of masks.
 
@@ -76,7 +79,13 @@ def convert(
     code = None if palette is None else read_colour_code(palette)
     with counting("convert") as progress:
         count = convert_masks(
-            masks, out, code=code, label_map=parse_label_map(label_map or ()), other=other, progress=progress
+            masks,
+            out,
+            code=code,
+            label_map=parse_label_map(label_map or ()),
+            other=other,
+            max_pixels=max_pixels,
+            progress=progress,
         )
     say(f"{out}: {count} masks")
 

@@ -126,7 +126,7 @@ class DataConfig(Section):
     max_pixels: int = Field(
         89_478_485,
         ge=1,
-        le=2**31 - 1,
+        le=2_000_000_000,
         description="Largest number of pixels of one image or label; larger files are refused before they "
         "are decoded, because a small file can hold an image that fills the memory.",
     )

@@ -178,11 +178,11 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
 
 def anchored(value: str, folder: Path) -> str:
-    """The path `value` relative to `folder`.
+    """The path `value` relative to `folder`; ~ is the home folder.
 
     A bundled file may be read as if it lay in a folder that does not exist: then `..` is taken by name.
     """
-    path = folder / value
+    path = folder / os.path.expanduser(value)
     return str(path) if folder.is_dir() else os.path.normpath(path)
 
 

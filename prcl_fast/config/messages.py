@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from prcl_fast.config.renamed import new_name
+from prcl_fast.config.types import PATH_ERROR
 
 _SHOWN = 160
 # Names that other programs have for keys of this one.
@@ -29,11 +30,13 @@ USUAL_NAMES = {
 
 
 def first_message(error: ValidationError, tree: Mapping[str, Any], root: type[BaseModel]) -> str:
-    """One line about the first error, and the number of further ones; unknown keys come first.
+    """One line about the first error, and the number of further ones; unknown keys come first, then paths.
 
-    An unknown key often causes the other errors, such as a required key that is missing.
+    An unknown key often causes the other errors, such as a required key that is missing. A key that may hold
+    a list or a path has an error for the list, too.
     """
-    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+    order = ("extra_forbidden", PATH_ERROR)
+    mistakes = sorted(error.errors(), key=lambda m: (*order, m["type"]).index(m["type"]))
     mistake = mistakes[0]
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     location = _location(mistake["loc"], tree)

@@ -295,6 +295,36 @@ def test_convert_refuses_what_it_cannot_do(masks: Path, tmp_path: Path) -> None:
     assert "stands for both" in refused("convert", masks, out, "--palette", palette)
     Image.new("RGB", (3, 2)).save(masks / "b.jpg")
     assert "b.jpg: a lossy format" in refused("convert", masks, out, "--palette", "voc")
+    (masks / "b.jpg").rename(masks / "b.gif")
+    assert "b.gif: programs that write GIF" in refused("convert", masks, out, "--palette", "voc")
+
+
+def test_convert_passes_over_hidden_files_and_folders(masks: Path, tmp_path: Path) -> None:
+    (masks / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a.png", "sub/._a.png"):
+        put_label(masks / name, 5)
+    prcl_data("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt")
+    assert [path.name for path in (tmp_path / "out").rglob("*.png")] == ["a.png"]
+
+
+def test_convert_has_a_bound_on_the_pixels_of_a_mask(masks: Path, tmp_path: Path) -> None:
+    arguments = ("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt", "--max-pixels")
+    assert "a.bmp: 3 x 2 is 6 pixels" in refused(*arguments, 5)
+    prcl_data(*arguments, 6)
+
+
+def test_the_check_counts_images_with_an_orientation(tmp_path: Path) -> None:
+    folder = tmp_path / "synth"
+    prcl_data("synth", folder, "--labeled", 2, "--unlabeled", 3, "--val", 1)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for path in sorted((folder / "JPEGImages").iterdir())[:2]:
+        with Image.open(path) as image:
+            image.load()
+            image.save(path, exif=exif)
+    for fast in ((), ("--fast",)):
+        output = prcl_data("check", folder / "config.yaml", *fast).stdout
+        assert "note: 2 images carry an EXIF orientation; it is applied\n" in output
 
 
 def test_synth_writes_a_data_set_that_passes_the_check(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from prcl_fast.config import (
 from prcl_fast.config.files import plain_path
 from prcl_fast.errors import InputError
 from support.paths import CONFIGS
+from support.tiny import tiny_tree
 
 
 @pytest.fixture
@@ -277,3 +279,34 @@ def test_the_probability_heads_rate_makes_up_for_a_shorter_run(
 def test_the_schema_beside_the_configurations_is_current() -> None:
     stored = json.loads((CONFIGS / "schema.json").read_text())
     assert stored == json_schema(), "run `make schema`"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "base.yaml").write_text("output: ~/out\nmethod: {name: supervised}\n")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/above.yaml").write_text(f"base: {tmp_path}/base.yaml\n")
+    path = tmp_path / "c.yaml"
+    data = "data: {kind: folder, root: ~/data, labeled: a, val: ~/v, classes: ~/c}"
+    path.write_text(f"base: ~/above.yaml\n{data}\n")
+    config = load_config(path, ["model.weights=~/w.pth"])
+    home = tmp_path / "home"
+    assert (config.output, config.data.root, config.data.val) == (home / "out", home / "data", home / "v")
+    assert (config.data.labeled, config.data.classes) == (tmp_path / "a", home / "c")
+    assert config.model.weights == home / "w.pth"
+
+
+@pytest.mark.parametrize("key", ["output", "data.root", "data.classes", "model.weights"])
+@pytest.mark.parametrize("name", ["$DATA", "${DATA}"])
+def test_a_variable_in_a_path_is_refused_unless_it_is_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = tiny_tree(tmp_path / "run")
+    holder = tree if key == "output" else tree.setdefault(key.split(".")[0], {})
+    holder[key.split(".")[-1]] = f"{name}/x"
+    message = re.escape(f"{key}: {name} is not replaced")
+    with pytest.raises(InputError, match=rf"{message} .*command line"):
+        parse_config(tree, "test")
+    (tmp_path / name / "x").mkdir(parents=True)
+    parse_config(tree, "test")

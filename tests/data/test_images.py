@@ -177,6 +177,26 @@ def test_a_mask_of_a_format_that_alters_ids_is_named(tmp_path: Path, kind: str, 
             assert (np.array(image) == 0).all()  # the ids were 1
 
 
+def progressive(folder: Path, more: int, padding: int = 0) -> Path:
+    """A progressive JPEG whose last scan is there `more` times more, behind a comment of `padding` bytes."""
+    plain = put(folder / "a.jpg", np.kron(PIXELS, np.ones((8, 8, 1), np.uint8)), progressive=True)
+    content = plain.read_bytes()
+    end = content.rindex(b"\xff\xd9")
+    scan = content[content.rindex(b"\xff\xda") : end]
+    comment = b"\xff\xfe\xff\xfd" + bytes(0xFFFB)
+    comments = comment * (padding // len(comment))
+    plain.write_bytes(content[:2] + comments + content[2:end] + scan * more + content[end:])
+    return plain
+
+
+@pytest.mark.parametrize("padding", [0, 3 * 2**20])
+def test_a_progressive_jpeg_of_many_scans_is_refused(tmp_path: Path, padding: int) -> None:
+    ordinary = read_image(progressive(tmp_path, 0))
+    np.testing.assert_array_equal(read_image(progressive(tmp_path, 40, padding)), ordinary)
+    with pytest.raises(InputError, match=r"a\.jpg: a progressive JPEG of more than 50 scans"):
+        read_image(progressive(tmp_path, 41, padding))
+
+
 def test_texts_of_a_png_are_read_and_other_files_have_none(tmp_path: Path) -> None:
     save_index_png(tmp_path / "a.png", IDS, np.zeros((1, 3), np.uint8), {"Software": "x"})
     assert png_texts(tmp_path / "a.png")["Software"] == "x"

@@ -35,6 +35,7 @@ _MASK_FORMATS = ("PNG", "BMP", "TIFF")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 # Pillow stretches grey PNGs of 2 and 4 bits to 0..255; division restores the ids of the file.
 _STRETCHED = {"L;2": 85, "L;4": 17}
+_MAX_SCANS = 50  # of a progressive JPEG; the usual ones have 10, optimised ones some 20
 # Formats in which no mask is read, by the first bytes of a file and by the suffixes.
 _NO_MASKS = {b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP", b"GIF8": "GIF"}
 _LOSSY = "a lossy format alters ids"
@@ -84,13 +85,16 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         uint8 [H, W, 3], RGB. Grey and palette images become RGB, transparency is dropped.
 
     Raises:
-        InputError: missing, damaged, more than 8 bits per channel, or more than `max_pixels`.
+        InputError: missing, damaged, more than 8 bits per channel, more than `max_pixels`, or a progressive
+            JPEG of too many scans.
     """
     with _opened(path, _IMAGE_FORMATS, max_pixels) as image:
         if image.mode not in _COLOUR_MODES or _wide(image):
             raise InputError(
                 f"{path}: 8 bits a channel are expected, this image has mode {_true_mode(image)}"
             )
+        if image.info.get("progressive"):
+            _check_scans(path, image.width * image.height)
         turn = turn_of(image)
         image.info.pop("transparency", None)
         colours = image if image.mode == "RGB" else image.convert("RGB")
@@ -206,7 +210,7 @@ def _opened(path: Path, formats: tuple[str, ...], max_pixels: int | None) -> Ite
             if max_pixels is not None and width * height > max_pixels:
                 raise InputError(
                     f"{path}: {width} x {height} is {width * height} pixels, more than the bound of "
-                    f"{max_pixels} on one image; data.max_pixels raises it"
+                    f"{max_pixels} on one image; data.max_pixels (data convert: --max-pixels) raises it"
                 )
             yield image
     except InputError:
@@ -238,6 +242,19 @@ def _recognised(file: BinaryIO, path: Path, formats: tuple[str, ...]) -> Image.I
         reason = _GIF if kind == "GIF" else _LOSSY
         raise InputError(f"{path}: a {kind} file; {reason}; masks are {', '.join(_MASK_FORMATS)} files")
     raise InputError(f"{path}: not a readable {', '.join(formats)} file")
+
+
+def _check_scans(path: Path, pixels: int) -> None:
+    """Raises InputError if a progressive JPEG has too many scans; each is a pass over all pixels."""
+    count, unread, last = 0, 4 * pixels + 2**24, b""
+    with path.open("rb") as file:
+        while unread > 0 and (block := file.read(2**20)):
+            # Within the data of a scan, a zero follows each byte ff.
+            count += (last + block).count(b"\xff\xda")
+            last = block[-1:]
+            unread -= len(block)
+            if count > _MAX_SCANS:
+                raise InputError(f"{path}: a progressive JPEG of more than {_MAX_SCANS} scans; save it anew")
 
 
 def _raw_mode(image: Image.Image) -> str:

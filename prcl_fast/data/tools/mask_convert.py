@@ -15,6 +15,7 @@ from prcl_fast.data.sources.cityscapes import PALETTE as CITYSCAPES_PALETTE
 from prcl_fast.data.sources.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
+    MAX_PIXELS,
     Mask,
     decode_mask,
     save_index_png,
@@ -89,6 +90,7 @@ def convert_masks(
     code: ColourCode | None,
     label_map: Mapping[int, int],
     other: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Writes every mask of a folder and its subfolders as a palette PNG of the same name.
@@ -100,6 +102,7 @@ def convert_masks(
             refuses RGB masks, and takes palette indices as ids.
         label_map: new id for each id, of the file or of the colour; ids that are not listed stay.
         other: id for colours that are not in `code`; None refuses them.
+        max_pixels: bound on the pixels of one mask.
         progress: called with (masks done, number of masks).
 
     Returns:
@@ -118,7 +121,7 @@ def convert_masks(
     palette = _palette(code, table)
     with replacing_folder(out) as temporary:
         for done, (target_name, path) in enumerate(targets.items(), start=1):
-            ids = _ids(path, code, other)
+            ids = _ids(path, decode_mask(path, max_pixels), code, other)
             _check_unambiguous(path, ids, label_map)
             save_index_png(temporary / target_name, table[ids], palette)
             if progress is not None:
@@ -126,8 +129,7 @@ def convert_masks(
     return len(targets)
 
 
-def _ids(path: Path, code: ColourCode | None, other: int | None) -> np.ndarray:
-    mask = decode_mask(path)
+def _ids(path: Path, mask: Mask, code: ColourCode | None, other: int | None) -> np.ndarray:
     if mask.pixels.ndim == 3:
         if code is None:
             raise InputError(f"{path}: an RGB mask; --palette says what its colours mean")
