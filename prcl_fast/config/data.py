@@ -94,12 +94,12 @@ class DataConfig(Section):
     )
     label_map: dict[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]] | None = Field(
         None,
-        description="Class id for each id in the label files; ids that are not listed stay unchanged, 255 "
-        "means not labeled.",
+        description="Class id for each id in the label files; 255 means not labeled. Ids that are not listed "
+        "stay unchanged, and are refused where another id is mapped to them.",
     )
     palette: list[Rgb] | None = Field(
         None,
-        description="RGB colour of each class, for figures and for reading RGB masks (kind folder). Colours "
+        description="RGB colour of each class, for figures and for reading RGB and palette masks. Colours "
         "after those of the classes mark pixels that are not labeled.",
     )
     ignore: int = Field(
@@ -136,7 +136,8 @@ class DataConfig(Section):
     )
     scan: bool = Field(
         True,
-        description="Check all label files before training: readable, known ids, same size as the image.",
+        description="Check all label files before training: readable, known ids, same size as the image, "
+        "labeled pixels of every class.",
     )
 
     @model_validator(mode="after")

@@ -81,7 +81,8 @@ def _judge_subset(
     found = _found(source, scan, subset)
     if len(missing) == len(counts):
         refusals.append(
-            f"data.{subset}: no pixel of these images has a label{found} (data.ignore and data.label_map)"
+            f"data.{subset}: no pixel of these images has a label{found}; data.ignore and data.label_map say "
+            "which ids count"
         )
         return
     lacks = f"data.{subset}: no pixel of these images has {_names(source, missing)}"
