@@ -140,8 +140,8 @@ class DataConfig(Section):
     )
     cache_dir: PathString | None = Field(
         None,
-        description="Folder of the cache on disk; null: $XDG_CACHE_HOME/prcl_fast/images, by default "
-        "~/.cache/prcl_fast/images.",
+        description="Folder of the cache on disk, in which each user gets a private one; null: "
+        "$XDG_CACHE_HOME/prcl_fast/images, by default ~/.cache/prcl_fast/images.",
     )
     scan: bool = Field(
         True,
