@@ -12,18 +12,42 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.streams import standard_streams, status_of
+
+_INTERRUPTED = 128 + 2
 
 
 def run(command: Callable[[], int | None], name: str) -> int:
     """Runs a command and returns its exit status.
 
-    InputError and RunError become one line on standard error, begun with `name`, and status 2 and 1.
+    InputError, RunError and errors of the system become one line on standard error, begun with `name`, and
+    status 2, 1 and 1. Ctrl-C gives status 130, the shell's.
     """
-    try:
-        return command() or 0
-    except (InputError, RunError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+    with standard_streams() as output:
+        try:
+            status = command() or 0
+        except (InputError, RunError) as error:
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            status = 2 if isinstance(error, InputError) else 1
+        except OSError as error:
+            named = f"{error.filename}: " if error.filename else ""
+            print(f"{name}: {named}{error.strerror or error}", file=sys.stderr)
+            status = 1
+        except KeyboardInterrupt:
+            status = _INTERRUPTED
+        except SystemExit as end:
+            if not isinstance(end.code, int | None):
+                raise
+            status = _INTERRUPTED if _after_interrupt(end) else end.code or 0
+    return status or status_of(output, name)
+
+
+def _after_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C led to this error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__context__
+    return cause is not None
 
 
 def check_known(key: str, values: Collection[str], known: Collection[str]) -> None:

@@ -17,6 +17,7 @@ ROOMS = (
     "device",
     "files",
     "machine",
+    "streams",
     "console",
     "config",
     "reference",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 
 # PyTorch's C++ code would repeat on standard error what the command prints in one line. The variable is read
 # when torch is imported.
@@ -11,3 +12,16 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ["MPLBACKEND"] = "agg"
 # Its remarks on a folder of settings that cannot be written: it uses a temporary one.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def start() -> None:
+    """The entry point of the `prcl` script."""
+    # Ctrl-C during the imports ends the process as the system does, without a traceback.
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from prcl_fast.cli.main import main
+
+    if usual:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

@@ -105,6 +105,7 @@ def settings(config: Config) -> dict[str, Any]:
     return flat
 
 
-def label_scan_cache() -> Path:
-    """The file that lists the label files already checked, shared by all runs of a user."""
-    return user_cache() / "label_scan.json"
+def label_scan_cache() -> Path | None:
+    """The file that lists the label files already checked, shared by all runs of a user with a home."""
+    folder = user_cache()
+    return None if folder is None else folder / "label_scan.json"

@@ -138,7 +138,10 @@ def _folder(data: DataConfig) -> Path:
     elif data.cache_dir is not None:
         folder = data.cache_dir
     else:
-        folder = user_cache() / "images"
+        home = user_cache()
+        if home is None:
+            raise InputError("data.cache_dir: needed, because this user has no home folder (set HOME)")
+        folder = home / "images"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
