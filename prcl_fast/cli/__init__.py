@@ -1,5 +1,6 @@
 """The command line."""
 
+import getpass
 import logging
 import os
 import signal
@@ -12,6 +13,11 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ["MPLBACKEND"] = "agg"
 # Its remarks on a folder of settings that cannot be written: it uses a temporary one.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
+# The caches of torch.compile have the user's name, which an unknown user of a container lacks.
+try:
+    getpass.getuser()
+except (KeyError, OSError):
+    os.environ["USER"] = f"user-{os.getuid()}"
 
 
 def start() -> None:
