@@ -1,7 +1,9 @@
 """The command line."""
 
+import getpass
 import logging
 import os
+import signal
 
 import typer.core
 
@@ -17,3 +19,21 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ["MPLBACKEND"] = "agg"
 # Its remarks on a folder of settings that cannot be written: it uses a temporary one.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
+# The caches of torch.compile have the user's name, which an unknown user of a container lacks.
+try:
+    getpass.getuser()
+except (KeyError, OSError):
+    os.environ["USER"] = f"user-{os.getuid()}"
+
+
+def start() -> None:
+    """The entry point of the `prcl` script."""
+    # Ctrl-C during the imports ends the process as the system does, without a traceback.
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from prcl_fast.cli.main import main
+
+    if usual:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

@@ -163,6 +163,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def label_scan_cache() -> Path:
-    """The file that lists the label files already checked, shared by all runs of a user."""
-    return user_cache() / "label_scan.json"
+def label_scan_cache() -> Path | None:
+    """The file that lists the label files already checked, shared by all runs of a user with a home."""
+    folder = user_cache()
+    return None if folder is None else folder / "label_scan.json"
