@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prcl_fast.analysis.duration import duration_text
 from prcl_fast.analysis.seed_statistics import MISSING, Summary, cell_texts, summarize
 from prcl_fast.config import Config, load_stored_config
 from prcl_fast.config.files import PATH_KEYS, RUN_KEYS
+from prcl_fast.console.text import duration
 from prcl_fast.errors import InputError
 from prcl_fast.runs.folder import CONFIGURATION, settings
 from prcl_fast.runs.metrics import METRICS, RunResult, read_result
@@ -76,7 +76,7 @@ class Comparison:
             cell_texts([group.summary("miou") for group in self.groups], bold=bold),
             cell_texts([group.summary("best_miou") for group in self.groups], bold=bold),
             [group.iterations() for group in self.groups],
-            [MISSING if time is None else duration_text(time.mean) for time in seconds],
+            [MISSING if time is None else duration(time.mean) for time in seconds],
             strict=True,
         )
         return [

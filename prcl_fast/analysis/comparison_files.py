@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from prcl_fast.analysis.comparison import Comparison, Group
 from prcl_fast.analysis.seed_statistics import csv_table, markdown_table
 from prcl_fast.analysis.style import COLOURS, iteration_axis, new_figure, plain_text, save_figure, styled
+from prcl_fast.files.json_text import json_text
 from prcl_fast.files.locking import locked_folder
 from prcl_fast.files.writing import write_text
 from prcl_fast.machine.description import provenance
@@ -129,4 +129,4 @@ def _json(comparison: Comparison) -> str:
         shown = {name: texts[index] for name, texts in comparison.columns.items()}
         groups.append({"settings": shown, **summaries, "runs": runs})
     tree = {"groups": groups, "warnings": list(comparison.warnings)} | provenance()
-    return json.dumps(tree, indent=1) + "\n"
+    return json_text(tree, indent=1) + "\n"

@@ -3,6 +3,11 @@
 import logging
 import os
 
+import typer.core
+
+# Help and errors as plain text: Rich would take brackets in them for markup, and is slow to import.
+typer.core.HAS_RICH = False
+
 # PyTorch's C++ code would repeat on standard error what the command prints in one line. The variable is read
 # when torch is imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from prcl_fast.cli.arguments import Device, NetworkName, RunOrCheckpoint
 from prcl_fast.errors import InputError
+from prcl_fast.files.json_text import json_text
 
 
 def analyse_command(
@@ -59,7 +59,7 @@ def analyse_command(
         *("silhouette", "davies_bouldin", "intra_variance", "inter_variance"),
         *("trace_intra", "trace_inter", "trace_ratio"),
     )
-    print(json.dumps({key: metrics[key] for key in keys} | {"output": result["output"]}))
+    print(json_text({key: metrics[key] for key in keys} | {"output": result["output"]}))
 
 
 def _checkpoints_and_overrides(rest: list[str]) -> tuple[list[Path], list[str]]:
@@ -79,7 +79,7 @@ def _checkpoints_and_overrides(rest: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from prcl_fast.console import print_table
+    from prcl_fast.console import print_table, say
 
     data, metrics = result["data"], result["metrics"]
     title = (
@@ -101,24 +101,24 @@ def _print(result: dict[str, Any]) -> None:
     ]
     columns = ["class", "pixels", "intra variance", "sigma^2", "rank", "IoU %", "rank"]
     print_table(title, columns, rows, right=range(1, 7))
-    typer.echo(f"representation: {result['representation']['meaning']}, {result['representation']['dim']} "
+    say(f"representation: {result['representation']['meaning']}, {result['representation']['dim']} "
                "numbers a pixel, L2-normalised")  # fmt: skip
-    typer.echo(f"prototypes: {result['prototypes']['origin']}")
-    typer.echo(
+    say(f"prototypes: {result['prototypes']['origin']}")
+    say(
         f"silhouette {metrics['silhouette']:.4f}, Davies-Bouldin {metrics['davies_bouldin']:.3f}, "
         f"intra-class variance {metrics['intra_variance']:.4f}, inter-class {metrics['inter_variance']:.4f}"
     )
-    typer.echo(
+    say(
         f"not normalised: tr(inter-class) / tr(intra-class) {_number(metrics['trace_ratio'], 3)}, "
         f"tr(inter-class) {metrics['trace_inter']:.4g}, tr(intra-class) {metrics['trace_intra']:.4g}"
     )
     if metrics["variance_auroc"] is not None:
-        typer.echo(
+        say(
             f"AUROC of sigma^2 as a detector of wrong pixels ({metrics['wrong_share']:.0%} of those drawn): "
             f"{metrics['variance_auroc']:.3f} (0.5: chance)"
         )
     if metrics["variance_iou_correlation"] is not None:
-        typer.echo(
+        say(
             "rank correlation of sigma^2 and IoU over classes: "
             f"{metrics['variance_iou_correlation']:.2f} (-1: sigma^2 is largest where IoU is lowest)"
         )

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prcl_fast.config.bundled import NAME, bundled_folder
-from prcl_fast.console import print_table
+from prcl_fast.console import print_table, say
 from prcl_fast.errors import InputError
 from prcl_fast.files.writing import replacing_folder
 
@@ -27,10 +26,12 @@ def configs_command(
 
     `prcl train` and the other commands read a bundled file by the name listed, wherever they are started.
     """
+    from prcl_fast.config.bundled import NAME, bundled_folder
+
     folder = bundled_folder()
     if out is not None:
         _copy(folder, out)
-        typer.echo(f"written: {out}")
+        say(f"written: {out}")
         return
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
     rows = [(str(Path(NAME) / file), _title(folder / file)) for file in files]

@@ -27,13 +27,15 @@ def check(
         bool, typer.Option("--fast", help="Read the headers of the images, not their pixels.")
     ] = False,
 ) -> None:
-    """Check a data set before training: splits, missing and damaged files, label ids, sizes, class shares.
+    """Check a data set before training.
 
-    Exit status 2: a file is wrong.
+    Checked: splits, missing and damaged files, label ids, sizes, class shares. Exit status 2: a file is
+    wrong, or training would refuse the labels.
     """
     from prcl_fast.config import load_config
-    from prcl_fast.console import counting, print_table
+    from prcl_fast.console import counting, print_table, say
     from prcl_fast.data.sources import build_source
+    from prcl_fast.data.tools.label_check import judge_labels
     from prcl_fast.data.tools.scan import scan_labels
 
     data = load_config(config, overrides or ()).data
@@ -46,18 +48,22 @@ def check(
     print_table("Images", columns, _subset_rows(data, source, sizes), right=(1,))
     columns = ["id", "class", "labeled, % of pixels", "in images", "val, % of pixels", "in images"]
     print_table("Classes", columns, _class_rows(source, scan), right=(0, 2, 3, 4, 5))
-    for name, pixels in zip(source.classes, scan.pixels["labeled"].sum(axis=0), strict=False):
-        if pixels == 0:
-            typer.echo(f"note: no labeled image contains class {name}")
     if turned:
-        typer.echo(f"note: {turned} images carry an EXIF orientation; it is applied")
+        say(f"note: {turned} images carry an EXIF orientation; it is applied")
     for problem in problems[:_SHOWN]:
-        typer.echo(f"wrong: {problem}")
+        say(f"wrong: {problem}")
     if len(problems) > _SHOWN:
-        typer.echo(f"wrong: {len(problems) - _SHOWN} more")
+        say(f"wrong: {len(problems) - _SHOWN} more")
     if problems:
         raise InputError(f"{config}: {len(problems)} files are wrong, the first: {problems[0]}")
-    typer.echo("no problem found")
+    verdict = judge_labels(source, scan)
+    for note in verdict.notes:
+        say(f"note: {note}")
+    for refusal in verdict.refusals:
+        say(f"wrong: {refusal}")
+    if verdict.refusals:
+        raise InputError(verdict.refusals[0])
+    say("no file is wrong; see the notes" if verdict.notes else "nothing wrong found")
 
 
 def _read_images(source: Source, fast: bool) -> tuple[dict[str, tuple[int, int]], int, list[str]]:

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from prcl_fast.config import Config
 
-app = typer.Typer(
-    help="Make, show, convert and compare split files.", no_args_is_help=True, rich_markup_mode="rich"
-)
+app = typer.Typer(help="Make, show, convert and compare split files.", no_args_is_help=True)
 
 
 class FamilyName(str, Enum):
@@ -56,9 +54,10 @@ def make(
         ),
     ] = False,
 ) -> None:
-    """Draw the labeled images at random; the others are unlabeled. A seed gives the same draw on any machine.
+    """Draw the labeled images at random; the others are unlabeled.
 
-    Without --cover the images of a smaller draw are among those of a larger one.
+    A seed gives the same draw on any machine. Without --cover the images of a smaller draw are among those of
+    a larger one.
     """
     from prcl_fast.config import load_config
     from prcl_fast.data.sources.splits import read_split
@@ -92,7 +91,7 @@ def make(
 
 @app.command("show")
 def show(files: Annotated[list[Path], typer.Argument(help="Split files of any format.")]) -> None:
-    """Show split files: number of images, format, name of a public list, and a hash of the list."""
+    """Show split files: images, format, public list, hash."""
     from prcl_fast.console import print_table
     from prcl_fast.data.sources.splits import read_split
 

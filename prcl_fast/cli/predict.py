@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from prcl_fast.cli.arguments import Device, NetworkName, RunOrCheckpoint
+from prcl_fast.console import note
 from prcl_fast.errors import InputError
 
 _OVERRIDABLE = ("eval.", "data.max_pixels=", "train.amp=", "train.threads=")
@@ -56,10 +57,7 @@ def predict_command(
             loaded = replace(loaded, config=override_config(loaded.config, overrides))
         train = loaded.config.train
         prepare_device(here.device, threads=train.threads, tf32=train.tf32)
-
-        def say(line: str) -> None:
-            here.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+        say = here.console.print
         passed_over = inputs.passed_over_line()
         if passed_over is not None:
             say(passed_over)
@@ -75,7 +73,7 @@ def predict_command(
             say(line)
         say(f"predictions are in {out}")
         for image in unreadable:  # on every rank: each knows its own
-            typer.echo(f"prcl: {' '.join(image.reason.split())}", err=True)
+            note(f"prcl: {image.reason}")
         check_all_predicted(len(unreadable), inputs, here.device)
 
 

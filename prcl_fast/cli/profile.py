@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json as json_format
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
-from prcl_fast.config import load_config
-from prcl_fast.console import print_table
+from prcl_fast.console import note, print_table, say
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
@@ -29,10 +27,12 @@ def profile_command(
         typer.Option(metavar="DIR", help="Folder for profile.json, step_time.png and trace.json.gz."),
     ] = None,
 ) -> None:
-    """Measure the time and memory of each part of a training step. Writes nothing into the run's output.
+    """Measure the time of each part of a training step.
 
-    The trace opens in https://ui.perfetto.dev and in chrome://tracing.
+    On a GPU also its memory. Nothing is written into the run's output. The trace opens in
+    https://ui.perfetto.dev and in chrome://tracing.
     """
+    from prcl_fast.config import load_config
     from prcl_fast.files.locking import locked_folder
 
     loaded = load_config(config, overrides or [])
@@ -47,13 +47,13 @@ def _profile(loaded: Config, title: str, steps: int, out: Path | None) -> None:
     from prcl_fast.planning.step_profile import profile
 
     trace = None if out is None else out / "trace.json.gz"
-    found = profile(loaded, steps, trace=trace, say=lambda text: print(text, file=sys.stderr, flush=True))
+    found = profile(loaded, steps, trace=trace, say=note)
     _print(found)
     _print_decoding(found.decoding, loaded, found.step_ms)
     if out is not None:
-        write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
+        write_text(out / "profile.json", json_text(found.plain(), indent=1) + "\n")
         save_figure(draw_step_time({title: found.parts_ms}), out / "step_time.png")
-        print(f"written: {out}/profile.json, step_time.png, trace.json.gz", file=sys.stderr)
+        note(f"written: {out}/profile.json, step_time.png, trace.json.gz")
 
 
 def _print(found: Profile) -> None:
@@ -67,7 +67,7 @@ def _print(found: Profile) -> None:
     title = f"{found.device}, {found.threads} threads, PyTorch {found.torch}, {found.images} images a step"
     print_table(title, ("part", "ms", "%", "peak MB"), rows, right=(1, 2, 3))
     how = "captured as a graph" if found.graph else "as it trains"
-    print(
+    say(
         f"step, {how}: {found.step_ms:.1f} ms ({found.step_ms_20:.1f} to {found.step_ms_80:.1f}), "
         f"{1e3 * found.images / found.step_ms:.1f} images/s; {100 * found.busy:.0f} % busy, "
         f"{100 * (1 - found.busy):.0f} % idle"
@@ -86,7 +86,7 @@ def _print_decoding(cost: DecodeCost, config: Config, step_ms: float) -> None:
     if config.method.name != "supervised":
         images["unlabeled"] = config.train.batch_unlabeled
     needed = workers_needed(cost, images, step_ms / 1e3)
-    print(
+    say(
         f"decoding: {', '.join(shown)}; data.workers={needed} keeps up with this step, or data.cache, "
         f"which decodes once; configured: workers {config.data.workers}, cache {config.data.cache}"
     )

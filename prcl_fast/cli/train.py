@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
-from prcl_fast.config import Config, load_config
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
+    from prcl_fast.config import Config
     from prcl_fast.engine.resume import AllowedChanges
     from prcl_fast.processes.session import Session
     from prcl_fast.runs.text_log import TextLog
@@ -34,6 +33,7 @@ def train_command(
     A run whose output folder holds its own checkpoint continues from it. Progress goes to standard error; the
     last line on standard output is one JSON object.
     """
+    from prcl_fast.config import load_config
     from prcl_fast.processes.session import session
     from prcl_fast.runs.text_log import TextLog
 
@@ -51,7 +51,7 @@ def train_command(
         from prcl_fast.engine.resume import AllowedChanges
 
         allowed = AllowedChanges(extend=extend, data=accept_data)
-        run.result(json.dumps(train(run.loaded, run, lines, allowed)))
+        run.result(json_text(train(run.loaded, run, lines, allowed)))
 
 
 def train(config: Config, run: Session[Any], lines: TextLog, allowed: AllowedChanges) -> dict[str, Any]:
@@ -68,13 +68,11 @@ def train(config: Config, run: Session[Any], lines: TextLog, allowed: AllowedCha
     from prcl_fast.analysis.figures import write_figures
     from prcl_fast.engine.trainer import Trainer
     from prcl_fast.files.locking import FolderInUseError
-    from prcl_fast.processes.collectives import rank, world_size
+    from prcl_fast.processes.collectives import rank
     from prcl_fast.processes.output import locked_output
 
     run.watchdog.record = lines.error
-    # With several processes, the watchdog's report is the error of the run.
-    errors = lines.errors() if world_size() == 1 else contextlib.nullcontext()
-    with locked_output(config.output, "output"), errors:
+    with locked_output(config.output, "output"), lines.errors():
         trainer = Trainer(config, lines, device=run.device, watchdog=run.watchdog, allowed=allowed)
         summary = trainer.run()
         if rank() == 0:

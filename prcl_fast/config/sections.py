@@ -41,8 +41,9 @@ class ModelConfig(Section):
     dim: int = Field(256, ge=2, description="Dimension D of the pixel representation (methods prcl and pps).")
     weights: PathString | None = Field(
         None,
-        description="File of initial weights: a backbone with torchvision's key names, or a network file of "
-        "this package; null: random weights.",
+        description="Initial weights: a file with torchvision's key names for the backbone; or a run folder "
+        "(best.pt, else last.pt), a checkpoint or a network file of this program, whose heads are used "
+        "as far as they fit; null: random weights.",
     )
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from prcl_fast.engine.predict_inputs import InputImage
 from prcl_fast.files.reading import file_digest
 from prcl_fast.processes.agreement import check_same
 from prcl_fast.processes.collectives import world_size
-from prcl_fast.runs.checkpoint import LoadedRun
+from prcl_fast.runs.checkpoint import LoadedRun, find_checkpoint
 
 
 def check_same_settings(config: Config, options: Mapping[str, bool]) -> None:
@@ -44,7 +44,9 @@ def check_same_start(config: Config, data: Mapping[str, str], prototypes_from: L
     check_same(
         {
             **data,
-            "model.weights": "null" if weights is None else _content(weights, "weights file"),
+            "model.weights": "null"
+            if weights is None
+            else _content(find_checkpoint(weights), "weights file"),
             "method.prototypes_from": "null" if prototypes_from is None else _checkpoint(prototypes_from),
         }
     )

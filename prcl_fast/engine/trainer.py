@@ -8,10 +8,10 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.data.batches import (
     Batch,
     check_batches,
@@ -22,11 +22,12 @@ from prcl_fast.data.batches import (
 from prcl_fast.data.identity import data_identity
 from prcl_fast.data.micro_steps import named_images
 from prcl_fast.data.sources import build_source
-from prcl_fast.data.tools.scan import scan_labels
+from prcl_fast.data.tools.label_check import check_labels
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.graph import CapturedStep, check_capture, host_syncs_refused, on_stream, warm_up_steps
 from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
+from prcl_fast.engine.initial_weights import load_initial_weights
 from prcl_fast.engine.rank_facts import check_same_settings, check_same_start
 from prcl_fast.engine.report import evaluation_record, opening_lines, run_summary
 from prcl_fast.engine.resume import NO_CHANGES, AllowedChanges, resume
@@ -70,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        console: Console | TextLog,
+        console: PlainConsole | TextLog,
         *,
         device: torch.device | None = None,
         watchdog: Watchdog | None = None,
@@ -86,10 +87,12 @@ class Trainer:
         self.source = build_source(config.data)
         check_batches(self.source, config, world_size())
         if config.data.scan and rank() == 0:
-            scan_labels(self.source, cache=label_scan_cache()).check()
+            for note in check_labels(self.source, cache=label_scan_cache()):
+                self._say(f"note: {note}")
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
+        load_initial_weights(self.method, config, self.source.classes, self._say)
         self.data = data_identity(self.source)
         check_same_start(config, self.data, prototypes_from)
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -161,9 +164,9 @@ class Trainer:
                 if logs or saves or stopping or self.device.type == "cpu":
                     self._check_finite()
                 if log is not None:
+                    log.advance(self.iteration)
                     if logs:
                         log.train(self.iteration, self._record())
-                    log.advance(self.iteration)
                 if (self._due(train.eval_every) and not stopping) or done:
                     self._evaluate(log)
                     self.progress.seconds = time.monotonic() - started
@@ -226,6 +229,12 @@ class Trainer:
     def _evaluate(self, log: RunLog | None) -> None:
         config, progress = self.config, self.progress
         self.watchdog.at("evaluating")
+
+        def show(done: int, total: int) -> None:
+            self.watchdog.alive(f"evaluating, image {done} of {total}")
+            if log is not None:
+                log.evaluating(done, total)
+
         with contextlib.nullcontext() if self._head is None else self._head.watching():
             results = evaluate(
                 self.method.networks(),
@@ -234,7 +243,7 @@ class Trainer:
                 config.eval,
                 self.device,
                 amp=config.train.amp,
-                progress=lambda done, total: self.watchdog.alive(f"evaluating, image {done} of {total}"),
+                progress=show,
             )
         record = evaluation_record(results, self._head, self.iteration, config)
         if log is not None:

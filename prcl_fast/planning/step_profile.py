@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from prcl_fast.config import Config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.data.batches import Batch
 from prcl_fast.engine.graph import warm_up_steps
 from prcl_fast.engine.trainer import Trainer
@@ -84,7 +84,7 @@ def profile(
     """
     with tempfile.TemporaryDirectory(prefix="prcl_profile_") as folder:
         config = config.model_copy(update={"output": Path(folder) / "run"})
-        trainer = Trainer(config, Console(quiet=True))
+        trainer = Trainer(config, PlainConsole(quiet=True))
         with contextlib.closing(trainer.batches()) as batches:
             warm_up = warm_up_steps() + 2  # a graph is captured in the last but one
             say(f"{warm_up} steps of warm-up")

@@ -11,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.errors import InputError, RunError, WriteError
 from prcl_fast.files.writing import append
+from prcl_fast.processes.collectives import world_size
 
 LOG = "log.txt"
 Level = Literal["info", "error"]
@@ -27,13 +27,14 @@ class TextLog:
     console says so, and the run goes on: its metrics and checkpoints end a run whose disk is full.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
         self.console = console
         self._path: Path | None = None
         self._waiting: list[bytes] = []
+        self._error = ""
 
     @classmethod
-    def of(cls, console: Console | TextLog) -> TextLog:
+    def of(cls, console: PlainConsole | TextLog) -> TextLog:
         """`console` itself where it is a text log, else a new one that prints on it."""
         return console if isinstance(console, TextLog) else cls(console)
 
@@ -51,7 +52,7 @@ class TextLog:
             shown: False: only the file takes it.
         """
         if shown:
-            self.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            self.console.print(line)
         entry = _entry(level, line)
         if self._path is None:
             self._waiting.append(entry)
@@ -63,12 +64,18 @@ class TextLog:
             self.say(f"{error}; the lines that follow are only printed", level="error")
 
     def error(self, message: str) -> None:
-        """Records an error that is printed elsewhere."""
-        self.say(message, level="error", shown=False)
+        """Records an error that is printed elsewhere, once if it is reported twice."""
+        if message != self._error:
+            self._error = message
+            self.say(message, level="error", shown=False)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Records an exception that leaves the block."""
+        """Records an exception that leaves the block.
+
+        With several processes, an unexpected exception may be a consequence of another process's: there
+        `error` takes what the watchdog reports.
+        """
         try:
             yield
         except (InputError, RunError) as error:
@@ -78,6 +85,8 @@ class TextLog:
             self.error("interrupted")
             raise
         except Exception as error:
+            if world_size() > 1:
+                raise
             self.error("".join(traceback.format_exception(error)).rstrip())
             raise
 

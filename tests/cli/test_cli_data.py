@@ -69,8 +69,8 @@ def test_check_shows_subsets_families_hashes_and_class_shares(config: Path) -> N
         "unlabeled",
         "ids",
         "50.000",
-        "no labeled image contains class c",
-        "no problem found",
+        "note: data.labeled: no pixel of these images has class c",
+        "no file is wrong; see the notes",
     ):
         assert text in output
     assert prcl_data("check", config, "--fast").stdout == output
@@ -115,7 +115,7 @@ def test_check_refuses_what_is_wrong_and_names_the_file(config: Path, case: str)
 def test_check_decodes_whole_images_unless_told_not_to(config: Path) -> None:
     BAD["truncated image"][0](config.parent)
     assert "u3.jpg: cannot be decoded" in refused("check", config)
-    assert "no problem found" in prcl_data("check", config, "--fast").stdout
+    assert "no file is wrong" in prcl_data("check", config, "--fast").stdout
 
 
 def test_check_lists_every_file_that_is_wrong(config: Path) -> None:

@@ -176,7 +176,7 @@ def test_what_changes_the_pixels_makes_another_cache(data):
 
     keys = {
         key(data),
-        key(data.model_copy(update={"label_map": {2: 1}})),
+        key(data.model_copy(update={"label_map": {1: 1, 2: 1}})),
         key(data.model_copy(update={"ignore": 2})),
         key(data.model_copy(update={"classes": ["a", "b", "c", "d"]})),
     }

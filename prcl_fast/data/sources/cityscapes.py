@@ -16,7 +16,7 @@ from prcl_fast.data.sources.file_source import (
     data_root,
     locate_files,
 )
-from prcl_fast.data.sources.labels import LabelDecoder, id_table
+from prcl_fast.data.sources.labels import LabelDecoder, label_decoder
 from prcl_fast.data.sources.listing import files_below
 from prcl_fast.data.sources.splits import CITYSCAPES_SUFFIX, Entry
 from prcl_fast.errors import InputError
@@ -86,11 +86,15 @@ def build_cityscapes(data: DataConfig) -> FileSource:
     """
     classes = class_names(data.classes, CLASSES)
     palette = class_palette(data.palette, len(classes), PALETTE)
-    table = id_table(len(classes), data.label_map, data.ignore)
-    trained = LabelDecoder(len(classes), table)
+    trained = label_decoder(data, len(classes))
     original_table = np.full(256, IGNORE, dtype=np.uint8)
-    original_table[list(LABEL_IDS)] = table[: len(LABEL_IDS)]
-    original = LabelDecoder(len(classes), original_table)
+    original_table[list(LABEL_IDS)] = trained.table[: len(LABEL_IDS)]
+    ambiguous = {
+        label_id: f"training id {training_id}, {trained.ambiguous[training_id]}"
+        for training_id, label_id in enumerate(LABEL_IDS)
+        if training_id in trained.ambiguous
+    }
+    original = LabelDecoder(len(classes), original_table, trained.colours, ambiguous)
     root = data_root(data)
     layout: _OfficialLayout | _FlatLayout
     if (root / "leftImg8bit").is_dir():

@@ -15,7 +15,7 @@ from prcl_fast.config import DataConfig
 from prcl_fast.config.files import plain_path
 from prcl_fast.data.source import SUBSETS, Split
 from prcl_fast.data.sources.images import READING, Header, check_pair, read_header, read_image
-from prcl_fast.data.sources.labels import LabelDecoder
+from prcl_fast.data.sources.labels import LabelContent, LabelDecoder
 from prcl_fast.data.sources.splits import (
     Entry,
     SplitFile,
@@ -88,12 +88,23 @@ class FileSource:
         Raises:
             InputError: the label cannot be read, or differs in size from the image.
         """
-        file = self.labels.get(name)
-        if file is None:
-            raise InputError(f"{self.images[name]}: this unlabeled image has no label file")
+        file = self._label_file(name)
         label = file.decoder.read(file.path, self.max_pixels)
         check_pair(self.images[name], self.header(name), file.path, label.shape)
         return label
+
+    def label_content(self, name: str) -> LabelContent:
+        """The ids in the file of a label. Raises InputError as `label` does."""
+        file = self._label_file(name)
+        size, content = file.decoder.read_content(file.path, self.max_pixels)
+        check_pair(self.images[name], self.header(name), file.path, size)
+        return content
+
+    def _label_file(self, name: str) -> LabelFile:
+        file = self.labels.get(name)
+        if file is None:
+            raise InputError(f"{self.images[name]}: this unlabeled image has no label file")
+        return file
 
     def pixel_state(self, name: str, labeled: bool) -> str:
         """Path, size and times of change of the image, and of its label with the decoder's fingerprint.
@@ -179,17 +190,27 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
 
 
 def _check_no_image_twice(files: Mapping[str, SplitFile], images: Mapping[str, Path]) -> None:
-    # Different ids can lead to one file: "0001" and "train/0001", or links.
-    seen: dict[tuple[int, int], tuple[str, Path]] = {}
-    for file in files.values():
+    # Different ids can lead to one file, such as "0001" and "train/0001", or by links. A link may repeat an
+    # image within a subset, but not lead from one subset into another.
+    seen: dict[Path, str] = {}
+    linked: dict[tuple[int, int], tuple[str, Path, str]] = {}
+    for subset, file in files.items():
         for entry in file.entries:
             where = f"{file.path}:{entry.line}"
             image = images[entry.name]
-            state = _state_of(image)
-            earlier, other = seen.setdefault((state.st_dev, state.st_ino), (where, image))
-            if earlier != where:
-                same = "" if other == image else f", as {other}, which is the same file"
-                raise InputError(f"{where}: {image} is already named by {earlier}{same}")
+            if image in seen:
+                raise InputError(f"{where}: {image} is already named by {seen[image]}")
+            seen[image] = where
+            try:
+                state = os.stat(image)
+            except OSError:  # the decoder reports it
+                continue
+            inode = (state.st_dev, state.st_ino)
+            other_subset, other, other_where = linked.setdefault(inode, (subset, image, where))
+            if other_subset != subset and state.st_ino:  # some file systems number every file 0
+                raise InputError(
+                    f"{where}: {image} is by a link the same file as {other}, which {other_where} names"
+                )
 
 
 def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tuple[str, ...]:

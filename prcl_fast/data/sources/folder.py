@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 from prcl_fast.config import DataConfig
 from prcl_fast.data.sources.file_source import (
     FileSource,
@@ -19,13 +17,13 @@ from prcl_fast.data.sources.file_source import (
     locate_files,
 )
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES, MASK_SUFFIXES, UNREAD_SUFFIXES, why_unread
-from prcl_fast.data.sources.labels import LabelDecoder, check_colours, id_table
+from prcl_fast.data.sources.labels import LabelDecoder, label_decoder
 from prcl_fast.data.sources.listing import composed, existing, files_below, walk
 from prcl_fast.data.sources.splits import Entry, check_inside
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
 
-_RGB_HINT = "data.palette says what the colours mean, and `prcl data convert` makes masks of ids"
+_MOST_LINKS = 1000  # to one folder; links between links multiply
 
 
 def build_folder(data: DataConfig) -> FileSource:
@@ -40,13 +38,8 @@ def build_folder(data: DataConfig) -> FileSource:
     """
     classes = class_names(data.classes, ())
     palette = class_palette(data.palette, len(classes), voc_palette(len(classes)))
-    colours = None
-    if data.palette is not None:
-        check_colours(data.palette, "data.palette")
-        colours = np.array(data.palette, dtype=np.uint8)
-    table = id_table(len(classes), data.label_map, data.ignore)
-    decoder = LabelDecoder(len(classes), table, colours, _RGB_HINT)
-    return locate_files(data, classes, palette, _FolderLayout(data, decoder))
+    layout = _FolderLayout(data, label_decoder(data, len(classes)))
+    return locate_files(data, classes, palette, layout)
 
 
 class _FolderLayout:
@@ -159,6 +152,6 @@ class _Finder:
         return composed(path.relative_to(self.folder).as_posix())
 
     def _only(self, name: str, found: list[Path]) -> Path | None:
-        if len(found) > 1:
+        if len(found) > 1 and len({os.path.realpath(path) for path in found}) > 1:
             raise InputError(f"{self.key}: {name} could be {found[0]} or {found[1]}")
         return found[0] if found else None

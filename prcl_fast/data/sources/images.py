@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -38,6 +39,25 @@ _STRETCHED = {"L;2": 85, "L;4": 17}
 _NO_MASKS = {b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP", b"GIF8": "GIF"}
 _LOSSY = "a lossy format alters ids"
 _GIF = "programs that write GIF files give the colours other ids"
+_GREYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A decoded label file.
+
+    Attributes:
+        pixels: uint8 [H, W], the ids of a palette, grey, 1-bit or (if the values fit) 16-bit image; or
+            uint8 [H, W, 3], the colours of an RGB mask.
+        colours: uint8 [n, 3], the colours in which a viewer shows ids 0 to n - 1; None for 16 bits and RGB.
+        coloured: the file has a palette, and not merely one of the greys 0, 1, 2, ...
+        opaque: no pixel is transparent; checked for RGB masks only.
+    """
+
+    pixels: np.ndarray
+    colours: np.ndarray | None = None
+    coloured: bool = False
+    opaque: bool = True
 
 
 def why_unread(path: Path, read: tuple[str, ...]) -> str:
@@ -78,11 +98,12 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decodes a label file as viewers show it: its EXIF orientation is applied, as that of its image is.
+    """The pixels of a label file, as in `Mask`. Raises InputError as `decode_mask` does."""
+    return decode_mask(path, max_pixels).pixels
 
-    Returns:
-        uint8 [H, W], the ids of a palette, grey, 1-bit or (if the values fit) 16-bit image; or
-        uint8 [H, W, 3], the colours of an RGB mask.
+
+def decode_mask(path: Path, max_pixels: int = MAX_PIXELS) -> Mask:
+    """Decodes a label file as viewers show it: its EXIF orientation is applied, as that of its image is.
 
     Raises:
         InputError: missing, damaged, not lossless, ids above 255, an unsuitable mode, or more than
@@ -90,23 +111,31 @@ def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     with _opened(path, _MASK_FORMATS, max_pixels) as image:
         turn = turn_of(image)
-        pixels = _mask_pixels(path, image)
-        return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+        mask = _decoded_mask(path, image)
+        if turn is None:
+            return mask
+        return replace(mask, pixels=np.array(Image.fromarray(mask.pixels).transpose(turn)))
 
 
-def _mask_pixels(path: Path, image: Image.Image) -> np.ndarray:
+def _decoded_mask(path: Path, image: Image.Image) -> Mask:
     if image.mode in ("P", "L", "1"):
-        stretch = _STRETCHED.get(_raw_mode(image), 1)
+        stretch = 255 if image.mode == "1" else _STRETCHED.get(_raw_mode(image), 1)
         pixels = np.array(image, dtype=np.uint8)
-        return pixels // stretch if stretch > 1 else pixels
+        if image.mode == "P":
+            colours = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+            grey = len(colours) > 1 and np.array_equal(colours, _GREYS[: len(colours)])
+            return Mask(pixels, colours, coloured=not grey)
+        ids = pixels // stretch if 1 < stretch < 255 else pixels
+        return Mask(ids, _GREYS[::stretch])
     if image.mode.startswith("I"):
         wide = np.array(image)
         if wide.min() < 0 or wide.max() > 255:
             outside = int(wide.max() if wide.max() > 255 else wide.min())
             raise InputError(f"{path}: label id {outside}; ids are 0 to 255")
-        return wide.astype(np.uint8)
+        return Mask(wide.astype(np.uint8))
     if image.mode in ("RGB", "RGBA", "RGBX") and not _wide(image):
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        opaque = image.mode != "RGBA" or image.getchannel("A").getextrema() == (255, 255)
+        return Mask(np.array(image if image.mode == "RGB" else image.convert("RGB")), opaque=opaque)
     raise InputError(f"{path}: a mask of ids is expected, this image has mode {_true_mode(image)}")
 
 

@@ -16,7 +16,7 @@ from prcl_fast.data.sources.file_source import (
     locate_files,
 )
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES
-from prcl_fast.data.sources.labels import LabelDecoder, id_table
+from prcl_fast.data.sources.labels import LabelDecoder, label_decoder
 from prcl_fast.data.sources.listing import files_below
 from prcl_fast.data.sources.splits import Entry
 from prcl_fast.errors import InputError
@@ -70,7 +70,7 @@ def build_voc(data: DataConfig) -> FileSource:
     """
     classes = class_names(data.classes, CLASSES)
     palette = class_palette(data.palette, len(classes), voc_palette(len(classes)))
-    decoder = LabelDecoder(len(classes), id_table(len(classes), data.label_map, data.ignore))
+    decoder = label_decoder(data, len(classes))
     return locate_files(data, classes, palette, _VocLayout(data_root(data), decoder))
 
 

@@ -1,4 +1,4 @@
-"""Conversion of RGB masks, or of masks with other ids, to masks of class ids."""
+"""Conversion of masks of colours, or of masks with other ids, to masks of class ids."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from prcl_fast.data.sources.cityscapes import PALETTE as CITYSCAPES_PALETTE
 from prcl_fast.data.sources.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
-    read_mask,
+    Mask,
+    decode_mask,
     save_index_png,
     why_unread,
 )
-from prcl_fast.data.sources.labels import check_colours, colour_positions, first_colour
+from prcl_fast.data.sources.labels import (
+    check_colours,
+    check_opaque,
+    colour_positions,
+    first_colour,
+    index_positions,
+    only_greys,
+)
 from prcl_fast.data.sources.voc import CLASSES as VOC_CLASSES
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
@@ -87,7 +95,8 @@ def convert_masks(
     Args:
         masks: folder of masks.
         out: folder to write, new or empty; written whole or not at all.
-        code: ids of the colours of RGB masks; None refuses RGB masks.
+        code: ids of the colours of RGB and palette images, and of grey ones if all colours are greys; None
+            refuses RGB masks, and takes palette indices as ids.
         label_map: new id for each id, of the file or of the colour; ids that are not listed stay.
         other: id for colours that are not in `code`; None refuses them.
         progress: called with (masks done, number of masks).
@@ -114,21 +123,51 @@ def convert_masks(
 
 
 def _ids(path: Path, code: ColourCode | None, other: int | None) -> np.ndarray:
-    mask = read_mask(path)
-    if mask.ndim == 2:
-        return mask
-    if code is None:
-        raise InputError(f"{path}: an RGB mask; --palette says what its colours mean")
-    positions = colour_positions(mask, code.colours)
+    mask = decode_mask(path)
+    if mask.pixels.ndim == 3:
+        if code is None:
+            raise InputError(f"{path}: an RGB mask; --palette says what its colours mean")
+        check_opaque(path, mask)
+        positions = colour_positions(mask.pixels, code.colours)
+    elif code is None or mask.colours is None or (not mask.coloured and _grey_ids(path, mask, code)):
+        return mask.pixels
+    else:
+        positions = index_positions(mask.colours, code.colours).take(mask.pixels)
     unknown = positions < 0
     if not unknown.any():
         return code.ids[positions]
     if other is None:
         raise InputError(
-            f"{path}: colour {first_colour(mask, unknown)} is not in the palette "
+            f"{path}: colour {_first_colour(mask, unknown)} is not in the palette "
             "(--other gives such pixels an id)"
         )
     return np.where(unknown, np.uint8(other), code.ids[positions])
+
+
+def _grey_ids(path: Path, mask: Mask, code: ColourCode) -> bool:
+    """Whether a grey mask is one of ids. Raises InputError where both ids and greys have a meaning."""
+    if only_greys(code.colours):
+        return False
+    assert mask.colours is not None
+    used = np.unique(mask.pixels)
+    positions = index_positions(mask.colours, code.colours)[used]
+    ids = code.ids[positions]
+    if (positions < 0).any() or (ids == used).all():
+        return True
+    value = int(used[ids != used][0])
+    colour = tuple(mask.colours[value].tolist())
+    raise InputError(
+        f"{path}: a grey mask, in which {value} can be an id or the colour {colour} of the palette; "
+        "without --palette (--map alone) it is an id"
+    )
+
+
+def _first_colour(mask: Mask, where: np.ndarray) -> tuple[int, ...]:
+    if mask.pixels.ndim == 3:
+        return first_colour(mask.pixels, where)
+    assert mask.colours is not None
+    index = int(mask.pixels[where][0])
+    return tuple(mask.colours[index].tolist()) if index < len(mask.colours) else ()
 
 
 def _targets(masks: Path) -> dict[Path, Path]:

@@ -1,4 +1,4 @@
-"""The console: exit statuses, known names, tables on standard output, progress on standard error.
+"""The console: exit statuses, known names, lines and tables, progress on standard error.
 
 Rich is imported where something is drawn: commands that only check a machine run without it.
 """
@@ -6,12 +6,18 @@ Rich is imported where something is drawn: commands that only check a machine ru
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from prcl_fast.console.text import printable
 from prcl_fast.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from prcl_fast.console.plain import PlainConsole
 
 
 def run(command: Callable[[], int | None], name: str) -> int:
@@ -19,11 +25,23 @@ def run(command: Callable[[], int | None], name: str) -> int:
 
     InputError and RunError become one line on standard error, begun with `name`, and status 2 and 1.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: any name can be printed
     try:
         return command() or 0
     except (InputError, RunError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        note(f"{name}: {error}")
         return 2 if isinstance(error, InputError) else 1
+
+
+def say(line: str) -> None:
+    """Prints one line on standard output, its control characters escaped."""
+    print(printable(line), flush=True)
+
+
+def note(line: str) -> None:
+    """Prints one line on standard error, its control characters escaped."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def check_known(key: str, values: Collection[str], known: Collection[str]) -> None:
@@ -36,32 +54,41 @@ def check_known(key: str, values: Collection[str], known: Collection[str]) -> No
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[int] = (),
+    *,
+    console: PlainConsole | None = None,
 ) -> None:
-    """Prints rows of plain text; the columns listed in `right` are aligned to the right."""
-    from rich.console import Console
+    """Prints rows of plain text on standard output, or on `console`; columns in `right` are right-aligned."""
     from rich.table import Table
-    from rich.text import Text
+
+    from prcl_fast.console.plain import PlainConsole
 
     table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     # A pipe has no width, and rich would fold lines at 80 columns that a program may read.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
-    console = Console(width=width)
-    console.print(Text(title))
+    console = console or PlainConsole(width=width)
+    console.print(title)
     console.print(table)
 
 
 @contextmanager
-def counting(task: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error if that is a terminal; yields a function of (done, total)."""
-    from rich.console import Console
+def counting(task: str, console: PlainConsole | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, or on `console`, if it is a terminal.
+
+    Yields a function of (done, total).
+    """
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    from prcl_fast.console.plain import PlainConsole
+
+    console = console or PlainConsole(stderr=True)
     if not console.is_terminal:  # even a disabled bar would end with an empty line
         yield lambda done, total: None
         return

@@ -1,0 +1,61 @@
+"""Start-up: version, help and completion import none of the large packages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from prcl_fast import __version__
+from prcl_fast.cli.data import synth
+from prcl_fast.config import SyntheticConfig
+
+_LARGE = ("torch", "numpy", "matplotlib", "pydantic", "yaml", "PIL", "rich", "sklearn", "tensorboard")
+_PROGRAM = """
+import json, sys
+from prcl_fast.cli.main import main
+sys.argv = ["prcl", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    status = end.code
+print(json.dumps([status, sorted(set(%r) & sys.modules.keys())]))
+"""
+COMMANDS = (
+    *("train", "eval", "predict", "sweep", "compare", "figures", "analyse", "demo", "configs", "weights"),
+    *("plan", "profile", "doctor", "data", "data check", "data synth", "data split make"),
+)
+
+
+def started(*arguments: str) -> tuple[str, list[str]]:
+    """The output of `prcl ARGUMENTS`, which must succeed, and the large packages that it imported."""
+    command = [sys.executable, "-c", _PROGRAM % (_LARGE,), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    *lines, last = result.stdout.splitlines()
+    status, found = json.loads(last)
+    assert status == 0, result.stderr
+    return "\n".join(lines), found
+
+
+def test_version_imports_no_large_package() -> None:
+    assert started("--version") == (__version__, [])
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_no_large_package_and_shows_whole_sentences(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text, found = started(*command.split(), "--help")
+    assert found == []
+    assert max(map(len, text.splitlines())) <= 80
+    options = text.partition("\n\n")[2].replace("]...", "]").replace("S...", "S").replace("N...", "N")
+    assert "..." not in options  # a description that was cut
+    assert "\\" not in text
+
+
+def test_the_defaults_of_data_synth_are_those_of_the_configuration() -> None:
+    defaults = dict(zip(("labeled", "unlabeled", "val", "size", "seed"), synth.__defaults__, strict=True))
+    assert defaults | {"size": list(defaults["size"])} == SyntheticConfig().model_dump()
