@@ -18,9 +18,9 @@ from support.run_folders import file_size_limit
 ENTRY = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d "
 
 
-def recording() -> tuple[TextLog, io.StringIO]:
+def recording(terminal: bool | None = None) -> tuple[TextLog, io.StringIO]:
     file = io.StringIO()
-    return TextLog(PlainConsole(file=file, width=40)), file
+    return TextLog(PlainConsole(file=file, width=40, terminal=terminal)), file
 
 
 def entries(folder: Path) -> list[str]:
@@ -59,8 +59,7 @@ def test_a_second_start_goes_on_in_the_same_file(tmp_path: Path) -> None:
 def test_the_records_of_a_run_stand_in_the_file_also_where_a_bar_shows_them(
     tmp_path: Path, terminal: bool
 ) -> None:
-    log, _ = recording()
-    log.console._force_terminal = terminal
+    log, _ = recording(terminal)
     log.open(tmp_path)
     with RunLog(tmp_path, start=0, total=4, console=log) as records:
         records.train(2, {"loss": 0.5, "note": "first"})
