@@ -93,14 +93,14 @@ class Comparison:
         return ", ".join(parts)
 
 
-def find_runs(paths: Sequence[Path]) -> list[ComparedRun]:
+def find_runs(paths: Sequence[str | Path]) -> list[ComparedRun]:
     """The runs in these folders, or anywhere below them, each once.
 
     Raises:
         InputError: no such folder, no run in it, or a run's configuration or metrics cannot be read.
     """
     folders: dict[Path, Path] = {}
-    for path in paths:
+    for path in map(Path, paths):
         if not path.is_dir():
             raise InputError(f"{path}: no such run folder")
         found = [path] if _is_run(path) else sorted(file.parent for file in path.rglob(METRICS))

@@ -17,15 +17,16 @@ from prcl_fast.files.locking import locked_folder
 from prcl_fast.files.writing import write_text
 from prcl_fast.machine.description import provenance
 from prcl_fast.runs.metrics import series
+from prcl_fast.runs.provenance import read_records
 
 _RESULTS = ("miou", "miou_student", "best_miou", "iteration", "seconds")
 _DASHES = ("-", "--", "-.", ":")
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Writes the files into `folder`; the figure only if a run was evaluated. Raises InputError."""
-    with locked_folder(folder, "out"):
-        return _write(comparison, folder)
+    with locked_folder(Path(folder), "out"):
+        return _write(comparison, Path(folder))
 
 
 def _write(comparison: Comparison, folder: Path) -> list[Path]:
@@ -121,6 +122,7 @@ def _json(comparison: Comparison) -> str:
                 "seed": run.config.seed,
                 "iterations": run.config.train.iterations,
                 **{key: getattr(run.result, key) for key in _RESULTS},
+                "starts": read_records(run.folder),
             }
             for run in group.runs
         ]

@@ -24,7 +24,7 @@ from prcl_fast.runs.metrics import read_metrics
 PANEL_IMAGES = 4
 
 
-def write_figures(run: Path, device: torch.device | None = None) -> list[Path]:
+def write_figures(run: str | Path, device: torch.device | None = None) -> list[Path]:
     """Writes RUN/figures: curves.png, panel.png and, if the method logs it, representation.png.
 
     Args:
@@ -38,6 +38,7 @@ def write_figures(run: Path, device: torch.device | None = None) -> list[Path]:
         FolderInUseError: another process draws them.
         InputError: no run folder; metrics, checkpoint or data cannot be read; a figure cannot be written.
     """
+    run = Path(run)
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder")
     check_subfolder(run / "figures")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from prcl_fast.cli.arguments import Device, NetworkName, RunOrCheckpoint
+from prcl_fast.cli.arguments import SUBSETS, Device, NetworkName, RunOrCheckpoint
+from prcl_fast.cli.completion import complete_override, one_of
 from prcl_fast.errors import InputError
 from prcl_fast.files.json_text import json_text
 
@@ -18,6 +19,7 @@ def analyse_command(
         list[str] | None,
         typer.Argument(
             metavar="[CHECKPOINT | KEY.PATH=VALUE]...",
+            autocompletion=complete_override,
             help="More checkpoints of the run, for the path of its prototypes (those in the run folder are "
             "always included), and values of data.* that replace the run's.",
         ),
@@ -25,10 +27,14 @@ def analyse_command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write into; RUN/analysis by default.")
     ] = None,
-    subset: Annotated[str, typer.Option(help="val, labeled or unlabeled.")] = "val",
+    subset: Annotated[str, typer.Option(help="val, labeled or unlabeled.", autocompletion=SUBSETS)] = "val",
     pixels: Annotated[int, typer.Option(help="Largest number of pixels of each class.")] = 300,
     by: Annotated[
-        str, typer.Option(help="Draw and group pixels by their true class (label) or by prediction.")
+        str,
+        typer.Option(
+            help="Draw and group pixels by their true class (label) or by prediction.",
+            autocompletion=one_of("label", "prediction"),
+        ),
     ] = "label",
     network: NetworkName = None,
     seed: Annotated[int, typer.Option(help="Seed of the drawn pixels and of t-SNE.")] = 0,
@@ -43,7 +49,7 @@ def analyse_command(
     The last line on standard output is one JSON object; analysis.json holds all results.
     """
     from prcl_fast.analysis.embedding_report import LABEL, PREDICTION, Question, write_analysis
-    from prcl_fast.console import check_known, counting
+    from prcl_fast.console import check_known, counting, note
     from prcl_fast.data.source import SUBSETS
     from prcl_fast.device import choose_device
 
@@ -52,7 +58,7 @@ def analyse_command(
     further, overrides = _checkpoints_and_overrides(rest or [])
     question = Question(subset, pixels, by, seed, network)
     with counting("embed images") as progress:
-        result = write_analysis(run, further, overrides, question, out, choose_device(device), progress)
+        result = write_analysis(run, further, overrides, question, out, choose_device(device), progress, note)
     _print(result)
     metrics = result["metrics"]
     keys = (

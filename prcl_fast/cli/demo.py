@@ -13,7 +13,6 @@ from prcl_fast.console.text import duration
 from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
-    from prcl_fast.config import Config
     from prcl_fast.console.plain import PlainConsole
 
 METHODS = {
@@ -41,24 +40,24 @@ def demo(
     from prcl_fast.config import SyntheticConfig, load_config
     from prcl_fast.data.sources.synthetic import write_synthetic
     from prcl_fast.engine.resume import NO_CHANGES
+    from prcl_fast.processes.collectives import broadcast_text, rank
     from prcl_fast.processes.session import session
     from prcl_fast.runs.text_log import TextLog
 
-    def load() -> dict[str, Config]:
-        data = out / "data"
-        if not (data / "config.yaml").exists():
+    data = out / "data"
+    with session("demo", lambda: None, lambda _: "auto") as run:
+        if rank() == 0 and not (data / "config.yaml").exists():
             write_synthetic(data, SyntheticConfig())
-        return {
+        broadcast_text("")  # the other ranks wait for the data
+        configs = {
             title: load_config(data / "config.yaml", [f"output={out / title.split()[0]}", *changes])
             for title, changes in METHODS.items()
         }
-
-    with session("demo", load, lambda _: "auto") as run:
         results = {}
-        for title, config in run.loaded.items():
+        for title, config in configs.items():
             run.console.rule(title)
             results[title] = train(config, run, TextLog(run.console), NO_CHANGES)
-        labeled = next(iter(run.loaded.values())).data.synthetic.labeled
+        labeled = next(iter(configs.values())).data.synthetic.labeled
         _show(results, f"Validation mIoU in %, {labeled} labeled images", run.console)
         run.result(json_text(results))
 

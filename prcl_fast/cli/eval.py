@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from prcl_fast.cli.arguments import Device, RunOrCheckpoint
+from prcl_fast.cli.arguments import SUBSETS, Device, RunOrCheckpoint
+from prcl_fast.cli.completion import complete_override
 from prcl_fast.errors import InputError
 from prcl_fast.files.json_text import json_text
 
@@ -22,11 +23,16 @@ def evaluate_command(
         list[str] | None,
         typer.Argument(
             metavar="[KEY.PATH=VALUE]...",
+            autocompletion=complete_override,
             help="Values of data.*, eval.*, train.amp or train.threads that replace the run's.",
         ),
     ] = None,
     subset: Annotated[
-        str, typer.Option(help="val, labeled, or unlabeled (the quality of pseudo-labels, if masks exist).")
+        str,
+        typer.Option(
+            help="val, labeled, or unlabeled (the quality of pseudo-labels, if masks exist).",
+            autocompletion=SUBSETS,
+        ),
     ] = "val",
     device: Device = "auto",
 ) -> None:

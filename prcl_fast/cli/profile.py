@@ -60,17 +60,19 @@ def _print(found: Profile) -> None:
     whole = sum(found.parts_ms.values())
     rows = []
     for name, milliseconds in found.parts_ms.items():
-        peak = found.peak_bytes.get(name)
-        memory = "" if peak is None else f"{peak / 1e6:.0f}"
-        rows.append((name, f"{milliseconds:.2f}", f"{100 * milliseconds / whole:.1f}", memory))
-    rows.append(("step, part by part", f"{whole:.2f}", "100.0", ""))
+        row = [name, f"{milliseconds:.2f}", f"{100 * milliseconds / whole:.1f}"]
+        if found.peak_bytes:
+            row.append(f"{found.peak_bytes[name] / 1e6:.0f}" if name in found.peak_bytes else "")
+        rows.append(row)
+    rows.append(["step, part by part", f"{whole:.2f}", "100.0", *([""] if found.peak_bytes else [])])
     title = f"{found.device}, {found.threads} threads, PyTorch {found.torch}, {found.images} images a step"
-    print_table(title, ("part", "ms", "%", "peak MB"), rows, right=(1, 2, 3))
+    columns = ["part", "ms", "%", *(["peak MB"] if found.peak_bytes else [])]
+    print_table(title, columns, rows, right=(1, 2, 3))
     how = "captured as a graph" if found.graph else "as it trains"
     say(
         f"step, {how}: {found.step_ms:.1f} ms ({found.step_ms_20:.1f} to {found.step_ms_80:.1f}), "
         f"{1e3 * found.images / found.step_ms:.1f} images/s; {100 * found.busy:.0f} % busy, "
-        f"{100 * (1 - found.busy):.0f} % idle"
+        f"{100 * (1 - found.busy):.0f} % idle; peak resident memory {found.resident_bytes / 1e6:.0f} MB"
     )
 
 

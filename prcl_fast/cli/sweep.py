@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prcl_fast.cli.completion import complete_override
 from prcl_fast.console import note, print_table
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.files.json_text import json_text
@@ -26,6 +27,7 @@ def sweep_command(
         list[str] | None,
         typer.Argument(
             metavar="[KEY.PATH=VALUE]...",
+            autocompletion=complete_override,
             help="Values for all runs; output=FOLDER replaces the sweep's.",
         ),
     ] = None,
@@ -98,12 +100,22 @@ def _train(sweep: Sweep, runs: Sequence[SweepRun], done: int, jobs: int | None) 
     """Trains `runs` and keeps the table up to date; returns why runs failed, by their names."""
     from prcl_fast.console.plain import PlainConsole
     from prcl_fast.sweep.progress import SweepProgress
-    from prcl_fast.sweep.run import Ended, Started, Working, check_files, places, train_runs
+    from prcl_fast.sweep.run import (
+        Ended,
+        Started,
+        Working,
+        check_files,
+        check_label_files,
+        places,
+        train_runs,
+    )
     from prcl_fast.sweep.table import read_table, write_table
 
     if not runs:
         return {}
     check_files(runs)
+    for line in check_label_files(runs):
+        note(f"note: {line}")
     failed: dict[str, str] = {}
     events = train_runs(runs, places(runs, jobs, os.environ))
     with contextlib.closing(events), SweepProgress(runs, done, PlainConsole(stderr=True)) as progress:

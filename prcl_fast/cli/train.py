@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,13 +68,11 @@ def train(config: Config, run: Session[Any], lines: TextLog, allowed: AllowedCha
     from prcl_fast.analysis.figures import write_figures
     from prcl_fast.engine.trainer import Trainer
     from prcl_fast.files.locking import FolderInUseError
-    from prcl_fast.processes.collectives import rank, world_size
+    from prcl_fast.processes.collectives import rank
     from prcl_fast.processes.output import locked_output
 
     run.watchdog.record = lines.error
-    # With several processes, the watchdog's report is the error of the run.
-    errors = lines.errors() if world_size() == 1 else contextlib.nullcontext()
-    with locked_output(config.output, "output"), errors:
+    with locked_output(config.output, "output"), lines.errors():
         trainer = Trainer(config, lines, device=run.device, watchdog=run.watchdog, allowed=allowed)
         summary = trainer.run()
         if rank() == 0:

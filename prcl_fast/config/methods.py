@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from prcl_fast.config.contrast import ContrastConfig
-from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Positive, Section
+from prcl_fast.config.types import Drawn, Few, Fraction, NonNegative, PathString, Positive, Section
 
 
 class MethodSection(Section):
@@ -207,7 +207,7 @@ class PPSConfig(CrossSupervisionConfig):
     name: Literal["pps"]
     prototypes: int = Field(5, ge=1, le=64, description="Prototypes (queries) per class, n.")
     layers: int = Field(6, ge=1, le=12, description="Layers of the transformer decoder; 6 as in MaskFormer.")
-    heads: Count = Field(
+    heads: Few = Field(
         8,
         description="Attention heads of the transformer decoder; 8 as in MaskFormer. They must divide "
         "model.dim.",
@@ -223,13 +223,16 @@ class PPSConfig(CrossSupervisionConfig):
         "softmax: softmax(S); odds: softmax(e^S) as the paper prints it, with the tangent of e^S beyond S = "
         "3.",
     )
-    projection_dim: Count = Field(
+    projection_dim: Few = Field(
         64, description="Dimension of the projected features F_p of eq. (7); not given in the paper."
     )
     anchors: int = Field(
-        256, ge=2, description="Pixels drawn for each prototype, n of eq. (7); not given in the paper."
+        256,
+        ge=2,
+        le=65536,
+        description="Pixels drawn for each prototype, n of eq. (7); not given in the paper.",
     )
-    negatives: Count = Field(
+    negatives: Drawn = Field(
         512, description="Negatives of each prototype, r of eq. (7); not given in the paper."
     )
     tau: Positive = Field(0.1, description="Temperature of eq. (7); not given in the paper.")

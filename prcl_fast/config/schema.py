@@ -33,6 +33,7 @@ from prcl_fast.errors import InputError
 # paper gives no rate.
 PAPER_PROBABILITY_LR = 5.0e-5
 PAPER_ITERATIONS = 40000
+MAX_PIXELS = 2**31  # of a pass: the ops have 32-bit indices of pixels
 
 
 class Config(Section):
@@ -81,6 +82,13 @@ class Config(Section):
                 f"got {method.warmup_iterations}"
             )
         method.check_dim(self.model.dim)
+        images = -(-train.batch_labeled // train.accumulate) + -(-train.batch_unlabeled // train.accumulate)
+        pixels = images * self.data.crop[0] * self.data.crop[1]
+        if pixels >= MAX_PIXELS:
+            raise ValueError(
+                f"data.crop: {images} crops of {self.data.crop} in one pass have {pixels} pixels, at most "
+                "2^31 - 1 are possible; lower it or train.batch_labeled, or raise train.accumulate"
+            )
         for key in ("batch_labeled", "batch_unlabeled"):
             if getattr(self.train, key) % self.train.accumulate:
                 raise ValueError(
@@ -110,7 +118,7 @@ NEUTRAL_KEYS = (
 
 
 def load_config(
-    path: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = say_on_stderr
+    path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = say_on_stderr
 ) -> Config:
     """Reads a YAML file, its chain of `base:` files and `key.path=value` overrides.
 
@@ -122,7 +130,7 @@ def load_config(
     Raises:
         InputError: naming the file and the key.
     """
-    tree = read_tree(path, say)
+    tree = read_tree(Path(path), say)
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree, str(path))
@@ -144,9 +152,9 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
         raise InputError(f"{origin}: {first_message(error, tree, Config)}") from None
 
 
-def load_stored_config(path: Path) -> Config:
+def load_stored_config(path: str | Path) -> Config:
     """The config.yaml that a run has written, also a run of a former version. Raises InputError."""
-    return parse_stored_config(read_tree(path), str(path))
+    return parse_stored_config(read_tree(Path(path)), str(path))
 
 
 def parse_stored_config(tree: Mapping[str, Any], origin: str) -> Config:

@@ -23,7 +23,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Few = Annotated[int, Field(ge=1, le=4096)]  # channels of a layer, images of a pass
+Drawn = Annotated[int, Field(ge=1, le=65536)]  # samples of a class
+Size = Annotated[list[Annotated[int, Field(ge=1, le=16384)]], Field(min_length=2, max_length=2)]
 Rgb = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 

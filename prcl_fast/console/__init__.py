@@ -6,32 +6,60 @@ Rich is imported where something is drawn: commands that only check a machine ru
 from __future__ import annotations
 
 import difflib
-import io
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from prcl_fast.console.streams import standard_streams, status_of
 from prcl_fast.console.text import printable
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.machine.memory import out_of_memory
 
 if TYPE_CHECKING:
     from prcl_fast.console.plain import PlainConsole
+
+_INTERRUPTED = 128 + 2
 
 
 def run(command: Callable[[], int | None], name: str) -> int:
     """Runs a command and returns its exit status.
 
-    InputError and RunError become one line on standard error, begun with `name`, and status 2 and 1.
+    InputError, RunError, errors of the system and a failed allocation of memory become one line on standard
+    error, begun with `name`, and status 2 for the first, else 1. Ctrl-C gives status 130, the shell's.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: any name can be printed
-    try:
-        return command() or 0
-    except (InputError, RunError) as error:
-        note(f"{name}: {error}")
-        return 2 if isinstance(error, InputError) else 1
+    with standard_streams() as output:
+        try:
+            status = command() or 0
+        except (InputError, RunError) as error:
+            note(f"{name}: {error}")
+            status = 2 if isinstance(error, InputError) else 1
+        except OSError as error:
+            named = f"{error.filename}: " if error.filename else ""
+            note(f"{name}: {named}{error.strerror or error}")
+            status = 1
+        except KeyboardInterrupt:
+            status = _INTERRUPTED
+        except SystemExit as end:
+            if not isinstance(end.code, int | None):
+                raise
+            status = _INTERRUPTED if _after_interrupt(end) else end.code or 0
+        except Exception as error:
+            line = out_of_memory(error)
+            if line is None:
+                raise
+            note(f"{name}: {line}")
+            status = 1
+    return status or status_of(output, name)
+
+
+def _after_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C led to this error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__context__
+    return cause is not None
 
 
 def say(line: str) -> None:

@@ -21,7 +21,7 @@ from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source
 from prcl_fast.data.sources.splits import read_split
 from prcl_fast.engine.inference import inference
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, naming
 from prcl_fast.methods import PCR, Method
 from prcl_fast.methods.pcr import SAMPLES, prototype_features
 from prcl_fast.processes.collectives import rank, summed, world_size
@@ -48,10 +48,8 @@ def trained_network(config: Config, classes: Sequence[str], device: torch.device
         return None
     path = method.prototypes_from
     folder = path.is_dir()
-    try:
+    with naming(_KEY):
         run = load_run(path / "last.pt" if folder else path, device)
-    except InputError as error:
-        raise InputError(f"{_KEY}: {error}") from None
     its = run.config
     where = f"{_KEY}: {run.path}"
     if not isinstance(its.method, SupervisedConfig):

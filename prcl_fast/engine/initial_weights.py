@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from prcl_fast.config import Config
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, naming
 from prcl_fast.methods import Method
 from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.weights import is_network, load_backbone_state, load_trained, read_file
@@ -43,7 +43,7 @@ def load_initial_weights(
     if path is None:
         return
     networks = [module for module in method.modules() if isinstance(module, SegmentationNetwork)]
-    try:
+    with naming(_KEY):
         if is_run(path):
             trained = network_of_run(path)
         else:
@@ -54,8 +54,6 @@ def load_initial_weights(
                 return
             trained = network_of_file(content, path)
         line = _loaded(networks, trained, config, classes)
-    except InputError as error:
-        raise InputError(f"{_KEY}: {error}") from None
     if not has_begun(config.output):  # else the run's own checkpoint replaces these weights
         say(line)
 

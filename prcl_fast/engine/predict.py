@@ -76,7 +76,7 @@ def predict_files(
     run: LoadedRun,
     network: str | None,
     inputs: Inputs,
-    out: Path,
+    out: str | Path,
     device: torch.device,
     *,
     raw: bool = False,
@@ -102,6 +102,7 @@ def predict_files(
     name = next(iter(run.networks)) if network is None else network
     if name not in run.networks:
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
+    out = Path(out)
     check_same_prediction(run, name, inputs.images, out, raw=raw)
     check_outputs(inputs.images, out)
     with locked_output(out, "out"):

@@ -53,7 +53,7 @@ class Inputs:
         return f"passed over: {reasons}; images are {', '.join(IMAGE_SUFFIXES)}"
 
 
-def find_images(inputs: Sequence[Path]) -> Inputs:
+def find_images(inputs: Sequence[str | Path]) -> Inputs:
     """The files themselves, and the image files in folders and their subfolders, in the order of their names.
 
     Hidden files and folders, files of other suffixes and the PNGs of former predictions are passed over in
@@ -65,7 +65,7 @@ def find_images(inputs: Sequence[Path]) -> Inputs:
     """
     images: list[InputImage] = []
     passed_over: Counter[str] = Counter()
-    for path in inputs:
+    for path in map(Path, inputs):
         if path.is_dir():
             found = _in_folder(path, passed_over)
             if not found:

@@ -41,7 +41,7 @@ from prcl_fast.processes.replicas import check_alike
 from prcl_fast.processes.signals import StopRequest
 from prcl_fast.processes.watchdog import Watchdog
 from prcl_fast.runs.checkpoint import save_checkpoint, save_last
-from prcl_fast.runs.folder import claim_output, label_scan_cache, store_config
+from prcl_fast.runs.folder import check_output, claim_output, label_scan_cache, store_config
 from prcl_fast.runs.log import RunLog
 from prcl_fast.runs.provenance import add_record, start_record
 from prcl_fast.runs.text_log import TextLog
@@ -64,9 +64,8 @@ class Trainer:
         allowed: changes with which the run in the output folder may go on; by default none.
 
     Raises:
-        InputError: a mistake in the configuration or its files, or a difference of the ranks in them, found
-            before anything is written; or a run in the output folder that cannot go on with this
-            configuration or its data.
+        InputError: a mistake in the configuration or its files, or a difference of the ranks in them; or the
+            run in the output folder cannot go on with them.
     """
 
     def __init__(
@@ -81,6 +80,8 @@ class Trainer:
         self.config, self.output, self.lines = config, config.output, TextLog.of(console)
         self.device = choose_device(config.train.device) if device is None else device
         check_same_settings(config, {"--extend": allowed.extend, "--accept-data": allowed.data})
+        if rank() == 0:
+            check_output(config, extend=allowed.extend)  # before the work that takes time
         check_capture(config, self.device)
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
@@ -291,11 +292,8 @@ class Trainer:
     def _log(self) -> contextlib.AbstractContextManager[RunLog | None]:
         if rank() > 0:
             return contextlib.nullcontext()
-        total = self.config.train.iterations
-        log = RunLog(self.output, start=self.iteration, total=total, console=self.lines)
-        if total > self._former_total:
-            log.extension(self.iteration, self._former_total, total)
-        return log
+        total, former = self.config.train.iterations, self._former_total
+        return RunLog(self.output, start=self.iteration, total=total, former_total=former, console=self.lines)
 
     def _forget_graph(self) -> None:
         if isinstance(self._run_step, CapturedStep):

@@ -177,7 +177,8 @@ def _inherited(path: Path) -> int | None:
 
 
 def _own_description() -> str:
-    command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    program = os.path.basename(sys.argv[0]).replace("main.py", "prcl")  # of python -m prcl_fast.cli.main
+    command = " ".join([program, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     return f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}"
 

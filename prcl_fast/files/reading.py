@@ -71,10 +71,15 @@ def read_bytes(path: Path, what: str, max_bytes: int, *, after: int = 0, tail: i
                 raise InputError(f"{path}: cannot be read as a {what}: it is {kind}")
             if state.st_size > max_bytes:
                 raise InputError(f"{path}: {state.st_size} bytes; a {what} has at most {max_bytes}")
-            file.seek(max(after, state.st_size - tail) if tail is not None else after)
-            return file.read(min(max_bytes, state.st_size or _OF_NO_SIZE))
+            start = after if tail is None else max(after, state.st_size - tail)
+            if start > 0:
+                file.seek(start)
+            content = file.read(min(max_bytes, state.st_size or _OF_NO_SIZE))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if content is None:  # some files of /proc wait for content, as pipes do
+        raise InputError(f"{path}: cannot be read as a {what}: it holds nothing yet")
+    return content
 
 
 def read_text(path: Path, what: str, max_bytes: int) -> str:

@@ -69,7 +69,7 @@ def check_torch_file(path: str | Path, what: str = "weights file") -> None:
 
 
 def _foreign_format(head: bytes) -> str | None:
-    """What a file of another format is, by its first bytes; None for a pickle, or an unknown format."""
+    """The name of another format, by the first bytes of a file; None for a pickle or an unknown format."""
     if not head:
         return "it is empty"
     for magic, kind in _FORMATS.items():
@@ -91,7 +91,7 @@ def _foreign_format(head: bytes) -> str | None:
 
 
 def _foreign_archive(names: set[str]) -> str | None:
-    """What a ZIP archive of another format is, by the names of its entries; None for one of torch.save."""
+    """The name of another format, by the entries of a ZIP archive; None for one of torch.save."""
     parts = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in parts:
         return (

@@ -186,10 +186,18 @@ def write_errors(path: Path) -> Iterator[None]:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}", error.errno) from None
 
 
-def user_cache() -> Path:
-    """`prcl_fast` in $XDG_CACHE_HOME, or in ~/.cache; it may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prcl_fast"
+def user_cache() -> Path | None:
+    """`prcl_fast` in $XDG_CACHE_HOME, or in ~/.cache; it may not exist yet. None where the user has no home.
+
+    By the XDG specification, a relative $XDG_CACHE_HOME does not count.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:  # no HOME, and no entry of the user in the system's list: a container's --user
+            return None
+    return base / "prcl_fast"
 
 
 def _empty_or_missing(path: Path) -> Path:

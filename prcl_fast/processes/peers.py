@@ -69,6 +69,9 @@ class Peers:
         heartbeat = self._heartbeat
         if heartbeat.rank != heartbeat.world - 1:
             return None
+        paused_at, paused_s = self.paused
+        if heartbeat.clock() - paused_at <= 4 * self._beat_s:
+            return f"rank 0 ended while rank {heartbeat.rank} was stopped for {paused_s:.0f} s"
         if heartbeat.store_lost:
             return "lost rank 0, or the machine that started it"
         return f"rank 0 has not answered for {self._store_silence():.0f} s (stopped, or its machine lost)"

@@ -33,6 +33,7 @@ from typing import Any
 import torch.distributed as dist
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.machine.memory import out_of_memory
 from prcl_fast.processes.agreement import DifferenceError
 from prcl_fast.processes.heartbeat import Heartbeat, Report
 from prcl_fast.processes.peers import Peers
@@ -135,6 +136,7 @@ class Watchdog:
         if heartbeat.report is not None:
             return None
         if not peers.store_answers(2 * self._beat_s):
+            time.sleep(self._beat_s / 2)  # until the watching thread has noticed a pause of this process
             return peers.lost_store()
         silent = peers.silent(2 * self._beat_s)
         if silent:
@@ -179,6 +181,8 @@ class Watchdog:
             return
         if isinstance(error, (InputError, RunError)):
             text = f"prcl: {error}"
+        elif (shortage := out_of_memory(error)) is not None:
+            text = f"prcl: rank {self.rank}: {shortage}"
         else:
             text = "".join(traceback.format_exception(error)).rstrip()
         status, everywhere = 2 if isinstance(error, InputError) else 1, isinstance(error, DifferenceError)
@@ -250,10 +254,10 @@ class Watchdog:
             text = (
                 f"another program wrote {heartbeat.foreign} in the run's store; MASTER_PORT sets another port"
             )
-            if report is None:
-                self.report(text)
-            else:
+            if heartbeat.foreign == "report":  # no rank can report any more
                 self._print(f"prcl: {text}")
+            else:
+                self.report(text)
             return True
         if report is not None:
             if report.rank == self.rank:

@@ -35,12 +35,13 @@ class LoadedRun:
     networks: dict[str, nn.Module]  # in eval mode; the first is the main network
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Writes `state`; at every moment `path` holds the former or the new checkpoint.
 
     Raises:
         RunError: it cannot be written; the message names an undamaged checkpoint.
     """
+    path = Path(path)
     try:
         write_bytes(path, checkpoint_file.pack(state), durable=True)
     except WriteError as error:

@@ -42,25 +42,34 @@ class RunState:
         return "new" if self.iteration is None else f"unfinished at {self.iteration} of {self.total}"
 
 
+def check_output(config: Config, *, extend: bool = False) -> None:
+    """Compares a configuration with the run in its output folder, if one is there.
+
+    Args:
+        extend: that run may have fewer `train.iterations`.
+
+    Raises:
+        InputError: the run cannot go on as `config`, or there is nothing to extend.
+    """
+    former = _stored_config(config.output)
+    if former is not None:
+        check_same_run(former, config, extend=extend)
+    if extend:
+        _check_extension(former, config)
+
+
 def claim_output(config: Config, *, extend: bool = False) -> Path:
     """Makes the output folder of a run; a run may take its own folder again.
 
     Temporary files that a killed process of the run left there are removed. `store_config` then writes
     config.yaml, once the run's checkpoint is compared as well.
 
-    Args:
-        extend: the run that is there may have fewer `train.iterations`.
-
     Raises:
-        InputError: the folder cannot be written, holds a run that cannot go on as `config`, or has a link in
-            place of a folder of its own.
+        InputError: the folder cannot be written, or has a link in place of a folder of its own; or what
+            `check_output` refuses.
     """
     folder = config.output
-    former = _stored_config(folder)
-    if former is not None:
-        check_same_run(former, config, extend=extend)
-    if extend:
-        _check_extension(former, config)
+    check_output(config, extend=extend)
     for name in ("tensorboard", "figures"):
         check_subfolder(folder / name)
     make_folder(folder, "output")
@@ -82,9 +91,7 @@ def run_state(config: Config) -> RunState:
         InputError: the folder holds the run of another configuration.
     """
     folder, total = config.output, config.train.iterations
-    former = _stored_config(folder)
-    if former is not None:
-        check_same_run(former, config)
+    check_output(config)
     records = newest_records(folder / METRICS)
     done = any(record["kind"] == "eval" and record["iteration"] == total for record in records)
     started = 0 if (folder / METRICS).exists() else None
@@ -112,7 +119,7 @@ def check_same_run(former: Config, now: Config, *, extend: bool = False) -> None
             f"prcl train --extend trains it on to {here[EXTENDABLE]} iterations; or choose another output"
         )
     elif extend and keys != [EXTENDABLE]:
-        remedy = f"--extend changes {EXTENDABLE} alone; restore the other keys, or choose another output"
+        remedy = f"--extend changes {EXTENDABLE} alone; restore the others or choose another output"
     elif keys == [EXTENDABLE]:
         remedy = "a run cannot get shorter; move it away or choose another output"
     else:
@@ -156,6 +163,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def label_scan_cache() -> Path:
-    """The file that lists the label files already checked, shared by all runs of a user."""
-    return user_cache() / "label_scan.json"
+def label_scan_cache() -> Path | None:
+    """The file that lists the label files already checked, shared by all runs of a user with a home."""
+    folder = user_cache()
+    return None if folder is None else folder / "label_scan.json"

@@ -38,11 +38,23 @@ class RunLog:
     Every record goes to metrics.jsonl (one JSON object a line) and its numbers to TensorBoard; what the user
     is to read also goes to `console`, which may be the run's text log.
 
+    Args:
+        former_total: iterations of the whole run when its checkpoint was written; fewer than `total` in a run
+            that was extended, which leaves a record of both.
+
     Raises:
         RunError: one of these files cannot be written. `train`, `evaluation` and `flush` raise it too.
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, console: PlainConsole | TextLog) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        console: PlainConsole | TextLog,
+        former_total: int | None = None,
+    ) -> None:
         self._lines = TextLog.of(console)
         self.console = console = self._lines.console
         self._path = folder / METRICS
@@ -52,6 +64,8 @@ class RunLog:
         self._bar = ProgressBar(console, start=start, total=total)
         self._notes_in_a_row = 0
         self._evaluation_noted = False
+        if former_total is not None and former_total < total:
+            self._write("extend", start, {"former_total": former_total, "total": total})
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -96,10 +110,6 @@ class RunLog:
         if "note" in values and not self._evaluation_noted:
             self._evaluation_noted = True
             self._lines.say(f"iteration {iteration}: {values['note']}")
-
-    def extension(self, iteration: int, former_total: int, total: int) -> None:
-        """A record of a run that goes on after `iteration` steps with more iterations in all."""
-        self._write("extend", iteration, {"former_total": former_total, "total": total})
 
     def flush(self) -> None:
         """Returns when all records are on the disk, so that no checkpoint is newer than they are."""

@@ -85,14 +85,14 @@ def read_lines(path: Path, *, tail: bool = False) -> list[Line]:
     return [_line(text, ended=True) for text in lines] + [_line(end, ended=False)]
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_metrics(path: str | Path) -> Metrics:
     """The records of metrics.jsonl. A torn last line is left out.
 
     Raises:
         InputError: as `read_lines` does; no record, or a faulty line, which is named by its number.
     """
     records: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in KINDS}
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(read_lines(Path(path)), start=1):
         if line.record is not None:
             records[line.record["kind"]].append(line.record)
         elif line.fault and not line.torn:
@@ -113,13 +113,13 @@ def newest_records(path: Path) -> list[Mapping[str, Any]]:
     return [line.record for line in reversed(read_lines(path, tail=True)) if line.record is not None]
 
 
-def read_result(folder: Path) -> RunResult:
+def read_result(folder: str | Path) -> RunResult:
     """The results of the run in `folder`.
 
     Raises:
         InputError: its metrics are missing or corrupt; the line is named.
     """
-    path = folder / METRICS
+    path = Path(folder) / METRICS
     if path.is_file() and path.stat().st_size == 0:  # a run that has just started
         return RunResult(None, None, None, 0, None)
     metrics = read_metrics(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 
-from prcl_fast.files.writing import append
+from prcl_fast.files.reading import read_text
+from prcl_fast.files.writing import write_text
 from prcl_fast.machine.description import provenance
 
 PROVENANCE = "provenance.jsonl"
+_MAX_BYTES = 2**26
 
 
 def start_record(
@@ -45,8 +48,29 @@ def start_record(
 
 
 def add_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Appends a record to provenance.jsonl of the run in `folder`. Raises WriteError."""
-    append(folder / PROVENANCE, json.dumps(record).encode() + b"\n")
+    """Adds a record to provenance.jsonl of the run in `folder`. Raises InputError."""
+    lines = [json.dumps(each) + "\n" for each in (*read_records(folder), record)]
+    write_text(folder / PROVENANCE, "".join(lines), durable=True)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of the run in `folder`, in order; none for a run of a former version.
+
+    A line that a killed process has cut is left out.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = folder / PROVENANCE
+    if not os.path.exists(path):
+        return []
+    records = []
+    for line in read_text(path, "provenance file", _MAX_BYTES).split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import Literal
 from prcl_fast.console.plain import PlainConsole
 from prcl_fast.errors import InputError, RunError, WriteError
 from prcl_fast.files.writing import append
+from prcl_fast.processes.collectives import world_size
 
 LOG = "log.txt"
 Level = Literal["info", "error"]
@@ -30,6 +31,7 @@ class TextLog:
         self.console = console
         self._path: Path | None = None
         self._waiting: list[bytes] = []
+        self._error = ""
 
     @classmethod
     def of(cls, console: PlainConsole | TextLog) -> TextLog:
@@ -62,12 +64,18 @@ class TextLog:
             self.say(f"{error}; the lines that follow are only printed", level="error")
 
     def error(self, message: str) -> None:
-        """Records an error that is printed elsewhere."""
-        self.say(message, level="error", shown=False)
+        """Records an error that is printed elsewhere, once if it is reported twice."""
+        if message != self._error:
+            self._error = message
+            self.say(message, level="error", shown=False)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Records an exception that leaves the block."""
+        """Records an exception that leaves the block.
+
+        With several processes, an unexpected exception may be a consequence of another process's: there
+        `error` takes what the watchdog reports.
+        """
         try:
             yield
         except (InputError, RunError) as error:
@@ -77,6 +85,8 @@ class TextLog:
             self.error("interrupted")
             raise
         except Exception as error:
+            if world_size() > 1:
+                raise
             self.error("".join(traceback.format_exception(error)).rstrip())
             raise
 

@@ -42,7 +42,7 @@ def is_run(path: Path) -> bool:
     return path.is_dir() or is_checkpoint(path)
 
 
-def network_of_run(path: Path) -> TrainedNetwork:
+def network_of_run(path: str | Path) -> TrainedNetwork:
     """The network that gave the mIoU of a run folder (best.pt, else last.pt) or checkpoint file.
 
     Raises:
@@ -62,7 +62,7 @@ def network_of_file(content: object, path: Path) -> TrainedNetwork:
     return TrainedNetwork(path, "a network file", state, num_classes, classes)
 
 
-def export_network(path: Path, out: Path) -> None:
+def export_network(path: str | Path, out: str | Path) -> None:
     """Writes the main network of a run or checkpoint as a network file. Raises InputError."""
     network = network_of_run(path)
     state = {key: tensor.contiguous().clone() for key, tensor in network.state.items()}

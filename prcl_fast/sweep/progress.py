@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from prcl_fast.console.plain import PlainConsole
 from prcl_fast.console.text import duration, printable
@@ -13,6 +14,7 @@ from prcl_fast.runs.folder import newest_iteration
 from prcl_fast.runs.metrics import RunResult
 from prcl_fast.sweep.config import SweepRun
 
+_BAR_WIDTH = 20  # columns at most
 # Seconds over which the speed is averaged; iterations are known only every train.log_every.
 _SPEED_PERIOD = 1200.0
 
@@ -24,10 +26,11 @@ class SweepProgress:
         self._console = console
         self._ended, self._runs = done, done + len(runs)
         self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            # A long name is folded, and the bar takes what is left.
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+            BarColumn(_BAR_WIDTH),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             speed_estimate_period=_SPEED_PERIOD,
             disable=not console.is_terminal,

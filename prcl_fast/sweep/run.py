@@ -19,12 +19,15 @@ import yaml
 
 from prcl_fast.config import dump_config
 from prcl_fast.config.files import PATH_KEYS
+from prcl_fast.data.sources import build_source
+from prcl_fast.data.tools.label_check import check_labels
 from prcl_fast.device import choose_device
 from prcl_fast.errors import InputError
 from prcl_fast.files.locking import INHERITED, FolderLock
 from prcl_fast.files.reading import read_bytes
 from prcl_fast.files.writing import make_folder, open_append, write_text
 from prcl_fast.machine.description import usable_cores
+from prcl_fast.runs.folder import label_scan_cache
 from prcl_fast.sweep.config import Sweep, SweepRun
 
 LOG, CONFIGURATION = "train.log", "train.yaml"
@@ -75,6 +78,25 @@ def check_files(runs: Sequence[SweepRun]) -> None:
             path = getattr(getattr(run.config, section), key)
             if isinstance(path, Path) and key != "cache_dir" and not path.exists():
                 raise InputError(f"run {run.name}: {section}.{key}: no such file or folder: {path}")
+
+
+def check_label_files(runs: Sequence[SweepRun]) -> list[str]:
+    """Checks the labels of every data set of the runs as `prcl train` does; returns the notes on them.
+
+    Raises:
+        InputError: naming the run whose data set `prcl train` would refuse.
+    """
+    notes: dict[str, None] = {}
+    data_sets: dict[str, SweepRun] = {}
+    for run in runs:
+        if run.config.data.scan:
+            data_sets.setdefault(run.config.data.model_dump_json(), run)
+    for run in data_sets.values():
+        try:
+            notes |= dict.fromkeys(check_labels(build_source(run.config.data), cache=label_scan_cache()))
+        except InputError as error:
+            raise InputError(f"run {run.name}: {error}") from None
+    return list(notes)
 
 
 def places(runs: Sequence[SweepRun], jobs: int | None, environ: Mapping[str, str]) -> list[dict[str, str]]:

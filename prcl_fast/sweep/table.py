@@ -15,6 +15,7 @@ from prcl_fast.files.writing import write_text
 from prcl_fast.machine.description import provenance
 from prcl_fast.runs.folder import RunState, run_state
 from prcl_fast.runs.metrics import RunResult, read_result
+from prcl_fast.runs.provenance import read_records
 from prcl_fast.sweep.config import Sweep
 from prcl_fast.sweep.figure import draw_sweep
 
@@ -129,6 +130,7 @@ def _json(table: SweepTable) -> str:
             "iterations": table.states[run.name].total,
             **{key: getattr(table.results.get(run.name, _NOTHING), key) for key in _RESULTS},
             "output": str(run.config.output),
+            "starts": read_records(run.config.output),
         }
         for run in sweep.runs
     ]

@@ -17,6 +17,7 @@ from prcl_fast.config import NEUTRAL_KEYS, config_fingerprint, override_config, 
 from prcl_fast.config.files import apply_override
 from prcl_fast.errors import InputError
 from prcl_fast.runs.folder import settings
+from prcl_fast.runs.provenance import add_record
 from support.made_up_runs import write_lines, write_made_up_run
 from support.tiny import tiny_tree
 
@@ -139,6 +140,7 @@ def test_what_is_no_run_or_damaged_is_one_line(tmp_path):
 def test_the_files_hold_the_table_one_line_a_run_and_where_they_were_made(tmp_path):
     for seed in (0, 1):
         make(tmp_path / "runs" / f"{seed}", f"seed={seed}", scores={3: 40.0, 6: 30.0 + seed})
+    add_record(tmp_path / "runs" / "0", {"commit": "abc"})
     paths = write_comparison(compared(tmp_path / "runs"), tmp_path / "out")
     assert [path.name for path in paths] == ["compare.md", "compare.csv", "compare.json", "compare.png"]
     assert "| prcl | 2 | 30.5 ± 0.7 | 40.0 ± 0.0 | 6 | 60 s |" in paths[0].read_text()
@@ -150,6 +152,7 @@ def test_the_files_hold_the_table_one_line_a_run_and_where_they_were_made(tmp_pa
     tree = json.loads(paths[2].read_text())
     assert tree["groups"][0]["miou"] == pytest.approx({"mean": 30.5, "std": 0.5**0.5, "n": 2})
     assert tree["versions"]["torch"]
+    assert [run["starts"] for run in tree["groups"][0]["runs"]] == [[{"commit": "abc"}], []]
     assert paths[3].read_bytes().startswith(b"\x89PNG")
 
 

@@ -11,10 +11,13 @@ import pytest
 import yaml
 from click.testing import Result
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from prcl_fast.cli.data import app
+from prcl_fast.config import load_config
 from prcl_fast.data.sources.images import read_mask
+from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 
 SIZE = (6, 8)
@@ -219,6 +222,47 @@ def test_convert_maps_the_ids_of_index_masks(masks: Path, tmp_path: Path) -> Non
     put_label(masks / "sub/a.bmp", 5)
     prcl_data("convert", masks, tmp_path / "out", "--map", "5=1")
     assert (read_mask(tmp_path / "out/sub/a.png") == 1).all()
+
+
+def test_convert_reads_the_colours_of_palette_masks_whatever_their_order(masks: Path, tmp_path: Path) -> None:
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
+        mask = Image.fromarray(np.array([[order.index(k) for k in range(3)]], dtype=np.uint8))
+        mask.putpalette([value for k in order for value in COLOURS[k]])
+        mask.save(masks / f"{name}.png")
+    prcl_data("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt")
+    for name in ("a", "b"):
+        assert read_mask(tmp_path / f"out/{name}.png").tolist() == [[0, 1, 7]]
+
+
+def test_convert_refuses_a_grey_mask_that_can_be_read_in_two_ways(masks: Path, tmp_path: Path) -> None:
+    (tmp_path / "palette.txt").write_text("255 255 255 0\n0 0 0 1\n255 0 0 2\n0 255 0 3\n0 0 255 4\n")
+    Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(masks / "grey.png")
+    arguments = ("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt")
+    assert "grey.png: a grey mask, in which 0 can be an id or the colour (0, 0, 0)" in refused(*arguments)
+    Image.fromarray(np.array([[0, 2, 255]], dtype=np.uint8)).save(masks / "grey.png")
+    prcl_data(*arguments)
+    assert read_mask(tmp_path / "out/grey.png").tolist() == [[0, 2, 255]]
+
+
+def test_convert_refuses_an_id_that_would_become_one_with_a_mapped_one(masks: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 7, 8]], dtype=np.uint8)).save(masks / "sub/a.bmp")
+    arguments = ("convert", masks, tmp_path / "out", "--map", "7=0", "--map", "8=1")
+    assert "a.bmp: id 0, which --map does not name" in refused(*arguments)
+    prcl_data(*arguments, "--map", "0=255")
+    assert read_mask(tmp_path / "out/sub/a.png").tolist() == [[255, 0, 1]]
+
+
+def test_check_says_of_the_labels_what_train_says(config: Path) -> None:
+    for name in ("l0", "l1"):
+        label = np.zeros(SIZE, dtype=np.uint8)
+        label[2:] = 255
+        Image.fromarray(label).save(config.parent / f"labels/{name}.png")
+    expected = "data.labeled: no pixel of these images has the classes b, c, and 66.7 % of the pixels are not"
+    assert expected in refused("check", config)
+    tree = yaml.safe_load(config.read_text())
+    with pytest.raises(InputError, match=expected):
+        Trainer(load_config(config), Console(quiet=True))
+    assert not Path(tree["output"]).exists()
 
 
 def test_convert_refuses_an_unknown_colour_and_writes_nothing(masks: Path, tmp_path: Path) -> None:

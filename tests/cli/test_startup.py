@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from prcl_fast import __version__
+from prcl_fast.cli.completion import _values
 from prcl_fast.cli.data import synth
-from prcl_fast.config import SyntheticConfig
+from prcl_fast.config import SyntheticConfig, dump_config, json_schema, parse_config
+from support.tiny import tiny_tree
 
 _LARGE = ("torch", "numpy", "matplotlib", "pydantic", "yaml", "PIL", "rich", "sklearn", "tensorboard")
 _PROGRAM = """
@@ -54,6 +57,52 @@ def test_help_imports_no_large_package_and_shows_whole_sentences(
     options = text.partition("\n\n")[2].replace("]...", "]").replace("S...", "S").replace("N...", "N")
     assert "..." not in options  # a description that was cut
     assert "\\" not in text
+
+
+def completed(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
+    """What bash is offered for the last word; no large package is imported."""
+    monkeypatch.setenv("COMP_WORDS", "\n".join(("prcl", *words)))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    monkeypatch.setenv("_PRCL_COMPLETE", "complete_bash")
+    text, found = started()
+    assert found == []
+    return [line for line in text.splitlines() if line]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["tr"], ["train"]),
+        (["eval", "run", "--device", "c"], ["cpu", "cuda"]),
+        (["predict", "run", "--network", ""], ["teacher", "student"]),
+        (["analyse", "run", "--subset", "l"], ["labeled"]),
+        (["train", "a.yaml", "optim.p"], ["optim.probability_lr=", "optim.power="]),
+        (
+            ["train", "a.yaml", "train.am"],
+            ["train.amp=", *(f"train.amp={x}" for x in ("off", "bf16", "fp16"))],
+        ),
+        (["train", "a.yaml", "model.backbone=m"], ["model.backbone=mobilenet_v2"]),
+        (["train", "a.yaml", "model.backbone", "=", "m"], ["mobilenet_v2"]),  # the words of bash
+        (["train", "a.yaml", "model.stem", "="], ["plain", "deep"]),
+        (["train", "a.ya"], []),  # the shell completes files
+    ],
+    ids=" ".join,
+)
+def test_commands_choices_keys_and_values_are_completed(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], offered: list[str]
+) -> None:
+    assert completed(monkeypatch, *words) == offered
+
+
+def test_every_key_of_the_configuration_is_completed() -> None:
+    tree = json_schema()["properties"]
+    known = _values()
+    assert {key.partition(".")[0] for key in known} == tree.keys()
+    dumped = dump_config(parse_config(tiny_tree(Path("run")), "tiny"))
+    for section in ("data", "model", "method", "optim", "train", "eval"):
+        for key, value in dumped[section].items():
+            if not isinstance(value, dict):
+                assert f"{section}.{key}" in known
 
 
 def test_the_defaults_of_data_synth_are_those_of_the_configuration() -> None:

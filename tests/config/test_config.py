@@ -100,6 +100,20 @@ def test_a_step_up_from_a_symbolic_link_leads_to_the_parent_of_its_target(tmp_pa
     assert plain_path(Path("/../etc")) == Path("/etc")
 
 
+def test_the_generated_data_set_is_stored_only_where_it_is_used(file: Path) -> None:
+    config = load_config(file, ["data.synthetic.labeled=3"])
+    assert dump_config(config)["data"]["synthetic"]["labeled"] == 3
+    folder = ["data.kind=folder", "data.classes=[a, b]"]
+    folder += [f"data.{key}=here" for key in ("root", "labeled", "unlabeled", "val")]
+    config = load_config(file, folder)
+    assert "synthetic" not in dump_config(config)["data"]
+    again = parse_config(dump_config(config), "test")
+    assert dump_config(again) == dump_config(config)
+    # A run of a former version stored the section.
+    former = override_config(config, ["data.synthetic.labeled=3"])
+    assert config_fingerprint(former) == config_fingerprint(config)
+
+
 def test_the_fingerprint_sees_what_shapes_the_result_and_nothing_else(file: Path) -> None:
     config = load_config(file)
     assert config_fingerprint(override_config(config, ["data.workers=7", "train.log_every=3"])) == (
@@ -129,7 +143,16 @@ def test_the_fingerprint_sees_what_shapes_the_result_and_nothing_else(file: Path
         ("method.name=prkl", "method.name: unknown method 'prkl'; known: supervised, mean_teacher, prcl"),
         ("data.classes=[one]", "data.classes: at least 2 are needed, got 1"),
         ("data.crop=[8, 64]", "data.crop: [8, 64] is smaller than model.output_stride 16"),
-        ("data.crop=64", "data.crop: input should be a valid list, got 64"),
+        ("data.crop=64", "data.crop: input should be a valid list, such as [64, 64], got 64"),
+        ("eval.window=64", "eval.window: input should be a valid list, such as [64, 64], got 64"),
+        ("eval.scales=0.5", "eval.scales: input should be a valid list, such as [0.5], got 0.5"),
+        ("data.std=0.5", "data.std: input should be a valid list, such as [0.5, 0.5, 0.5], got 0.5"),
+        ("lr=0.1", "unknown key lr; did you mean optim.lr?"),
+        ("tau=0.1", "unknown key tau; did you mean method.tau?"),
+        ("method.lr=0.1", "unknown key method.lr; did you mean optim.lr?"),
+        ("crop=[64, 64]", "unknown key crop; did you mean data.crop or eval.crop?"),
+        ("train.epochs=3", "unknown key train.epochs; did you mean train.iterations?"),
+        ("learning_rate=0.1", "unknown key learning_rate; did you mean optim.lr?"),
         ("data.kind=voc", "data.root: required for kind voc"),
         ("data.augment.scale=[2, 1]", "data.augment.scale: the lower end 2.0 is above the upper end 1.0"),
         (

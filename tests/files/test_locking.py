@@ -45,7 +45,7 @@ def kill(child: int) -> None:
 
 
 def test_a_second_process_is_told_who_holds_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/prcl", "train", "a\nb.yaml"])
+    monkeypatch.setattr(sys, "argv", ["/usr/prcl_fast/cli/main.py", "train", "a\nb.yaml"])
     child = in_child(lambda: globals().update(lock=FolderLock(tmp_path, "output")))
     before = (tmp_path / LOCK).read_bytes()
     with pytest.raises(FolderInUseError) as caught:

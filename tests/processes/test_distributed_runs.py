@@ -136,7 +136,24 @@ def test_an_error_in_the_configuration_is_printed_once(tmp_path: Path) -> None:
     said = [line for _, error, _ in ended for line in error.splitlines()]
     assert len(said) == 1, said
     assert "unknown key method.tua; did you mean tau?" in said[0]
-    assert [status for *_, status in ended] in ([2, 1], [1, 2], [2, 2])
+    assert [status for *_, status in ended] == [2, 2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_difference_of_the_configurations_is_printed_by_each_rank_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(shared_tree(tmp_path / "run")))
+    ended = [
+        (process.communicate(timeout=90)[1].splitlines(), process.returncode)
+        for process in launch("train", str(file), last=["data.crop=[32,32]", "train.threads=2"])
+    ]
+    line = (
+        "prcl: process 1 has data.crop [32, 32], process 0 has [64, 64]; it must be the same in all "
+        "processes of a run"
+    )
+    assert ended == [([line], 2), ([line], 2)]
     assert not (tmp_path / "run").exists()
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from prcl_fast import __version__
 from prcl_fast.errors import InputError
 from prcl_fast.processes.launch import Launch, device_of, expand_hosts, read_launch
+from prcl_fast.processes.rendezvous import _Rendezvous
 from support.paths import CONFIGS
 from support.processes import free_port
 
@@ -201,14 +203,30 @@ def work(name, address, port, world, rank, wait_s):
     device = torch.device("cpu")
     if name == "wrong_input" and rank > 0:
         device = InputError(f"data.root: the input error of rank {rank}")
+    if name == "versions" and rank > 0:
+        former = rendezvous.arrival
+        rendezvous.arrival = lambda *a: with_fact(former(*a), "PyTorch", "1.0")
+    if name == "strange" and rank > 0:
+        rendezvous.arrival = lambda *a: Strange()
     if name in GPUS:
         former = rendezvous.arrival
         rendezvous.arrival = lambda *a: former(*a)._replace(device=GPUS[name][rank])
-    with rendezvous.join(here, device, 20.0, wait_s=wait_s) as group:
+    command = f"train {rank}" if name == "commands" else "train"
+    rendezvous._ANSWER_S = 2.0 if name == "taken" else 30.0
+    with rendezvous.join(here, device, 20.0, command=command, wait_s=wait_s) as group:
         ones = torch.ones(1)
         torch.distributed.all_reduce(ones)
         assert ones.item() == world
         group.store.set("written", "1")
+
+
+def with_fact(arrival, key, value):
+    return arrival._replace(facts=arrival.facts | {key: value})
+
+
+class Strange:
+    def to_text(self):
+        return "cpu"
 
 
 GPUS = {"mixed": ["cpu", "GPU a of there"], "shared": ["GPU a of here", "GPU a of here"]}
@@ -222,7 +240,7 @@ for run in runs:
             os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
             status = 0
             try:
-                fails = name in ("missing", "headless", "taken", "unknown")
+                fails = name in ("missing", "headless", "taken", "unknown", "twice")
                 work(name, address, int(port), int(world), int(rank), 2.0 if fails else 30.0)
             except (InputError, RunError) as error:
                 print(error, file=sys.stderr, flush=True)
@@ -253,11 +271,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         "all": ("127.0.0.1", "2=0=1"),
         "missing": ("127.0.0.1", "3=0=2"),
         "headless": ("127.0.0.1", "2=1"),
-        "taken": ("127.0.0.1", "2=0"),
+        "taken": ("127.0.0.1", "2=0=1"),
         "unknown": ("no such host", "2=0"),
         "wrong_input": ("127.0.0.1", "3=0=1=2"),
         "mixed": ("127.0.0.1", "2=0=1"),
         "shared": ("127.0.0.1", "2=0=1"),
+        "commands": ("127.0.0.1", "2=0=1"),
+        "versions": ("127.0.0.1", "3=0=1=2"),
+        "strange": ("127.0.0.1", "2=0=1"),
+        "twice": ("127.0.0.1", "3=0=1=1"),
     }
     with socket.create_server(("", 0)) as taken:
         ports = {name: free_port() for name in runs} | {"taken": taken.getsockname()[1]}
@@ -314,11 +336,47 @@ def test_without_rank_0_the_message_names_its_address(outcomes: dict[str, Outcom
     assert (outcome.errors.count("\n"), outcome.statuses) == (1, [3])
 
 
-def test_a_port_that_is_taken_is_one_line(outcomes: dict[str, Outcome]) -> None:
+def test_a_port_taken_by_a_server_that_answers_nothing_is_one_line_of_each_rank(
+    outcomes: dict[str, Outcome],
+) -> None:
     outcome = outcomes["taken"]
     place = f"rendezvous at 127.0.0.1:{outcome.port}"
-    assert outcome.errors == f"{place}: the port is taken; MASTER_PORT sets another port\n"
-    assert outcome.statuses == [3]
+    assert sorted(outcome.errors.splitlines()) == [
+        f"{place}: rank 1 found a server there that is not rank 0's (no answer within 2 s); MASTER_PORT sets "
+        "another port",
+        f"{place}: the port is taken; MASTER_PORT sets another port",
+    ]
+    assert outcome.statuses == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "difference"),
+    [
+        ("commands", "process 1 has command train 1, process 0 has train 0"),
+        ("versions", f"process 1 has PyTorch 1.0, process 0 has {torch.__version__}"),
+        ("strange", f"process 1 has prcl_fast of another version, process 0 has {__version__}"),
+    ],
+)
+def test_ranks_that_differ_in_command_or_versions_are_refused_on_each(
+    name: str, difference: str, outcomes: dict[str, Outcome]
+) -> None:
+    lines = outcomes[name].errors.splitlines()
+    assert set(lines) == {f"{difference}; it must be the same in all processes of a run"}
+    assert outcomes[name].statuses == [2] * len(lines)
+    assert len(lines) >= 2
+
+
+def test_a_second_process_of_the_same_rank_is_refused(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["twice"]
+    place = f"rendezvous at 127.0.0.1:{outcome.port}"
+    assert f"{place}: another process is rank 1 there; MASTER_PORT sets another port\n" in outcome.errors
+
+
+def test_the_store_of_a_run_on_one_machine_listens_on_the_loopback_address_alone() -> None:
+    for address, world, bound in (("127.0.0.1", 2, "127.0.0.1"), ("127.0.0.1", 4, "0.0.0.0")):
+        here = Launch(0, world, 0, 2, address, free_port(), "torchrun")
+        with _Rendezvous(here, 1.0)._listen() as listener:
+            assert listener.getsockname()[0] == bound
 
 
 def test_an_unknown_address_is_one_line(outcomes: dict[str, Outcome]) -> None:

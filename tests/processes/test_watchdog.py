@@ -15,6 +15,7 @@ import pytest
 from torch.distributed import HashStore
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.processes.agreement import DifferenceError
 from prcl_fast.processes.watchdog import Watchdog
 from support.processes import free_port
 
@@ -29,9 +30,11 @@ class Process:
         self.printed: list[str] = []
         self.ended: list[int] = []
         self._over = threading.Event()
+        self.recorded: list[str] = []
         self.watchdog = Watchdog(
             rank, world, store, stall_s, self.printed.append, self._end, beat_s=BEAT_S, gone_s=GONE_S
         )
+        self.watchdog.record = self.recorded.append
 
     def _end(self, status: int) -> None:
         self.ended.append(status)
@@ -69,6 +72,7 @@ def test_a_stall_of_a_single_process_is_reported_and_ends_it() -> None:
         "prcl: no progress for 0.8 s, waiting for data at iteration 41 (worker 1 is at a.png); "
         "train.stall_timeout sets how long that may take"
     ]
+    assert process.recorded == [process.printed[0].removeprefix("prcl: ")]
 
 
 def test_details_that_fail_or_hang_do_not_delay_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +114,7 @@ def test_an_error_is_printed_once_and_ends_all_ranks(faulty: int) -> None:
     assert group[faulty].status() == 2
     assert [process.status() for process in others] == [2, 2]
     assert printed(group) == group[faulty].printed == ["prcl: data.root: no such folder"]
+    assert [process.recorded for process in group] == [["data.root: no such folder"]] * 3
 
 
 def test_an_unexpected_error_is_printed_with_its_traceback() -> None:
@@ -190,6 +195,68 @@ def test_a_silent_rank_is_named(dead: int) -> None:
     alive = [process for process in group if process is not group[dead]]
     assert [process.status() for process in alive] == [1, 1]
     assert printed(group) == [f"prcl: rank {dead} is gone (killed, out of memory, or its machine lost)"]
+
+
+def test_a_difference_of_the_ranks_is_printed_by_each_of_them() -> None:
+    group = processes(3)
+    group[2].watchdog.__enter__()  # it does not come to raise it
+    for process in group[:2]:
+        with pytest.raises(DifferenceError), process.watchdog:
+            raise DifferenceError("process 1 has seed 1, process 0 has 0")
+    assert [process.status() for process in group] == [2, 2, 2]
+    assert [process.printed for process in group] == [["prcl: process 1 has seed 1, process 0 has 0"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("status/1", "no json"),
+        ("status/1", '{"beat": 1}'),
+        ("report", "[]"),
+        ("report", '[1, "text of a stranger", 1, false]'),
+        ("report", '[7, "text of a stranger", 1, false]'),
+    ],
+)
+def test_entries_of_another_program_in_the_store_end_the_run_with_one_line(key: str, value: str) -> None:
+    store = HashStore()
+    process = Process(0, 2, store)
+    if key == "report" and value.startswith("[1"):
+        process = Process(1, 2, store)
+        store.set("status/0", '[0, 0, "starting", false]')
+    store.set(key, value)
+    with process.watchdog:
+        assert process.status() == 1
+    assert process.printed == [
+        f"prcl: another program wrote {key} in the run's store; MASTER_PORT sets another port"
+    ]
+
+
+def test_a_stall_names_the_silence_of_a_rank_instead_of_an_old_activity() -> None:
+    group = processes(2, STALL_S)
+    for process in group:
+        process.watchdog.__enter__()
+    wait_until(lambda: 1 in group[0].watchdog._heartbeat.statuses)
+    group[1].watchdog._stopped.set()
+    group[1].watchdog._heartbeat.stop()
+    group[0].watchdog.at("in the step of iteration 2")
+    group[0].watchdog._gone_s = 60.0
+    assert group[0].status() == 1
+    assert ", waiting for rank 1, which is silent for " in group[0].printed[0]
+    assert "starting" not in group[0].printed[0]
+
+
+def test_the_end_of_the_other_ranks_during_a_pause_is_told_as_such() -> None:
+    group = processes(3)
+    heartbeat, peers = group[2].watchdog._heartbeat, group[2].watchdog._peers
+    assert heartbeat is not None
+    assert peers is not None
+    heartbeat.heard_at |= {0: 0.0, 1: 0.0}
+    assert peers.gone([0, 1]).startswith("rank 0, 1 is gone")
+    heartbeat.store_lost = True
+    assert peers.lost_store() == "lost rank 0, or the machine that started it"
+    peers.paused = (0.0, 21.4)
+    assert peers.gone([0, 1]) == "rank 0, 1 ended while rank 2 was stopped for 21 s"
+    assert peers.lost_store() == "rank 0 ended while rank 2 was stopped for 21 s"
 
 
 def test_ranks_may_leave_at_different_times() -> None:

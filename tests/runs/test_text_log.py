@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.errors import InputError, RunError, WriteError
 from prcl_fast.runs.log import RunLog
 from prcl_fast.runs.text_log import TextLog
@@ -18,9 +18,9 @@ from support.run_folders import file_size_limit
 ENTRY = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d "
 
 
-def recording(**options: bool) -> tuple[TextLog, io.StringIO]:
+def recording(terminal: bool | None = None) -> tuple[TextLog, io.StringIO]:
     file = io.StringIO()
-    return TextLog(Console(file=file, width=40, **options)), file
+    return TextLog(PlainConsole(file=file, width=40, terminal=terminal)), file
 
 
 def entries(folder: Path) -> list[str]:
@@ -59,7 +59,7 @@ def test_a_second_start_goes_on_in_the_same_file(tmp_path: Path) -> None:
 def test_the_records_of_a_run_stand_in_the_file_also_where_a_bar_shows_them(
     tmp_path: Path, terminal: bool
 ) -> None:
-    log, _ = recording(force_terminal=terminal)
+    log, _ = recording(terminal)
     log.open(tmp_path)
     with RunLog(tmp_path, start=0, total=4, console=log) as records:
         records.train(2, {"loss": 0.5, "note": "first"})
@@ -133,3 +133,23 @@ def test_a_link_in_the_place_of_the_log_is_refused_and_its_target_left_alone(tmp
     with pytest.raises(WriteError, match=r"log\.txt: cannot be written: it is a pipe$"):
         log.open(tmp_path / "run")
     assert victim.read_text() == "precious"
+
+
+def test_an_error_that_is_reported_twice_is_recorded_once(tmp_path: Path) -> None:
+    log, _ = recording()
+    log.open(tmp_path)
+    with pytest.raises(RunError), log.errors():
+        raise RunError("stopped")
+    log.error("stopped")  # as the watchdog of several processes does
+    assert entries(tmp_path) == ["error: stopped"]
+
+
+def test_with_several_processes_an_unexpected_exception_is_left_to_the_report_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prcl_fast.runs.text_log.world_size", lambda: 2)
+    log, _ = recording()
+    log.open(tmp_path)
+    with pytest.raises(RuntimeError), log.errors():
+        raise RuntimeError("connection closed by peer")
+    assert entries(tmp_path) == []

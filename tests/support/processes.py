@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -75,8 +75,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(*arguments: str, world: int = WORLD, **options: Any) -> list[subprocess.Popen[str]]:
-    """Starts `prcl ARGUMENTS` in `world` processes, each a process group, with torchrun's environment."""
+def launch(
+    *arguments: str, world: int = WORLD, last: Sequence[str] = (), **options: Any
+) -> list[subprocess.Popen[str]]:
+    """Starts `prcl ARGUMENTS` in `world` processes, each a process group, with torchrun's environment.
+
+    Args:
+        last: more arguments of the last rank.
+    """
     port = free_port()
     started = []
     for rank in range(world):
@@ -90,6 +96,7 @@ def launch(*arguments: str, world: int = WORLD, **options: Any) -> list[subproce
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "prcl_fast.cli.main", *arguments]
+        command += last if rank == world - 1 else []
         started.append(
             subprocess.Popen(
                 command,

@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
 import yaml
 
 from prcl_fast.cli.sweep import sweep_command
+from prcl_fast.data.sources.synthetic import SyntheticSource
 from prcl_fast.errors import InputError
 from prcl_fast.runs.folder import run_state
 from prcl_fast.sweep.config import read_sweep
@@ -126,6 +128,18 @@ def stand_in(tmp_path, monkeypatch):
     return sweep
 
 
+def test_labels_that_training_would_refuse_stop_the_sweep_before_its_first_run(
+    stand_in, tmp_path, monkeypatch
+):
+    read = SyntheticSource.label
+    monkeypatch.setattr(SyntheticSource, "label", lambda source, name: np.full_like(read(source, name), 255))
+    with pytest.raises(
+        InputError, match=r"run a/seed_0: data\.labeled: no pixel of these images has a label"
+    ):
+        sweep_command(stand_in("a", "z"))
+    assert not (tmp_path / "out/a").exists()
+
+
 def test_a_run_that_fails_does_not_stop_the_others_and_is_named_at_the_end(stand_in, tmp_path, capsys):
     path = stand_in("a", "fails", "killed", "z")
     with pytest.raises(typer.Exit) as caught:
@@ -143,7 +157,8 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_named_at_the_end(stand
         "prcl: run fails/seed_0 failed: data.root: no such folder",
         "prcl: run killed/seed_0 failed: ended by SIGKILL; its log is empty",
     ]
-    assert error.splitlines()[1:3] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 90 s; 1 of 4 runs"]
+    lines = [line for line in error.splitlines() if not line.startswith("note: ")]
+    assert lines[:2] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 90 s; 1 of 4 runs"]
     again = read_sweep(path).runs[0].config
     assert yaml.safe_load((again.output / "train.yaml").read_text())["output"] == str(again.output)
     assert "first\nprcl: data.root" in (tmp_path / "out/fails/seed_0/train.log").read_text()

@@ -140,7 +140,10 @@ def _folder(data: DataConfig) -> Path:
         return _SHARED_MEMORY / f"prcl_fast-{os.geteuid()}"
     if data.cache_dir is not None:  # which several users may share
         return data.cache_dir / f"prcl_fast-{os.geteuid()}"
-    return user_cache() / "images"
+    home = user_cache()
+    if home is None:
+        raise InputError("data.cache_dir: needed, because this user has no home folder (set HOME)")
+    return home / "images"
 
 
 def _key(source: Source, items: Sequence[_Item]) -> str:

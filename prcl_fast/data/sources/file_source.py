@@ -24,7 +24,7 @@ from prcl_fast.data.sources.splits import (
     read_split,
     separator_hint,
 )
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, naming
 from prcl_fast.files.reading import read_text
 
 _MAX_BYTES = 2**20
@@ -161,7 +161,11 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
             missing; the message names the split file and its line.
     """
     paths = {"labeled": data.labeled, "unlabeled": data.unlabeled, "val": data.val}
-    files = {subset: read_split(path) for subset, path in paths.items() if path is not None}
+    files = {}
+    for subset, path in paths.items():
+        if path is not None:
+            with naming(f"data.{subset}"):
+                files[subset] = read_split(path)
     check_disjoint(list(files.values()))
     images: dict[str, Path] = {}
     labels: dict[str, LabelFile] = {}
@@ -221,11 +225,12 @@ def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tup
     """
     if classes is None:
         return tuple(default)
-    where = "data.classes" if isinstance(classes, list) else str(classes)
+    where = "data.classes" if isinstance(classes, list) else f"data.classes: {classes}"
     if isinstance(classes, list):
         names = [name.strip() for name in classes]
     else:
-        text = read_text(classes, "file of class names", _MAX_BYTES)
+        with naming("data.classes"):
+            text = read_text(classes, "file of class names", _MAX_BYTES)
         names = [line.strip() for line in text.split("\n") if line.strip()]
     if not 2 <= len(names) <= 255:
         raise InputError(f"{where}: {len(names)} classes; 2 to 255 are possible")

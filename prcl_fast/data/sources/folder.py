@@ -23,8 +23,6 @@ from prcl_fast.data.sources.splits import Entry, check_inside
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
 
-_MOST_LINKS = 1000  # to one folder; links between links multiply
-
 
 def build_folder(data: DataConfig) -> FileSource:
     """A data set whose images and labels are found by the names in the split files.

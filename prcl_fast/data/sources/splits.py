@@ -92,7 +92,7 @@ def fingerprint(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
-def read_split(path: Path) -> SplitFile:
+def read_split(path: str | Path) -> SplitFile:
     """Reads a split file of any public form.
 
     Blank lines, CRLF, a byte order mark, backslashes for slashes and a missing last newline are tolerated.
@@ -101,6 +101,7 @@ def read_split(path: Path) -> SplitFile:
         InputError: unreadable, empty, an id twice, mixed forms, a path outside the data set, or a file or
             line that is too long; names file and line.
     """
+    path = Path(path)
     text = read_text(path, "split file", _MAX_BYTES)
     entries: list[Entry] = []
     first_line: dict[str, int] = {}

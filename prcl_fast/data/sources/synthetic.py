@@ -72,7 +72,7 @@ class SyntheticSource:
         return _cached_scene(height, width, self.config.seed, subset, int(index))
 
 
-def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
+def write_synthetic(folder: str | Path, config: SyntheticConfig) -> None:
     """Writes the data set in VOC's layout, with split files and a `config.yaml` that is ready to train.
 
     Images are JPEG of quality 95 without chroma subsampling; unlabeled images get no mask. The folder appears

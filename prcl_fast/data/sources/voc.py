@@ -83,7 +83,7 @@ class _VocLayout:
             )
         masks = [bases[0] / name for name in (_AUGMENTED, _ORIGINAL) if (bases[0] / name).is_dir()]
         if not masks:
-            raise InputError(f"{bases[0]}: no folder {_AUGMENTED} or {_ORIGINAL}")
+            raise InputError(f"{bases[0]}: no folder {_AUGMENTED} or {_ORIGINAL} (data.root)")
         self.image_folder, self.label_folder = bases[0] / "JPEGImages", masks[0]
         self.images, self.labels = files_below(self.image_folder), files_below(self.label_folder)
         self.decoder = decoder

@@ -81,7 +81,8 @@ def _judge_subset(
     found = _found(source, scan, subset)
     if len(missing) == len(counts):
         refusals.append(
-            f"data.{subset}: no pixel of these images has a label{found} (data.ignore and data.label_map)"
+            f"data.{subset}: no pixel of these images has a label{found}; data.ignore and data.label_map "
+            "say which ids count"
         )
         return
     lacks = f"data.{subset}: no pixel of these images has {_names(source, missing)}"
@@ -159,13 +160,11 @@ def _judge_palettes(
             here.setdefault(colour, set()).add(index)
             other, other_path = colour_of.setdefault(index, (colour, path))
             if other != colour and not differs:
-                differs = f"{path}: index {index} has colour {_rgb(colour)}, in {other_path} {_rgb(other)}"
+                differs = f"{path}: index {index} is colour {_rgb(colour)}, but {_rgb(other)} in {other_path}"
         for colour, indices in here.items():
             others, other_path = indices_of.setdefault(colour, (set(indices), path))
             if others.isdisjoint(indices) and not moved:
-                moved = (
-                    f"{path}: colour {_rgb(colour)} has index {min(indices)}, in {other_path} {min(others)}"
-                )
+                moved = f"{path}: {_rgb(colour)} is index {min(indices)}, but {min(others)} in {other_path}"
             others |= indices
     if differs and moved:
         refusals.append(

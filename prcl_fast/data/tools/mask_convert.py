@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prcl_fast.data.source import IGNORE
 from prcl_fast.data.sources.cityscapes import PALETTE as CITYSCAPES_PALETTE
 from prcl_fast.data.sources.images import (
     IMAGE_SUFFIXES,
@@ -83,8 +84,8 @@ def read_colour_code(palette: str) -> ColourCode:
 
 
 def convert_masks(
-    masks: Path,
-    out: Path,
+    masks: str | Path,
+    out: str | Path,
     *,
     code: ColourCode | None,
     label_map: Mapping[int, int],
@@ -110,6 +111,7 @@ def convert_masks(
     Raises:
         InputError: naming the file and, for an unknown colour, the colour.
     """
+    masks, out = Path(masks), Path(out)
     if not masks.is_dir():
         raise InputError(f"{masks}: no such folder")
     targets = _targets(masks)
@@ -119,8 +121,9 @@ def convert_masks(
     palette = _palette(code, table)
     with replacing_folder(out) as temporary:
         for done, (target_name, path) in enumerate(targets.items(), start=1):
-            mask = decode_mask(path, max_pixels)
-            save_index_png(temporary / target_name, table[_ids(path, mask, code, other)], palette)
+            ids = _ids(path, decode_mask(path, max_pixels), code, other)
+            _check_unambiguous(path, ids, label_map)
+            save_index_png(temporary / target_name, table[ids], palette)
             if progress is not None:
                 progress(done, len(targets))
     return len(targets)
@@ -145,6 +148,16 @@ def _ids(path: Path, mask: Mask, code: ColourCode | None, other: int | None) -> 
             "(--other gives such pixels an id)"
         )
     return np.where(unknown, np.uint8(other), code.ids[positions])
+
+
+def _check_unambiguous(path: Path, ids: np.ndarray, label_map: Mapping[int, int]) -> None:
+    """Raises InputError if an id that is not mapped would become one with an id that is mapped to it."""
+    for source, target in label_map.items():
+        if target not in (*label_map, IGNORE) and (ids == target).any():
+            raise InputError(
+                f"{path}: id {target}, which --map does not name, although it maps {source} to {target}; add "
+                f"--map {target}={target} to keep the id, or --map {target}={IGNORE} if it means not labeled"
+            )
 
 
 def _grey_ids(path: Path, mask: Mask, code: ColourCode) -> bool:

@@ -106,7 +106,11 @@ def scan_labels(
         ).reshape(-1, len(nothing))
         for subset in subsets
     }
-    return LabelScan(pixels, tuple(problems[name] for name in names if name in problems), contents)
+    return LabelScan(
+        pixels,
+        tuple(problems[name] for name in names if name in problems),
+        {name: contents[name] for name in names if name in contents},
+    )
 
 
 def _count(source: Source, name: str) -> list[int]:
