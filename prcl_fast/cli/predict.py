@@ -71,7 +71,8 @@ def predict_command(
                 low, high = found.variance_range
                 line += f"; variance {low:.4g} (dark blue) to {high:.4g} (yellow)"
             say(line)
-        say(f"predictions are in {out}")
+        if len(unreadable) < len(inputs.images):
+            say(f"predictions are in {out}")
         for image in unreadable:  # on every rank: each knows its own
             note(f"prcl: {image.reason}")
         check_all_predicted(len(unreadable), inputs, here.device)
