@@ -9,7 +9,8 @@ Environment:
     FORCE_CUDA=1           a missing nvcc is an error instead of one line.
     TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; by default 8.0, 9.0, 10.0 and PTX of the last one.
     CUDA_HOME              where nvcc is; else it is looked for on PATH and in /usr/local/cuda.
-    CXX                    the C++ compiler.
+    CXX                    the C++ compiler, for nvcc too; may have a launcher and arguments: "ccache g++".
+    NVCC_CCBIN             the C++ compiler of nvcc alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,10 @@ DEFAULT_ARCHES = "8.0;9.0;10.0+PTX"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest PyTorch that the libraries load in
 DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
 INTERFACE = "interface.cpp"  # generated
+# Paths of other characters are reached by links with plain names: nvcc splits options at commas, and passes
+# paths to a shell without quoting every character.
+PLAIN_PATH = re.compile(r"[\w@+./-]+", re.ASCII)
+LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
 NO_NVCC = f"nvcc was not found in CUDA_HOME, on PATH or in {DEFAULT_CUDA_HOME}"
 MISSING_NVCC = (
     f"prcl_fast: {NO_NVCC}, so only the CPU library is built "
@@ -46,8 +52,13 @@ class BuildError(SystemExit):
 
 @dataclass(frozen=True)
 class Flags:
-    """All compiler and linker flags; `nvcc` is None where CUDA is not built."""
+    """All compiler and linker flags; `nvcc` is None where CUDA is not built.
 
+    Relative paths in them are links in the folder of build.ninja, where ninja runs: name -> target.
+    """
+
+    source: Path
+    links: dict[str, Path]
     cxx: str
     compile: list[str]
     link: list[str]
@@ -92,20 +103,42 @@ def architecture_flags(arches: str, known: set[str]) -> list[str]:
     return flags
 
 
+def nvcc_host_compiler(cxx: str) -> list[str]:
+    """nvcc's flags for the C++ compiler of NVCC_CCBIN, else of CXX if that is set."""
+    if "NVCC_CCBIN" in os.environ:
+        return [f"-ccbin={os.environ['NVCC_CCBIN']}"]
+    if "CXX" not in os.environ:
+        return []
+    words = shlex.split(cxx)
+    while len(words) > 1 and Path(words[0]).name in LAUNCHERS:
+        words.pop(0)
+    return [f"-ccbin={words[0]}", *(f"-Xcompiler={word}" for word in words[1:])]
+
+
 def build_flags() -> Flags:
     """Every build flag has its only home here."""
     import torch
 
-    torch_dir = Path(torch.__file__).resolve().parent
+    links: dict[str, Path] = {}
+
+    def short(name: str, path: Path) -> Path:
+        if PLAIN_PATH.fullmatch(str(path)):
+            return path
+        links[name] = path
+        return Path(name)
+
+    source = short("source", ROOT)
+    torch_dir = short("torch", Path(torch.__file__).resolve().parent)
+    cxx = os.environ.get("CXX", "g++")
     common = [
-        f"-I{ROOT / 'csrc'}",
+        f"-I{source / 'csrc'}",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         "-std=c++17",
         "-O3",
     ]
     system_headers = ["-isystem", str(torch_dir / "include")]
-    host = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=."]
+    host = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={source}=."]
     # libtorch.so needs libtorch_cpu.so and, in CUDA builds, libtorch_cuda.so: our symbols come through it.
     # PyTorch has loaded it before we do, so no run path is written.
     link = ["-shared", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
@@ -121,9 +154,12 @@ def build_flags() -> Flags:
             "-DUSE_CUDA",  # makes PyTorch's headers declare the CUDA stream functions
             "--threads=2",
             f"-Xcompiler={','.join(host)}",
+            *nvcc_host_compiler(cxx),
         ]
     return Flags(
-        cxx=os.environ.get("CXX", "g++"),
+        source=source,
+        links=links,
+        cxx=cxx,
         compile=[*common, *system_headers, *host, "-Wall", "-Wextra", "-Wno-psabi"],
         link=link,
         nvcc=shlex.quote(nvcc) if nvcc else None,
@@ -148,10 +184,14 @@ def extensions() -> list[Extension]:
 
 
 def ninja_file(flags: Flags, found: list[Extension], out: Path) -> str:
-    """The text of build.ninja: one object per source, one library per extension."""
+    """The text of out/build.ninja: one object per source, one library per extension. Makes `flags.links`."""
+    for name, target in flags.links.items():
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(target)
 
-    def escape(path: Path) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    def short(path: Path) -> Path:
+        """A path in `out`, for ninja, which runs there."""
+        return path if PLAIN_PATH.fullmatch(str(path)) else path.relative_to(out)
 
     def joined(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
@@ -186,13 +226,13 @@ def ninja_file(flags: Flags, found: list[Extension], out: Path) -> str:
         objects = []
         for source in extension.sources:
             name = Path(source).name if Path(source).is_absolute() else source.replace("/", "_")
-            target = out / f"{name}.o"
-            objects.append(escape(target))
+            objects.append(str(short(out / f"{name}.o")))
             rule = "nvcc" if source.endswith(".cu") else "cxx"
-            line = f"build {objects[-1]}: {rule} {escape(ROOT / source)}"
+            path = short(Path(source)) if Path(source).is_absolute() else flags.source / source
+            line = f"build {objects[-1]}: {rule} {path}"
             if line not in lines:  # both libraries have interface.cpp
                 lines.append(line)
-        library = escape(out / f"{extension.name}.so")
+        library = short(out / f"{extension.name}.so")
         lines.append(f"build {library}: {'cuda_link' if is_cuda else 'link'} {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -251,7 +291,10 @@ class BuildNative(build_ext):
         write_changed(out / "build.ninja", ninja_file(flags, self.extensions, out))
         jobs = os.environ.get("MAX_JOBS")
         command = [*ninja_command(), "-C", str(out), *(["-j", jobs] if jobs else [])]
-        if subprocess.run(command, check=False).returncode != 0:
+        environment = dict(os.environ)
+        if not PLAIN_PATH.fullmatch(tempfile.gettempdir()):
+            environment["TMPDIR"] = "."  # nvcc's own files, beside the objects
+        if subprocess.run(command, env=environment, check=False).returncode != 0:
             raise BuildError("prcl_fast: the native library did not compile; the compiler's message is above")
         super().run()
 

@@ -1,6 +1,9 @@
 """`python -m bench NAME ...`, see commands.py."""
 
+import os
 import sys
+
+os.environ["MPLBACKEND"] = "agg"  # as in prcl_fast/cli: a notebook's backend may be missing here
 
 from bench.commands import main
 

@@ -1,5 +1,10 @@
 """Exceptions that end a command with one line and without a traceback."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(Exception):
     """A mistake in a configuration, a file or an argument.
@@ -23,3 +28,12 @@ class WriteError(InputError):
 
 class RunError(RuntimeError):
     """A run cannot go on. The message is one line; the command line prints it and exits with status 1."""
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Puts the key of a configuration before the message of an InputError about its file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None

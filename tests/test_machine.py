@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bench import machine
-from prcl_fast import __version__
+from prcl_fast import __version__, console
 from prcl_fast.machine import description, memory
+from prcl_fast.machine.memory import out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -76,3 +79,54 @@ def test_the_peak_follows_what_is_resident() -> None:
     assert memory.resident_peak() - before > 60 << 20
     assert memory.reset_resident_peak()
     assert memory.resident_peak() - before < 30 << 20
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you "
+                "tried to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "out of memory: 4096.0 GiB asked for at once; lower train.batch_labeled",
+        ),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total of 9 GiB"
+            ),
+            "out of memory on the GPU: 20.50 GiB asked for at once; lower train.batch_labeled",
+        ),
+        (
+            MemoryError("Unable to allocate 3.64 TiB for an array with shape (1000000, 500000)"),
+            "out of memory: 3.64 TiB asked for at once; lower",
+        ),
+        (MemoryError(), "out of memory; lower"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; lower"),
+    ],
+)
+def test_a_failed_allocation_is_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    assert console.run(fail, "prcl") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"prcl: {line}")
+    assert said.count("\n") == 1
+    assert "prcl plan" in said
+
+
+def test_real_failed_allocations_are_recognised() -> None:
+    for allocate in (lambda: torch.empty(2**50), lambda: np.empty(2**55, np.uint8), lambda: bytearray(2**55)):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            allocate()
+        assert out_of_memory(caught.value) is not None
+
+
+def test_other_errors_are_no_failed_allocation() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        console.run(lambda: torch.zeros(3).view(2, 2) and None, "prcl")
+    for error in (RuntimeError("memory format"), OSError(errno.ENOSPC, "No space left"), ValueError("x")):
+        assert out_of_memory(error) is None

@@ -100,10 +100,9 @@ class Shape:
 
 
 def shape_of(config: Config, classes: int) -> Shape:
-    """The shape of a configuration's step, without computing it. `model.weights` is ignored."""
-    model = config.model.model_copy(update={"weights": None})
+    """The shape of a configuration's step, without computing it."""
     with torch.device("meta"):
-        method = build_method(config.model_copy(update={"model": model}), classes).train()
+        method = build_method(config, classes).train()
         height, width = config.data.crop
         # Two images, because batch norm in training needs more than one value.
         maps = method.student(torch.zeros(2, 3, height, width), representations=False).logits

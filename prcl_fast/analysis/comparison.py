@@ -12,11 +12,12 @@ from typing import Any
 from prcl_fast.analysis.seed_statistics import MISSING, Summary, cell_texts, summarize
 from prcl_fast.config import Config, load_stored_config
 from prcl_fast.config.files import PATH_KEYS, RUN_KEYS
+from prcl_fast.console.text import duration
 from prcl_fast.errors import InputError
-from prcl_fast.runs.folder import settings
-from prcl_fast.runs.metrics import RunResult, read_result
+from prcl_fast.runs.folder import CONFIGURATION, settings
+from prcl_fast.runs.metrics import METRICS, RunResult, read_result
 
-_RESULTS = ("seeds", "mIoU", "best", "iterations", "minutes")
+_RESULTS = ("seeds", "mIoU", "best", "iterations", "time")
 _PATHS = {f"{section}.{key}" for section, key in (*PATH_KEYS, *RUN_KEYS)}
 _SEED = "{seed}"
 # Settings that an evaluation depends on besides the network.
@@ -75,7 +76,7 @@ class Comparison:
             cell_texts([group.summary("miou") for group in self.groups], bold=bold),
             cell_texts([group.summary("best_miou") for group in self.groups], bold=bold),
             [group.iterations() for group in self.groups],
-            [MISSING if time is None else f"{time.mean / 60:.1f}" for time in seconds],
+            [MISSING if time is None else duration(time.mean) for time in seconds],
             strict=True,
         )
         return [
@@ -92,20 +93,20 @@ class Comparison:
         return ", ".join(parts)
 
 
-def find_runs(paths: Sequence[Path]) -> list[ComparedRun]:
+def find_runs(paths: Sequence[str | Path]) -> list[ComparedRun]:
     """The runs in these folders, or anywhere below them, each once.
 
     Raises:
         InputError: no such folder, no run in it, or a run's configuration or metrics cannot be read.
     """
     folders: dict[Path, Path] = {}
-    for path in paths:
+    for path in map(Path, paths):
         if not path.is_dir():
             raise InputError(f"{path}: no such run folder")
-        found = [path] if _is_run(path) else sorted(file.parent for file in path.rglob("metrics.jsonl"))
+        found = [path] if _is_run(path) else sorted(file.parent for file in path.rglob(METRICS))
         found = [folder for folder in found if _is_run(folder)]
         if not found:
-            raise InputError(f"{path}: no run in this folder: metrics.jsonl and config.yaml are missing")
+            raise InputError(f"{path}: {_no_run(path)}")
         for folder in found:
             folders.setdefault(folder.resolve(), folder)
     return [
@@ -127,7 +128,17 @@ def compare(runs: Sequence[ComparedRun]) -> Comparison:
 
 
 def _is_run(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("metrics.jsonl", "config.yaml"))
+    return all((folder / name).is_file() for name in (METRICS, CONFIGURATION))
+
+
+def _no_run(path: Path) -> str:
+    """The reason why no run is in the folder `path` or below it."""
+    if (path / METRICS).is_file():
+        return f"{CONFIGURATION} is missing, so its run cannot be compared"
+    begun = sorted(path.rglob(CONFIGURATION))
+    if begun:
+        return f"the run in {begun[0].parent} has no {METRICS} yet; it is written while the run trains"
+    return f"no run in this folder or below it: no folder holds {METRICS} and {CONFIGURATION}"
 
 
 def _comparable(configs: Sequence[Config]) -> list[dict[str, Any]]:
@@ -136,8 +147,6 @@ def _comparable(configs: Sequence[Config]) -> list[dict[str, Any]]:
     for config in configs:
         values = settings(config)
         del values["seed"]
-        if config.data.kind != "synthetic":
-            values = {key: value for key, value in values.items() if not key.startswith("data.synthetic.")}
         for key in _PATHS & values.keys():
             if isinstance(values[key], str):
                 values[key] = os.path.normpath(values[key])

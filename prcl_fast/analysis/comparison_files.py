@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,25 @@ from matplotlib.figure import Figure
 
 from prcl_fast.analysis.comparison import Comparison, Group
 from prcl_fast.analysis.seed_statistics import csv_table, markdown_table
-from prcl_fast.analysis.style import COLOURS, iteration_axis, new_figure, save_figure, styled
+from prcl_fast.analysis.style import COLOURS, iteration_axis, new_figure, plain_text, save_figure, styled
+from prcl_fast.files.json_text import json_text
+from prcl_fast.files.locking import locked_folder
 from prcl_fast.files.writing import write_text
 from prcl_fast.machine.description import provenance
 from prcl_fast.runs.metrics import series
+from prcl_fast.runs.provenance import read_records
 
 _RESULTS = ("miou", "miou_student", "best_miou", "iteration", "seconds")
 _DASHES = ("-", "--", "-.", ":")
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes the files into `folder`; the figure only if a run was evaluated. Raises WriteError."""
+def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
+    """Writes the files into `folder`; the figure only if a run was evaluated. Raises InputError."""
+    with locked_folder(Path(folder), "out"):
+        return _write(comparison, Path(folder))
+
+
+def _write(comparison: Comparison, folder: Path) -> list[Path]:
     texts = {
         "compare.md": _markdown(comparison),
         "compare.csv": _csv(comparison),
@@ -50,7 +57,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
                 continue
             last = max(last, int(iterations[-1]))
             colour = COLOURS[index % len(COLOURS)]
-            label = f"{comparison.label(index)}: {group.summary('miou')}"
+            label = plain_text(f"{comparison.label(index)}: {group.summary('miou')}")
             dash = _DASHES[index // len(COLOURS) % len(_DASHES)]
             marker = "o" if len(iterations) < 30 else ""
             axes.plot(
@@ -115,10 +122,11 @@ def _json(comparison: Comparison) -> str:
                 "seed": run.config.seed,
                 "iterations": run.config.train.iterations,
                 **{key: getattr(run.result, key) for key in _RESULTS},
+                "starts": read_records(run.folder),
             }
             for run in group.runs
         ]
         shown = {name: texts[index] for name, texts in comparison.columns.items()}
         groups.append({"settings": shown, **summaries, "runs": runs})
     tree = {"groups": groups, "warnings": list(comparison.warnings)} | provenance()
-    return json.dumps(tree, indent=1) + "\n"
+    return json_text(tree, indent=1) + "\n"

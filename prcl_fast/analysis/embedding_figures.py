@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from prcl_fast.analysis.cluster_quality import normalized
-from prcl_fast.analysis.style import RED, iteration_axis, new_figure, styled
+from prcl_fast.analysis.style import RED, iteration_axis, new_figure, plain_text, styled
 
 MIN_POINTS = 10  # t-SNE preserves neighbourhoods, which fewer points do not have
 _PERPLEXITY = 30.0
@@ -157,7 +157,12 @@ def _figure(width: float, height: float, space: Space, virtual: bool) -> tuple[F
     present = np.union1d(space.group, np.flatnonzero(~np.isnan(space.prototypes).any(axis=(1, 2))))
     handles = [
         Line2D(
-            [], [], linestyle="", marker="o", color=space.palette[index] / 255.0, label=space.classes[index]
+            [],
+            [],
+            linestyle="",
+            marker="o",
+            color=space.palette[index] / 255.0,
+            label=plain_text(space.classes[index]),
         )
         for index in present
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from prcl_fast.analysis.cluster_quality import (
     DEFINITIONS,
@@ -43,7 +44,10 @@ from prcl_fast.config import Config, override_config
 from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source
 from prcl_fast.data.sources import build_source
+from prcl_fast.device import prepare_device
 from prcl_fast.errors import InputError
+from prcl_fast.files.folders import check_subfolder
+from prcl_fast.files.locking import locked_folder
 from prcl_fast.files.writing import write_text
 from prcl_fast.runs.checkpoint import LoadedRun, find_checkpoint, load_checkpoint, load_run
 from prcl_fast.runs.metrics import read_metrics
@@ -63,13 +67,14 @@ class Question:
 
 
 def write_analysis(
-    run: Path,
-    further: Sequence[Path],
+    run: str | Path,
+    further: Sequence[str | Path],
     overrides: Sequence[str],
     question: Question,
-    out: Path | None,
+    out: str | Path | None,
     device: torch.device,
     progress: Progress,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Writes analysis.json, tsne.png and prototypes.png into `out`, by default RUN/analysis.
 
@@ -79,6 +84,7 @@ def write_analysis(
         further: more checkpoints of the run, whose prototypes are drawn too.
         overrides: values of `data.*` that replace the run's.
         progress: called with (images done, images in all) after each image.
+        say: takes a line about a long calculation.
 
     Returns:
         The content of analysis.json, and "output", its folder.
@@ -90,15 +96,33 @@ def write_analysis(
         raise InputError(f"pixels: {question.pixels} is less than 1")
     if question.seed < 0:
         raise InputError(f"seed: {question.seed} is negative")
+    run, others = Path(run), [Path(path) for path in further]
     main = find_checkpoint(run)
-    out = main.parent / "analysis" if out is None else out
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out: {out} is not a folder")
+    if out is None:
+        out = main.parent / "analysis"
+        check_subfolder(out)
+    with locked_folder(Path(out), "out"):
+        return _write_analysis(main, run, others, overrides, question, Path(out), device, progress, say)
+
+
+def _write_analysis(
+    main: Path,
+    run: Path,
+    others: Sequence[Path],
+    overrides: Sequence[str],
+    question: Question,
+    out: Path,
+    device: torch.device,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     loaded = load_run(main, device)
     name = next(iter(loaded.networks)) if question.network is None else question.network
     if name not in loaded.networks:
         raise InputError(f"network: {main} has no {name}, only {', '.join(loaded.networks)}")
     analysis = _Analysis(name, override_config(loaded.config, overrides), question, device, progress)
+    train = analysis.config.train
+    prepare_device(device, threads=train.threads, tf32=train.tf32)
     drawn = analysis.draw(loaded)
     embedding = analysis.embed(loaded, drawn)
     if np.ptp(normalized(embedding.representation), axis=0).max() == 0:
@@ -108,7 +132,7 @@ def write_analysis(
         its_embedding = embedding if file == main else analysis.embed(load_run(file, device), drawn)
         return pixel_prototypes(its_embedding, drawn, len(loaded.classes))
 
-    path = prototype_path(main, [*checkpoints_of(run), *further], of_pixels)
+    path = prototype_path(main, [*checkpoints_of(run), *others], of_pixels)
     current = next(point.prototypes for point in path if point.file == main)
     wrong = None if drawn.truth is None else embedding.prediction != drawn.truth
     space = Space(
@@ -145,8 +169,11 @@ def write_analysis(
     iterations = [point.iteration for point in path]
     means = np.stack([point.prototypes.mean for point in path])
     shift = logged_shift(main.parent, len(loaded.classes))
+    say(f"t-SNE of {len(drawn.group)} pixels")
+    with threadpool_limits(train.threads):  # of scikit-learn, which depends on threadpoolctl
+        tsne = draw_tsne(space, question.seed)
     figures = {
-        "tsne.png": draw_tsne(space, question.seed),
+        "tsne.png": tsne,
         "prototypes.png": draw_prototypes(space, iterations, means, shift),
     }
     for file, figure in figures.items():
@@ -267,5 +294,6 @@ def _logged_iou(run: LoadedRun) -> dict[str, float]:
         return {}
     for record in read_metrics(path).evaluations:
         if record["iteration"] == run.iteration and isinstance(record.get("iou"), dict):
-            return {name: value for name, value in record["iou"].items() if isinstance(value, float)}
+            numbers = {name: value for name, value in record["iou"].items() if isinstance(value, float)}
+            return {name: value for name, value in numbers.items() if np.isfinite(value)}
     return {}

@@ -16,13 +16,15 @@ from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.predict import predict_image
 from prcl_fast.errors import InputError
+from prcl_fast.files.folders import check_subfolder
+from prcl_fast.files.locking import locked_folder
 from prcl_fast.runs.checkpoint import LoadedRun, load_run
 from prcl_fast.runs.metrics import read_metrics
 
 PANEL_IMAGES = 4
 
 
-def write_figures(run: Path, device: torch.device | None = None) -> list[Path]:
+def write_figures(run: str | Path, device: torch.device | None = None) -> list[Path]:
     """Writes RUN/figures: curves.png, panel.png and, if the method logs it, representation.png.
 
     Args:
@@ -33,11 +35,18 @@ def write_figures(run: Path, device: torch.device | None = None) -> list[Path]:
         The files written.
 
     Raises:
+        FolderInUseError: another process draws them.
         InputError: no run folder; metrics, checkpoint or data cannot be read; a figure cannot be written.
     """
+    run = Path(run)
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder")
-    device = choose_device("auto") if device is None else device
+    check_subfolder(run / "figures")
+    with locked_folder(run / "figures", "figures"):
+        return _write_figures(run, choose_device("auto") if device is None else device)
+
+
+def _write_figures(run: Path, device: torch.device) -> list[Path]:
     metrics = read_metrics(run / "metrics.jsonl")
     figures = {"curves.png": draw_curves(metrics)}
     representation = draw_representation(metrics)

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from prcl_fast.analysis.style import new_figure, styled
+from prcl_fast.analysis.style import new_figure, plain_text, styled
 from prcl_fast.data.source import IGNORE
 
 _IGNORED_COLOUR = (190, 190, 190)
@@ -56,7 +56,7 @@ def draw_panel(
             facecolor="#{:02x}{:02x}{:02x}".format(*_colour(index, palette)),
             edgecolor="#888888",
             linewidth=0.4,
-            label="not labeled" if index == IGNORE else classes[index],
+            label="not labeled" if index == IGNORE else plain_text(classes[index]),
         )
         for index in seen
     ]
@@ -96,7 +96,7 @@ def _draw_row(
         axes.spines[:].set_visible(False)
     remaining = iter(line)
     next(remaining).imshow(row.image)
-    line[0].set_xlabel(row.name, fontsize=8)
+    line[0].set_xlabel(plain_text(row.name), fontsize=8)
     next(remaining).imshow(_coloured(row.truth, palette), interpolation="nearest")
     if row.pseudo_label is not None and row.confidence is not None and delta_u is not None:
         axes = next(remaining)

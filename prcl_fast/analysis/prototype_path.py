@@ -12,9 +12,10 @@ import numpy as np
 
 from prcl_fast.analysis.cluster_quality import normalized
 from prcl_fast.analysis.prototypes import Prototypes, stored_prototypes
-from prcl_fast.config import config_fingerprint, parse_stored_config
+from prcl_fast.config import parse_stored_config
 from prcl_fast.errors import InputError
 from prcl_fast.runs.checkpoint import find_checkpoint, last_checkpoints, load_checkpoint
+from prcl_fast.runs.folder import EXTENDABLE, settings
 from prcl_fast.runs.metrics import read_metrics
 
 
@@ -41,11 +42,13 @@ def prototype_path(
         InputError: a checkpoint cannot be read, or has another configuration or other classes.
     """
     path: dict[int, PathPoint] = {}
-    run: tuple[str, list[str]] | None = None
+    run: tuple[dict[str, Any], list[str]] | None = None
     for file in [main, *map(find_checkpoint, others)]:
         state = load_checkpoint(file)
         config = parse_stored_config(state["config"], str(file))
-        its_run = config_fingerprint(config), state["classes"]
+        values = settings(config)
+        del values[EXTENDABLE]  # a run that was extended has checkpoints of both totals
+        its_run = values, state["classes"]
         run = run or its_run
         if its_run != run:
             raise InputError(f"{file}: is of another run than {main}: configuration or classes differ")
@@ -99,6 +102,6 @@ def logged_shift(run: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray] |
         shift = np.array([record["prototype_shift"] for record in records], dtype=np.float64)
         if shift.shape != (len(records), num_classes):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{log}: prototype_shift: expected a number for each class") from None
     return np.array([record["iteration"] for record in records]), shift

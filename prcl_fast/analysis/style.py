@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from prcl_fast.files.writing import replacing
@@ -33,12 +36,45 @@ _STYLE = {
     "legend.fontsize": 8.5,
     "figure.constrained_layout.use": True,
 }
+# Fonts with many scripts, for names that the first font of the list, matplotlib's own, cannot show.
+_FURTHER_FONTS = (
+    *(f"Noto Sans CJK {region}" for region in ("SC", "TC", "JP", "KR")),
+    *(
+        "Noto Sans SC",
+        "Source Han Sans SC",
+        "WenQuanYi Zen Hei",
+        "WenQuanYi Micro Hei",
+        "Droid Sans Fallback",
+    ),
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic", "Arial Unicode MS"),
+    *("Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai"),
+)
 
 
 @contextmanager
 def styled() -> Iterator[None]:
     """Applies the style to figures drawn and saved inside."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | {"font.family": ["sans-serif", *_installed_fonts()]}), _quiet():
+        yield
+
+
+def plain_text(name: str) -> str:
+    """A name of the user's, to be drawn as it is: neither as a formula nor left out of the legend."""
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+@functools.cache
+def _installed_fonts() -> tuple[str, ...]:
+    installed = {font.name for font in fontManager.ttflist}
+    return tuple(name for name in _FURTHER_FONTS if name in installed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a warning for each character that no installed font has; it is drawn as a box."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         yield
 
 
@@ -72,5 +108,5 @@ def legend_above(axes: Axes, columns: int) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG of 150 dpi atomically. Raises WriteError."""
-    with replacing(path) as file:
+    with replacing(path) as file, _quiet():
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.08)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prcl_fast.console import print_table
+from prcl_fast.console import note, print_table, say
 
 
 def compare_command(
@@ -20,9 +19,10 @@ def compare_command(
         typer.Option(help="Folder for compare.md, .csv, .json and .png (curves of mIoU)."),
     ] = None,
 ) -> None:
-    """Compare runs: the settings in which they differ, and mean and standard deviation over their seeds.
+    """Compare runs: settings in which they differ, results over seeds.
 
-    Runs that differ only in seed, output and the seed in a split's path form one row.
+    Mean and standard deviation are over the seeds. Runs that differ only in seed, output and the seed in a
+    split's path form one row.
     """
     from prcl_fast.analysis.comparison import compare, find_runs
     from prcl_fast.analysis.comparison_files import write_comparison
@@ -36,7 +36,7 @@ def compare_command(
         range(len(comparison.columns), len(header)),
     )
     for warning in comparison.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        note(f"warning: {warning}")
     if out is not None:
         for path in write_comparison(comparison, out):
-            print(path)
+            say(str(path))

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from prcl_fast.config.bundled import NAME, bundled_folder
-from prcl_fast.console import print_table
+from prcl_fast.console import print_table, say
 from prcl_fast.errors import InputError
+from prcl_fast.files.writing import replacing_folder
 
 _WIDTH = 90
 
@@ -26,10 +26,12 @@ def configs_command(
 
     `prcl train` and the other commands read a bundled file by the name listed, wherever they are started.
     """
+    from prcl_fast.config.bundled import NAME, bundled_folder
+
     folder = bundled_folder()
     if out is not None:
         _copy(folder, out)
-        typer.echo(f"written: {out}")
+        say(f"written: {out}")
         return
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
     rows = [(str(Path(NAME) / file), _title(folder / file)) for file in files]
@@ -47,10 +49,8 @@ def _title(path: Path) -> str:
 
 
 def _copy(folder: Path, out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists already and is not an empty folder")
-    try:
-        shutil.copytree(folder, out, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{out}: cannot be written: {reason}") from None
+    with replacing_folder(out) as temporary:
+        try:
+            shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        except shutil.Error as error:  # the errors of all files
+            raise InputError(f"{out}: cannot be written: {error.args[0][0][2]}") from None

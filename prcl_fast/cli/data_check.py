@@ -27,18 +27,20 @@ def check(
         bool, typer.Option("--fast", help="Read the headers of the images, not their pixels.")
     ] = False,
 ) -> None:
-    """Check a data set before training: splits, missing and damaged files, label ids, sizes, class shares.
+    """Check a data set before training.
 
-    Exit status 2: a file is wrong.
+    Checked: splits, missing and damaged files, label ids, sizes, class shares. Exit status 2: a file is
+    wrong, or training would refuse the labels.
     """
     from prcl_fast.config import load_config
-    from prcl_fast.console import counting, print_table
+    from prcl_fast.console import counting, print_table, say
     from prcl_fast.data.sources import build_source
+    from prcl_fast.data.tools.label_check import judge_labels
     from prcl_fast.data.tools.scan import scan_labels
 
     data = load_config(config, overrides or ()).data
     source = build_source(data)
-    sizes, problems = _read_images(source, fast)
+    sizes, turned, problems = _read_images(source, fast)
     with counting("read labels") as progress:
         scan = scan_labels(source, workers=_workers(), progress=progress)
     problems += scan.problems
@@ -46,44 +48,54 @@ def check(
     print_table("Images", columns, _subset_rows(data, source, sizes), right=(1,))
     columns = ["id", "class", "labeled, % of pixels", "in images", "val, % of pixels", "in images"]
     print_table("Classes", columns, _class_rows(source, scan), right=(0, 2, 3, 4, 5))
-    for name, pixels in zip(source.classes, scan.pixels["labeled"].sum(axis=0), strict=False):
-        if pixels == 0:
-            typer.echo(f"note: no labeled image contains class {name}")
+    if turned:
+        say(f"note: {turned} images carry an EXIF orientation; it is applied")
     for problem in problems[:_SHOWN]:
-        typer.echo(f"wrong: {problem}")
+        say(f"wrong: {problem}")
     if len(problems) > _SHOWN:
-        typer.echo(f"wrong: {len(problems) - _SHOWN} more")
+        say(f"wrong: {len(problems) - _SHOWN} more")
     if problems:
         raise InputError(f"{config}: {len(problems)} files are wrong, the first: {problems[0]}")
-    typer.echo("no problem found")
+    verdict = judge_labels(source, scan)
+    for note in verdict.notes:
+        say(f"note: {note}")
+    for refusal in verdict.refusals:
+        say(f"wrong: {refusal}")
+    if verdict.refusals:
+        raise InputError(verdict.refusals[0])
+    say("no file is wrong; see the notes" if verdict.notes else "nothing wrong found")
 
 
-def _read_images(source: Source, fast: bool) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Height and width of every image that can be read, and a line for each one that cannot."""
+def _read_images(source: Source, fast: bool) -> tuple[dict[str, tuple[int, int]], int, list[str]]:
+    """Height and width of every image that can be read, the number of images with an EXIF orientation, and a
+    line for each image that cannot be read."""
     from prcl_fast.console import counting
     from prcl_fast.data.sources.file_source import FileSource
-    from prcl_fast.data.sources.images import image_size
 
-    def read(name: str) -> tuple[int, int] | str:
+    def read(name: str) -> tuple[tuple[int, int], bool] | str:
         try:
-            if fast and isinstance(source, FileSource):
-                return image_size(source.images[name])
+            header = source.header(name) if isinstance(source, FileSource) else None
+            turned = header is not None and header.orientation > 1
+            if fast and header is not None:
+                return header[:2], turned
             height, width, _ = source.image(name).shape
-            return height, width
+            return (height, width), turned
         except InputError as error:
             return str(error)
 
     names = [name for split in source.splits.values() for name in split.names]
     sizes: dict[str, tuple[int, int]] = {}
     problems: list[str] = []
+    count = 0
     with counting("read images") as progress, ThreadPoolExecutor(_workers()) as pool:
         for done, (name, result) in enumerate(zip(names, pool.map(read, names), strict=True), start=1):
             if isinstance(result, str):
                 problems.append(result)
             else:
-                sizes[name] = result
+                sizes[name], turned = result
+                count += turned
             progress(done, len(names))
-    return sizes, problems
+    return sizes, count, problems
 
 
 def _subset_rows(data: DataConfig, source: Source, sizes: dict[str, tuple[int, int]]) -> list[list[str]]:

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from prcl_fast.config import Config
 
-app = typer.Typer(
-    help="Make, show, convert and compare split files.", no_args_is_help=True, rich_markup_mode="rich"
-)
+app = typer.Typer(help="Make, show, convert and compare split files.", no_args_is_help=True)
 
 
 class FamilyName(str, Enum):
@@ -56,13 +54,15 @@ def make(
         ),
     ] = False,
 ) -> None:
-    """Draw the labeled images at random; the others are unlabeled. A seed gives the same draw on any machine.
+    """Draw the labeled images at random; the others are unlabeled.
 
-    Without --cover the images of a smaller draw are among those of a larger one.
+    A seed gives the same draw on any machine. Without --cover the images of a smaller draw are among those of
+    a larger one.
     """
     from prcl_fast.config import load_config
     from prcl_fast.data.sources.splits import read_split
     from prcl_fast.data.tools.split_tools import choose_labeled, write_lines
+    from prcl_fast.files.locking import locked_folder
 
     presence: Mapping[str, np.ndarray] | None = None
     classes: tuple[str, ...] = ()
@@ -80,17 +80,18 @@ def make(
         "labeled": [line for name, line in lines.items() if name in chosen],
         "unlabeled": [line for name, line in lines.items() if name not in chosen],
     }
-    for part in parts:
-        if (out / f"{part}.txt").exists():
-            raise InputError(f"{out / part}.txt: exists already")
-    for part, part_lines in parts.items():
-        write_lines(out / f"{part}.txt", part_lines)
+    with locked_folder(out, "--out"):
+        for part in parts:
+            if (out / f"{part}.txt").exists():
+                raise InputError(f"{out / part}.txt: exists already")
+        for part, part_lines in parts.items():
+            write_lines(out / f"{part}.txt", part_lines)
     show([out / f"{part}.txt" for part, part_lines in parts.items() if part_lines])
 
 
 @app.command("show")
 def show(files: Annotated[list[Path], typer.Argument(help="Split files of any format.")]) -> None:
-    """Show split files: number of images, format, name of a public list, and a hash of the list."""
+    """Show split files: images, format, public list, hash."""
     from prcl_fast.console import print_table
     from prcl_fast.data.sources.splits import read_split
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from prcl_fast.cli.train import train
-from prcl_fast.config import SyntheticConfig, load_config
+from prcl_fast.console import print_table
+from prcl_fast.console.text import duration
+from prcl_fast.files.json_text import json_text
+
+if TYPE_CHECKING:
+    from prcl_fast.console.plain import PlainConsole
 
 METHODS = {
     "prcl": [],
@@ -30,10 +32,17 @@ def demo(
         "runs/demo"
     ),
 ) -> None:
-    """Train three methods on a small generated data set and compare them."""
+    """Train three methods on a small generated data set.
+
+    A table compares them. Takes some minutes on a CPU. The table goes to standard error; the last line on
+    standard output is one JSON object.
+    """
+    from prcl_fast.config import SyntheticConfig, load_config
     from prcl_fast.data.sources.synthetic import write_synthetic
+    from prcl_fast.engine.resume import NO_CHANGES
     from prcl_fast.processes.collectives import broadcast_text, rank
     from prcl_fast.processes.session import session
+    from prcl_fast.runs.text_log import TextLog
 
     data = out / "data"
     with session("demo", lambda: None, lambda _: "auto") as run:
@@ -47,19 +56,18 @@ def demo(
         results = {}
         for title, config in configs.items():
             run.console.rule(title)
-            results[title] = train(config, run)
-        _show(results, run.console)
-        run.result(json.dumps(results))
+            results[title] = train(config, run, TextLog(run.console), NO_CHANGES)
+        labeled = next(iter(configs.values())).data.synthetic.labeled
+        _show(results, f"Validation mIoU in %, {labeled} labeled images", run.console)
+        run.result(json_text(results))
 
 
-def _show(results: dict[str, dict[str, Any]], console: Console) -> None:
-    table = Table(title=f"Validation mIoU, %, {SyntheticConfig().labeled} labeled images")
-    for column in ("method", "mIoU", "mIoU (student)", "minutes"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for title, result in sorted(results.items(), key=lambda item: -item[1]["miou"]):
-        minutes = result["seconds"] / 60
-        table.add_row(title, f"{result['miou']:.1f}", f"{result['miou_student']:.1f}", f"{minutes:.1f}")
-    console.print(table)
+def _show(results: dict[str, dict[str, Any]], title: str, console: PlainConsole) -> None:
+    rows = [
+        (name, f"{result['miou']:.1f}", f"{result['miou_student']:.1f}", duration(result["seconds"]))
+        for name, result in sorted(results.items(), key=lambda item: -item[1]["miou"])
+    ]
+    print_table(title, ("method", "mIoU", "mIoU (student)", "time"), rows, right=(1, 2, 3), console=console)
     for result in results.values():
         for figure in sorted((Path(result["output"]) / "figures").glob("*.png")):
-            console.print(str(figure), highlight=False, soft_wrap=True)
+            console.print(str(figure))

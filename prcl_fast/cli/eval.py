@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
-from prcl_fast.cli.arguments import Device, RunOrCheckpoint
+from prcl_fast.cli.arguments import SUBSETS, Device, RunOrCheckpoint
+from prcl_fast.cli.completion import complete_override
 from prcl_fast.errors import InputError
+from prcl_fast.files.json_text import json_text
 
 _OVERRIDABLE = ("data.", "eval.", "train.amp=", "train.threads=")
 
@@ -23,20 +23,27 @@ def evaluate_command(
         list[str] | None,
         typer.Argument(
             metavar="[KEY.PATH=VALUE]...",
+            autocompletion=complete_override,
             help="Values of data.*, eval.*, train.amp or train.threads that replace the run's.",
         ),
     ] = None,
     subset: Annotated[
-        str, typer.Option(help="val, labeled, or unlabeled (the quality of pseudo-labels, if masks exist).")
+        str,
+        typer.Option(
+            help="val, labeled, or unlabeled (the quality of pseudo-labels, if masks exist).",
+            autocompletion=SUBSETS,
+        ),
     ] = "val",
     device: Device = "auto",
 ) -> None:
-    """Evaluate a run's networks on its validation images, with the run's settings unless overridden.
+    """Evaluate a run's networks on its validation images.
+
+    The run's settings apply unless overridden. Example: prcl eval runs/mine eval.mode=sliding
 
     The table goes to standard error; the last line on standard output is one JSON object.
     """
     from prcl_fast.config import override_config
-    from prcl_fast.console import check_known
+    from prcl_fast.console import check_known, counting
     from prcl_fast.data.source import SUBSETS
     from prcl_fast.data.sources import build_source
     from prcl_fast.device import prepare_device
@@ -60,8 +67,7 @@ def evaluate_command(
             raise InputError(_other_classes(loaded.path, loaded.classes, source.classes))
         check_same_evaluation(loaded, config, source, subset)
         started = time.monotonic()
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("evaluate", total=None)
+        with counting("evaluate", console) as progress:
             results = evaluate(
                 loaded.networks,
                 source,
@@ -70,7 +76,7 @@ def evaluate_command(
                 here.device,
                 subset=subset,
                 amp=train.amp,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=progress,
             )
         seconds = time.monotonic() - started
         main = next(iter(results.values()))
@@ -80,9 +86,6 @@ def evaluate_command(
         console.print(
             f"{loaded.path}, iteration {loaded.iteration}: {subset}, {len(split.names)} images, "
             f"{split.family}, list {split.fingerprint}, mode {config.eval.mode}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
         console.print(format_table(results, source.classes))
         summary = {
@@ -100,7 +103,7 @@ def evaluate_command(
         }
         if "teacher_prototypes" in results:
             summary["miou_teacher_prototypes"] = results["teacher_prototypes"].miou
-        here.result(json.dumps(summary))
+        here.result(json_text(summary))
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

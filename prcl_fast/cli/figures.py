@@ -14,12 +14,14 @@ def figures_command(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     device: Device = "auto",
 ) -> None:
-    """Draw RUN/figures/*.png anew: curves, representation and a panel of validation images.
+    """Draw the figures of a run again.
 
-    The paths of the files go to standard output.
+    They are RUN/figures/*.png: curves, representation and a panel of validation images. The paths of the
+    files go to standard output.
     """
     from prcl_fast.analysis.figures import write_figures
+    from prcl_fast.console import say
     from prcl_fast.device import choose_device
 
     for path in write_figures(run, choose_device(device)):
-        print(path)
+        say(str(path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
+import click
 import typer
 
 from prcl_fast import __version__
@@ -31,10 +32,8 @@ from prcl_fast.errors import InputError
 app = typer.Typer(
     help="Semi-supervised semantic segmentation with probabilistic representations.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
 )
 app.command("train")(train_command)
 app.command("eval")(evaluate_command)
@@ -90,7 +89,20 @@ def _options(
 
 def main() -> None:
     """The entry point of the `prcl` script."""
-    sys.exit(run(app, "prcl"))
+    sys.exit(run(_command, "prcl"))
+
+
+def _command() -> int | None:
+    """Runs the command of the arguments. Raises InputError for arguments that it does not take."""
+    try:
+        status: int | None = app(prog_name="prcl", standalone_mode=False)
+    except click.UsageError as error:
+        if error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":  # has printed the help
+            return 2
+        path, message = error.ctx.command_path, error.format_message().rstrip(".")
+        command = "".join(f"{name}: " for name in path.split()[1:])
+        raise InputError(f"{command}{message[0].lower()}{message[1:]}; see {path} --help") from None
+    return status
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
+from prcl_fast.console import print_table, say
+from prcl_fast.console.text import duration
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config.paper import Difference
@@ -23,45 +25,43 @@ def plan_command(
         bool, typer.Option("--json", help="Print one JSON object: bytes, seconds, images.")
     ] = False,
 ) -> None:
-    """Estimate a run before it starts: memory, time, the largest batch, and differences from the paper.
+    """Estimate memory, time and the largest batch of a run.
 
-    A few real steps on random images are timed on this device, for at most about a minute. The data set is
-    not needed, and nothing is written.
+    The differences from the paper's settings are listed, too. A few real steps on random images are timed on
+    this device, for at most about a minute. The data set is not needed, and nothing is written.
     """
     from prcl_fast.config import load_config
     from prcl_fast.planning.plan import make_plan
 
     plan = make_plan(load_config(config, overrides or ()))
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(plan)))
+        say(json_text(dataclasses.asdict(plan)))
     else:
         _print(plan)
 
 
 def _print(plan: Plan) -> None:
-    from prcl_fast.console import print_table
-
     crop = " x ".join(map(str, plan.crop))
-    typer.echo(f"{plan.method}: {plan.backbone}, {plan.num_classes} classes, crop {crop}, on {plan.device}")
-    typer.echo(
+    say(f"{plan.method}: {plan.backbone}, {plan.num_classes} classes, crop {crop}, on {plan.device}")
+    say(
         f"{plan.iterations} iterations of {plan.batch_labeled} + {plan.batch_unlabeled} images (labeled + "
         f"unlabeled), in {plan.accumulate} {'pass' if plan.accumulate == 1 else 'passes'}"
     )
     title = f"Memory with {plan.memory.one_pass.labeled} + {plan.memory.one_pass.unlabeled} images a pass"
     print_table(title, ["", "MiB"], _memory_rows(plan.memory), right=(1,))
     if plan.time is None:
-        typer.echo("Time: not measured, because even the smallest batch does not fit")
+        say("Time: not measured, because even the smallest batch does not fit")
     else:
         print_table("Time", ["", "images", ""], _time_rows(plan, plan.time), right=(1, 2))
-        typer.echo("measured on random images: without loading data, evaluation and checkpoints")
+        say("measured on random images: without loading data, evaluation and checkpoints")
         if plan.time.rough:
-            typer.echo("a rough estimate: more or larger steps would have taken too long to measure")
+            say("a rough estimate: more or larger steps would have taken too long to measure")
     for line in _batch_lines(plan):
-        typer.echo(line)
+        say(line)
     if plan.paper is None:
-        typer.echo("paper: has no such data set, so no settings are compared")
+        say("paper: has no such data set, so no settings are compared")
     elif not plan.differences:
-        typer.echo(f"{plan.paper} paper: no setting differs")
+        say(f"{plan.paper} paper: no setting differs")
     else:
         rows = [(d.key, d.here, d.there, _origin(d, plan.paper), d.meaning) for d in plan.differences]
         title = (
@@ -70,7 +70,7 @@ def _print(plan: Plan) -> None:
         )
         print_table(title, ["key", "here", "there", "source", "what it means"], rows)
     for note in plan.notes:
-        typer.echo(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _origin(difference: Difference, paper: str) -> str:
@@ -102,13 +102,13 @@ def _time_rows(plan: Plan, time: TimePlan) -> list[tuple[str, str, str]]:
     for found in time.measured:
         images = f"{found.labeled} + {found.unlabeled}"
         rows.append(
-            (f"forward and backward pass, measured ({found.steps})", images, _duration(found.pass_seconds))
+            (f"forward and backward pass, measured ({found.steps})", images, duration(found.pass_seconds))
         )
-    rows.append(("optimiser and teacher, measured", "", _duration(time.update_seconds)))
+    rows.append(("optimiser and teacher, measured", "", duration(time.update_seconds)))
     labeled, unlabeled = plan.batch_labeled, plan.batch_unlabeled
     passes = f" of {time.accumulate} passes" if time.accumulate > 1 else ""
-    rows.append((f"step{passes}", f"{labeled} + {unlabeled}", _duration(time.step_seconds)))
-    rows.append((f"run of {plan.iterations} iterations", "", _duration(time.run_seconds)))
+    rows.append((f"step{passes}", f"{labeled} + {unlabeled}", duration(time.step_seconds)))
+    rows.append((f"run of {plan.iterations} iterations", "", duration(time.run_seconds)))
     return rows
 
 
@@ -150,15 +150,3 @@ def _share(size: int, free: int) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}" if size < 10 * 2**20 else f"{size / 2**20:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours / 24:.1f} days"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json as json_format
-import sys
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prcl_fast.cli.arguments import ConfigFile, Overrides
-from prcl_fast.config import load_config
-from prcl_fast.console import print_table
+from prcl_fast.console import note, print_table, say
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
     from prcl_fast.config import Config
@@ -28,44 +27,52 @@ def profile_command(
         typer.Option(metavar="DIR", help="Folder for profile.json, step_time.png and trace.json.gz."),
     ] = None,
 ) -> None:
-    """Measure the time and memory of each part of a training step. Writes nothing into the run's output.
+    """Measure the time of each part of a training step.
 
-    The trace opens in https://ui.perfetto.dev and in chrome://tracing.
+    On a GPU also its memory. Nothing is written into the run's output. The trace opens in
+    https://ui.perfetto.dev and in chrome://tracing.
     """
-    from prcl_fast.analysis.step_time import draw_step_time
-    from prcl_fast.analysis.style import save_figure
-    from prcl_fast.files.writing import make_folder, write_text
-    from prcl_fast.planning.step_profile import profile
+    from prcl_fast.config import load_config
+    from prcl_fast.files.locking import locked_folder
 
     loaded = load_config(config, overrides or [])
-    trace = None
-    if out is not None:
-        make_folder(out, "--out")
-        trace = out / "trace.json.gz"
-    found = profile(loaded, steps, trace=trace, say=lambda text: print(text, file=sys.stderr, flush=True))
+    with contextlib.nullcontext() if out is None else locked_folder(out, "--out"):
+        _profile(loaded, config.stem, steps, out)
+
+
+def _profile(loaded: Config, title: str, steps: int, out: Path | None) -> None:
+    from prcl_fast.analysis.step_time import draw_step_time
+    from prcl_fast.analysis.style import save_figure
+    from prcl_fast.files.writing import write_text
+    from prcl_fast.planning.step_profile import profile
+
+    trace = None if out is None else out / "trace.json.gz"
+    found = profile(loaded, steps, trace=trace, say=note)
     _print(found)
     _print_decoding(found.decoding, loaded, found.step_ms)
     if out is not None:
-        write_text(out / "profile.json", json_format.dumps(found.plain(), indent=1) + "\n")
-        save_figure(draw_step_time({config.stem: found.parts_ms}), out / "step_time.png")
-        print(f"written: {out}/profile.json, step_time.png, trace.json.gz", file=sys.stderr)
+        write_text(out / "profile.json", json_text(found.plain(), indent=1) + "\n")
+        save_figure(draw_step_time({title: found.parts_ms}), out / "step_time.png")
+        note(f"written: {out}/profile.json, step_time.png, trace.json.gz")
 
 
 def _print(found: Profile) -> None:
     whole = sum(found.parts_ms.values())
     rows = []
     for name, milliseconds in found.parts_ms.items():
-        peak = found.peak_bytes.get(name)
-        memory = "" if peak is None else f"{peak / 1e6:.0f}"
-        rows.append((name, f"{milliseconds:.2f}", f"{100 * milliseconds / whole:.1f}", memory))
-    rows.append(("step, part by part", f"{whole:.2f}", "100.0", ""))
+        row = [name, f"{milliseconds:.2f}", f"{100 * milliseconds / whole:.1f}"]
+        if found.peak_bytes:
+            row.append(f"{found.peak_bytes[name] / 1e6:.0f}" if name in found.peak_bytes else "")
+        rows.append(row)
+    rows.append(["step, part by part", f"{whole:.2f}", "100.0", *([""] if found.peak_bytes else [])])
     title = f"{found.device}, {found.threads} threads, PyTorch {found.torch}, {found.images} images a step"
-    print_table(title, ("part", "ms", "%", "peak MB"), rows, right=(1, 2, 3))
+    columns = ["part", "ms", "%", *(["peak MB"] if found.peak_bytes else [])]
+    print_table(title, columns, rows, right=(1, 2, 3))
     how = "captured as a graph" if found.graph else "as it trains"
-    print(
+    say(
         f"step, {how}: {found.step_ms:.1f} ms ({found.step_ms_20:.1f} to {found.step_ms_80:.1f}), "
         f"{1e3 * found.images / found.step_ms:.1f} images/s; {100 * found.busy:.0f} % busy, "
-        f"{100 * (1 - found.busy):.0f} % idle"
+        f"{100 * (1 - found.busy):.0f} % idle; peak resident memory {found.resident_bytes / 1e6:.0f} MB"
     )
 
 
@@ -81,7 +88,7 @@ def _print_decoding(cost: DecodeCost, config: Config, step_ms: float) -> None:
     if config.method.name != "supervised":
         images["unlabeled"] = config.train.batch_unlabeled
     needed = workers_needed(cost, images, step_ms / 1e3)
-    print(
+    say(
         f"decoding: {', '.join(shown)}; data.workers={needed} keeps up with this step, or data.cache, "
         f"which decodes once; configured: workers {config.data.workers}, cache {config.data.cache}"
     )

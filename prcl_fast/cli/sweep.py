@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from prcl_fast.console import print_table
+from prcl_fast.cli.completion import complete_override
+from prcl_fast.console import note, print_table
 from prcl_fast.errors import InputError, RunError
-from prcl_fast.sweep.config import Sweep, SweepRun, read_sweep
+from prcl_fast.files.json_text import json_text
 
 if TYPE_CHECKING:
+    from prcl_fast.sweep.config import Sweep, SweepRun
     from prcl_fast.sweep.table import SweepTable
 
 
@@ -28,6 +27,7 @@ def sweep_command(
         list[str] | None,
         typer.Argument(
             metavar="[KEY.PATH=VALUE]...",
+            autocompletion=complete_override,
             help="Values for all runs; output=FOLDER replaces the sweep's.",
         ),
     ] = None,
@@ -42,20 +42,20 @@ def sweep_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their states.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Write the table without training.")] = False,
 ) -> None:
-    """Train all runs of a sweep, the product of its axes and seeds, and write their table.
+    """Train all runs of a sweep, and write their table.
 
-    The same command resumes a sweep: finished runs are kept, unfinished ones continue. A run that fails does
-    not stop the others. The table, with mean and standard deviation over seeds, goes to standard output and
-    to table.md, .csv, .json and .png in the sweep's folder. The last line on standard output is one JSON
-    object.
+    The runs are the product of the sweep's axes and seeds. The same command resumes a sweep: finished runs
+    are kept, unfinished ones continue. A run that fails does not stop the others. The table, with mean and
+    standard deviation over seeds, goes to standard output and to table.md, .csv, .json and .png in the
+    sweep's folder. The last line on standard output is one JSON object.
     """
-    sweep = read_sweep(file, overrides or [])
-    chosen = _chosen(sweep, only or [])
-
     from prcl_fast.runs.folder import run_state
+    from prcl_fast.sweep.config import read_sweep
     from prcl_fast.sweep.run import check_output
     from prcl_fast.sweep.table import read_table, write_table
 
+    sweep = read_sweep(file, overrides or [])
+    chosen = _chosen(sweep, only or [])
     check_output(sweep)
     if dry_run:
         rows = [(run.name, str(run_state(run.config))) for run in chosen]
@@ -77,9 +77,9 @@ def sweep_command(
         )
     _show(result)
     summary = {"output": str(sweep.output), "runs": len(sweep.runs), "done": len(result.results)}
-    print(json.dumps(summary | {"failed": list(failed), "table": str(path)}), flush=True)
+    print(json_text(summary | {"failed": list(failed), "table": str(path)}), flush=True)
     for name, reason in failed.items():
-        print(f"prcl: run {name} failed: {reason}", file=sys.stderr)
+        note(f"prcl: run {name} failed: {reason}")
     if failed:
         raise typer.Exit(1)
 
@@ -98,16 +98,27 @@ def _chosen(sweep: Sweep, patterns: Sequence[str]) -> list[SweepRun]:
 
 def _train(sweep: Sweep, runs: Sequence[SweepRun], done: int, jobs: int | None) -> dict[str, str]:
     """Trains `runs` and keeps the table up to date; returns why runs failed, by their names."""
+    from prcl_fast.console.plain import PlainConsole
     from prcl_fast.sweep.progress import SweepProgress
-    from prcl_fast.sweep.run import Ended, Started, Working, check_files, places, train_runs
+    from prcl_fast.sweep.run import (
+        Ended,
+        Started,
+        Working,
+        check_files,
+        check_label_files,
+        places,
+        train_runs,
+    )
     from prcl_fast.sweep.table import read_table, write_table
 
     if not runs:
         return {}
     check_files(runs)
+    for line in check_label_files(runs):
+        note(f"note: {line}")
     failed: dict[str, str] = {}
     events = train_runs(runs, places(runs, jobs, os.environ))
-    with contextlib.closing(events), SweepProgress(runs, done, Console(stderr=True)) as progress:
+    with contextlib.closing(events), SweepProgress(runs, done, PlainConsole(stderr=True)) as progress:
         for event in events:
             match event:
                 case Started(run):
@@ -138,7 +149,7 @@ def _note_repeated(runs: Sequence[SweepRun]) -> None:
     if repeated:
         run, other = repeated[0]
         more = f" (and {len(repeated) - 1} more)" if len(repeated) > 1 else ""
-        print(f"note: run {run.name} has the same configuration as {other.name}{more}", file=sys.stderr)
+        note(f"note: run {run.name} has the same configuration as {other.name}{more}")
 
 
 def _show(table: SweepTable) -> None:

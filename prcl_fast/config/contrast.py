@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from prcl_fast.config.messages import first_message
-from prcl_fast.config.types import Count, Fraction, NonNegative, Positive, Section
+from prcl_fast.config.types import Drawn, Fraction, NonNegative, Positive, Section
 
 # 100 is the public code's value, and leaves normalised scores at chance level; 0.5 is this project's.
 _TAU, _COSINE_TAU = 100.0, 0.5
@@ -38,7 +38,10 @@ class ContrastConfig(Section):
         "virtual_spread class.",
     )
     virtual_negatives: int = Field(
-        4, ge=0, description="Virtual negatives drawn from each class's global prototype, eq. (10); 0: none."
+        4,
+        ge=0,
+        le=65536,
+        description="Virtual negatives drawn from each class's global prototype, eq. (10); 0: none.",
     )
     virtual_spread: Literal["prototype", "class"] = Field(
         "prototype",
@@ -50,10 +53,11 @@ class ContrastConfig(Section):
     memory_bank: int = Field(
         0,
         ge=0,
+        le=2**20,
         description="Representations of earlier batches kept per class, as further negatives in place of "
         "virtual ones; 0: no memory bank.",
     )
-    bank_negatives: Count = Field(4, description="Negatives drawn from the memory bank per class and step.")
+    bank_negatives: Drawn = Field(4, description="Negatives drawn from the memory bank per class and step.")
     delta_s: Fraction = Field(
         0.8, description="Confidence, from 0 to 1, below which a pixel is hard; anchors are hard pixels."
     )
@@ -68,14 +72,14 @@ class ContrastConfig(Section):
     normalize: bool = Field(
         False, description="L2-normalise the means mu inside the score, as the authors' public code does."
     )
-    anchors: Count = Field(256, description="Anchors per class and step.")
-    negatives: Count = Field(512, description="Real negatives per anchor.")
+    anchors: Drawn = Field(256, description="Anchors per class and step.")
+    negatives: Drawn = Field(512, description="Real negatives per anchor.")
     negative_classes: Literal["prototype", "local", "uniform"] = Field(
         "prototype",
         description="Scores by which the classes of real negatives are drawn. prototype: of the anchors' "
         "positives; local: of the batch's prototypes; uniform: all other classes alike.",
     )
-    anchors_per_set: Count = Field(
+    anchors_per_set: Drawn = Field(
         1,
         description="Anchors of a class that use the same set of negatives; must divide anchors. 16 or 32 "
         "is faster; the expectation of the loss stays, its variance grows.",

@@ -6,23 +6,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from prcl_fast.config.types import Count, Fraction, PathString, Positive, Rgb, Section, Size
+from prcl_fast.config.types import Fraction, PathString, Positive, Rgb, Section, Size
+
+Images = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class SyntheticConfig(Section):
     """The generated data set of `data.kind: synthetic`: the images that `prcl data synth` writes."""
 
     size: Size = Field([64, 64], description="Height and width of every image, 64 to 128 pixels.")
-    labeled: Count = Field(5, description="Number of labeled images.")
-    unlabeled: Count = Field(200, description="Number of unlabeled images.")
-    val: Count = Field(96, description="Number of validation images.")
+    labeled: Images = Field(5, description="Number of labeled images.")
+    unlabeled: Images = Field(200, description="Number of unlabeled images.")
+    val: Images = Field(96, description="Number of validation images.")
     seed: int = Field(0, ge=0, description="Random seed of the images; independent of the seed of the run.")
 
 
 class AugmentConfig(Section):
     """Augmentation: weak and geometric for all images, strong and photometric for unlabeled ones."""
 
-    scale: list[Positive] = Field(
+    scale: list[Annotated[float, Field(gt=0, le=64)]] = Field(
         [0.5, 2.0], min_length=2, max_length=2, description="Smallest and largest factor of random scaling."
     )
     flip: Fraction = Field(0.5, description="Probability of a horizontal flip, from 0 to 1.")
@@ -48,7 +50,7 @@ class AugmentConfig(Section):
     )
     grayscale: Fraction = Field(0.2, description="Probability that an unlabeled image loses its colour.")
     blur: Fraction = Field(0.5, description="Probability of Gaussian blur on an unlabeled image.")
-    blur_sigma: list[Positive] = Field(
+    blur_sigma: list[Annotated[float, Field(gt=0, le=100)]] = Field(
         [0.1, 2.0],
         min_length=2,
         max_length=2,
@@ -94,12 +96,12 @@ class DataConfig(Section):
     )
     label_map: dict[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]] | None = Field(
         None,
-        description="Class id for each id in the label files; ids that are not listed stay unchanged, 255 "
-        "means not labeled.",
+        description="Class id for each id in the label files; 255 means not labeled. Ids that are not listed "
+        "stay unchanged, and are refused where another id is mapped to them.",
     )
     palette: list[Rgb] | None = Field(
         None,
-        description="RGB colour of each class, for figures and for reading RGB masks (kind folder). Colours "
+        description="RGB colour of each class, for figures and for reading RGB and palette masks. Colours "
         "after those of the classes mark pixels that are not labeled.",
     )
     ignore: int = Field(
@@ -121,6 +123,13 @@ class DataConfig(Section):
         max_length=3,
         description="Standard deviation by which normalisation divides red, green and blue; ImageNet's.",
     )
+    max_pixels: int = Field(
+        89_478_485,
+        ge=1,
+        le=2_000_000_000,
+        description="Largest number of pixels of one image or label; larger files are refused before they "
+        "are decoded, because a small file can hold an image that fills the memory.",
+    )
     workers: int = Field(
         2, ge=0, le=256, description="Worker processes that decode images; 0 decodes in the main process."
     )
@@ -131,12 +140,13 @@ class DataConfig(Section):
     )
     cache_dir: PathString | None = Field(
         None,
-        description="Folder of the cache on disk; null: $XDG_CACHE_HOME/prcl_fast/images, by default "
-        "~/.cache/prcl_fast/images.",
+        description="Folder of the cache on disk, in which each user gets a private one; null: "
+        "$XDG_CACHE_HOME/prcl_fast/images, by default ~/.cache/prcl_fast/images.",
     )
     scan: bool = Field(
         True,
-        description="Check all label files before training: readable, known ids, same size as the image.",
+        description="Check all label files before training: readable, known ids, same size as the image, "
+        "labeled pixels of every class.",
     )
 
     @model_validator(mode="after")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 
 from prcl_fast.config.bundled import find_config
 from prcl_fast.config.messages import shortened
+from prcl_fast.console import note
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_text
 
@@ -39,7 +39,7 @@ RUN_KEYS = (("method", "prototypes_from"),)
 
 def say_on_stderr(line: str) -> None:
     """Prints a line for the user beside the command's own output."""
-    print(f"prcl: {line}", file=sys.stderr, flush=True)
+    note(f"prcl: {line}")
 
 
 def read_tree(
@@ -178,11 +178,11 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
 
 def anchored(value: str, folder: Path) -> str:
-    """The path `value` relative to `folder`.
+    """The path `value` relative to `folder`; ~ is the home folder.
 
     A bundled file may be read as if it lay in a folder that does not exist: then `..` is taken by name.
     """
-    path = folder / value
+    path = folder / os.path.expanduser(value)
     return str(path) if folder.is_dir() else os.path.normpath(path)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from prcl_fast.config.contrast import ContrastConfig
-from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Positive, Section
+from prcl_fast.config.types import Drawn, Few, Fraction, NonNegative, PathString, Positive, Section
 
 
 class MethodSection(Section):
@@ -32,6 +32,10 @@ class MethodSection(Section):
     def warmup_iterations(self) -> int:
         """Supervised iterations at the start, before unlabeled images take part."""
         return 0
+
+    def smallest_pass(self, labeled: int, unlabeled: int) -> int:
+        """Images in the smallest training pass over so many labeled and unlabeled ones."""
+        return labeled
 
     def check_dim(self, dim: int) -> None:
         """Raises ValueError where the method cannot have `model.dim` channels."""
@@ -67,6 +71,10 @@ class UnlabeledConfig(MethodSection):
         """`warmup`."""
         return self.warmup
 
+    def smallest_pass(self, labeled: int, unlabeled: int) -> int:
+        """One pass has all images, except in the warm-up."""
+        return labeled if self.warmup else labeled + unlabeled
+
 
 class ConsistencyConfig(UnlabeledConfig):
     """Settings common to all methods with an EMA teacher and pseudo-labels."""
@@ -90,6 +98,11 @@ class ConsistencyConfig(UnlabeledConfig):
         description="concatenated: one student pass over labeled and unlabeled images, with common "
         "batch-norm statistics; separate: one pass for each.",
     )
+
+    def smallest_pass(self, labeled: int, unlabeled: int) -> int:
+        """That of the labeled or the unlabeled images with `forward: separate`."""
+        separate = self.forward == "separate"
+        return min(labeled, unlabeled) if separate else super().smallest_pass(labeled, unlabeled)
 
 
 class MeanTeacherConfig(ConsistencyConfig):
@@ -194,7 +207,7 @@ class PPSConfig(CrossSupervisionConfig):
     name: Literal["pps"]
     prototypes: int = Field(5, ge=1, le=64, description="Prototypes (queries) per class, n.")
     layers: int = Field(6, ge=1, le=12, description="Layers of the transformer decoder; 6 as in MaskFormer.")
-    heads: Count = Field(
+    heads: Few = Field(
         8,
         description="Attention heads of the transformer decoder; 8 as in MaskFormer. They must divide "
         "model.dim.",
@@ -210,13 +223,16 @@ class PPSConfig(CrossSupervisionConfig):
         "softmax: softmax(S); odds: softmax(e^S) as the paper prints it, with the tangent of e^S beyond S = "
         "3.",
     )
-    projection_dim: Count = Field(
+    projection_dim: Few = Field(
         64, description="Dimension of the projected features F_p of eq. (7); not given in the paper."
     )
     anchors: int = Field(
-        256, ge=2, description="Pixels drawn for each prototype, n of eq. (7); not given in the paper."
+        256,
+        ge=2,
+        le=65536,
+        description="Pixels drawn for each prototype, n of eq. (7); not given in the paper.",
     )
-    negatives: Count = Field(
+    negatives: Drawn = Field(
         512, description="Negatives of each prototype, r of eq. (7); not given in the paper."
     )
     tau: Positive = Field(0.1, description="Temperature of eq. (7); not given in the paper.")

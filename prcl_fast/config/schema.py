@@ -33,6 +33,7 @@ from prcl_fast.errors import InputError
 # paper gives no rate.
 PAPER_PROBABILITY_LR = 5.0e-5
 PAPER_ITERATIONS = 40000
+MAX_PIXELS = 2**31  # of a pass: the ops have 32-bit indices of pixels
 
 
 class Config(Section):
@@ -41,7 +42,10 @@ class Config(Section):
     seed: int = Field(
         0, ge=0, description="Random seed of weights, order of images, augmentation and sampling."
     )
-    output: PathString = Field(description="Folder of the run: configuration, log, metrics, checkpoints.")
+    output: PathString = Field(
+        description="Folder of the run: configuration, log, metrics, checkpoints. Relative to the working "
+        "directory, unlike other paths, which are relative to the file that contains them."
+    )
     data: DataConfig
     model: ModelConfig = ModelConfig()
     method: MethodConfig
@@ -78,6 +82,13 @@ class Config(Section):
                 f"got {method.warmup_iterations}"
             )
         method.check_dim(self.model.dim)
+        images = -(-train.batch_labeled // train.accumulate) + -(-train.batch_unlabeled // train.accumulate)
+        pixels = images * self.data.crop[0] * self.data.crop[1]
+        if pixels >= MAX_PIXELS:
+            raise ValueError(
+                f"data.crop: {images} crops of {self.data.crop} in one pass have {pixels} pixels, at most "
+                "2^31 - 1 are possible; lower it or train.batch_labeled, or raise train.accumulate"
+            )
         for key in ("batch_labeled", "batch_unlabeled"):
             if getattr(self.train, key) % self.train.accumulate:
                 raise ValueError(
@@ -99,7 +110,7 @@ PROCESS_KEYS = (
 # Keys that do not affect the result of a run.
 NEUTRAL_KEYS = (
     "output",
-    *(f"data.{key}" for key in ("workers", "scan", "cache", "cache_dir")),
+    *(f"data.{key}" for key in ("max_pixels", "workers", "scan", "cache", "cache_dir")),
     *(f"train.{key}" for key in ("threads", "device", "graph", "sync_check")),
     "train.on_nonfinite",  # a run stopped by a value that is not finite may resume with another setting
     *(f"train.{key}" for key in ("stall_timeout", "log_every", "save_every", "keep")),
@@ -107,7 +118,7 @@ NEUTRAL_KEYS = (
 
 
 def load_config(
-    path: Path, overrides: Sequence[str] = (), say: Callable[[str], None] = say_on_stderr
+    path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = say_on_stderr
 ) -> Config:
     """Reads a YAML file, its chain of `base:` files and `key.path=value` overrides.
 
@@ -119,7 +130,7 @@ def load_config(
     Raises:
         InputError: naming the file and the key.
     """
-    tree = read_tree(path, say)
+    tree = read_tree(Path(path), say)
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree, str(path))
@@ -141,9 +152,9 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
         raise InputError(f"{origin}: {first_message(error, tree, Config)}") from None
 
 
-def load_stored_config(path: Path) -> Config:
+def load_stored_config(path: str | Path) -> Config:
     """The config.yaml that a run has written, also a run of a former version. Raises InputError."""
-    return parse_stored_config(read_tree(path), str(path))
+    return parse_stored_config(read_tree(Path(path)), str(path))
 
 
 def parse_stored_config(tree: Mapping[str, Any], origin: str) -> Config:
@@ -152,8 +163,13 @@ def parse_stored_config(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """A plain tree of YAML types, paths absolute and without `..`, that `parse_config` reads back."""
+    """A plain tree of YAML types, paths absolute and without `..`, that `parse_config` reads back.
+
+    `data.synthetic` is left out where the data set is of another kind.
+    """
     tree = config.model_dump()
+    if config.data.kind != "synthetic":
+        del tree["data"]["synthetic"]
     for section, key in (("", "output"), *PATH_KEYS, *RUN_KEYS):
         holder = tree[section] if section else tree
         if isinstance(holder.get(key), Path):

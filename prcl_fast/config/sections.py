@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from prcl_fast.config.types import Count, Fraction, NonNegative, PathString, Positive, Section, Size
+from prcl_fast.config.types import Count, Few, Fraction, NonNegative, PathString, Positive, Section, Size
 
 
 def _off_is_a_word(value: Any) -> Any:
@@ -32,17 +32,21 @@ class ModelConfig(Section):
     base_width: int = Field(
         64,
         ge=8,
+        le=256,
         description="Channels of a ResNet's first stage: 64 in the published networks. Smaller values make "
         "a faster network, for which no pretrained weights exist.",
     )
     width: int = Field(
-        256, ge=16, description="Channels of the decoder and of the hidden layers of the heads."
+        256, ge=16, le=4096, description="Channels of the decoder and of the hidden layers of the heads."
     )
-    dim: int = Field(256, ge=2, description="Dimension D of the pixel representation (methods prcl and pps).")
+    dim: int = Field(
+        256, ge=2, le=4096, description="Dimension D of the pixel representation (methods prcl and pps)."
+    )
     weights: PathString | None = Field(
         None,
-        description="File of initial weights: a backbone with torchvision's key names, or a network file of "
-        "this package; null: random weights.",
+        description="Initial weights: a file with torchvision's key names for the backbone; or a run folder "
+        "(best.pt, else last.pt), a checkpoint or a network file of this program, whose heads are used if "
+        "they fit; null: random weights.",
     )
 
     @model_validator(mode="after")
@@ -75,8 +79,8 @@ class TrainConfig(Section):
     """The training loop: length, batches, precision, device, logging."""
 
     iterations: Count = Field(40000, description="Optimiser steps of the run.")
-    batch_labeled: Count = Field(8, description="Labeled images per step, summed over all processes.")
-    batch_unlabeled: Count = Field(8, description="Unlabeled images per step, summed over all processes.")
+    batch_labeled: Few = Field(8, description="Labeled images per step, summed over all processes.")
+    batch_unlabeled: Few = Field(8, description="Unlabeled images per step, summed over all processes.")
     accumulate: Count = Field(
         1, description="Micro-batches per step: forward and backward passes whose gradients are accumulated."
     )
@@ -135,8 +139,11 @@ class EvalConfig(Section):
         "softmax",
         description="Values averaged over windows, scales and flips: logits or softmax probabilities.",
     )
-    scales: list[Positive] = Field(
-        [1.0], min_length=1, description="Scales of the image over which predictions are averaged."
+    scales: list[Annotated[float, Field(gt=0, le=16)]] = Field(
+        [1.0],
+        min_length=1,
+        max_length=64,
+        description="Scales of the image over which predictions are averaged.",
     )
     flip: bool = Field(False, description="Also average with the prediction of the mirrored image.")
-    batch: Count = Field(4, description="Images (or windows) per forward pass.")
+    batch: Few = Field(4, description="Images (or windows) per forward pass.")

@@ -96,7 +96,7 @@ def training_batches(
             room for `data.cache`.
         WorkerDiedError: from the generator: a worker process was killed.
     """
-    _check(source, config, world)
+    check_batches(source, config, world)
     steps = MicroSteps(
         source,
         config,
@@ -126,7 +126,8 @@ def _close_streams() -> None:
         stream.close()
 
 
-def _check(source: Source, config: Config, world: int) -> None:
+def check_batches(source: Source, config: Config, world: int) -> None:
+    """Raises InputError where `training_batches` would, or where a pass is too small for batch norm."""
     train, method = config.train, config.method
     passes = world * train.accumulate
     subsets = [("labeled", train.batch_labeled)]
@@ -145,6 +146,15 @@ def _check(source: Source, config: Config, world: int) -> None:
             f"train.batch_unlabeled: {train.batch_unlabeled} leaves one image to each pass of each of "
             f"{world} processes, but mix {method.mixing} needs at least 2"
         )
+    stride = config.model.output_stride
+    synchronized = train.sync_bn and world > 1
+    smallest = method.smallest_pass(train.batch_labeled // passes, train.batch_unlabeled // passes)
+    if max(config.data.crop) <= stride and smallest == 1 and not synchronized:
+        raise InputError(
+            f"data.crop: {config.data.crop} leaves one pixel at model.output_stride {stride}, and a pass of "
+            "one image then has no batch-norm statistics: enlarge data.crop, or raise train.batch_labeled "
+            "or train.batch_unlabeled to two images a pass"
+        )
 
 
 def _augmented(
@@ -154,7 +164,7 @@ def _augmented(
         with part("weak augmentation"):
             return _placed(decoded, config, device)
 
-    micro_steps = decoded_micro_steps(steps, start, config.data.workers, pin=device.type == "cuda")
+    micro_steps = decoded_micro_steps(steps, start, config.data.workers, device)
     with contextlib.closing(micro_steps):
         yield from prefetched(micro_steps, place, device)
 

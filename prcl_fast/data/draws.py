@@ -46,10 +46,6 @@ class WeakDraws:
         """A copy on another device; asynchronous from pinned memory."""
         return WeakDraws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
-    def pin_memory(self) -> WeakDraws:
-        """A copy in page-locked memory."""
-        return WeakDraws(*(value.pin_memory() for value in vars(self).values()))
-
 
 @dataclass(frozen=True)
 class StrongDraws:
@@ -65,10 +61,6 @@ class StrongDraws:
     def to(self, device: torch.device) -> StrongDraws:
         """A copy on another device; asynchronous from pinned memory."""
         return StrongDraws(*(value.to(device, non_blocking=True) for value in vars(self).values()))
-
-    def pin_memory(self) -> StrongDraws:
-        """A copy in page-locked memory."""
-        return StrongDraws(*(value.pin_memory() for value in vars(self).values()))
 
 
 def weak_draws(

@@ -14,7 +14,7 @@ _WHOLE = 16  # images of a subset whose bytes are read, evenly spaced over its l
 
 
 def data_identity(source: Source) -> dict[str, str]:
-    """What the results of a run depend on, each as a short text, by the name that a message gives it.
+    """The parts of a data set on which results depend, each a short text by the name that a message gives it.
 
     Every image counts with the signs of `Source.content`, and 16 of a subset with all their bytes: a data set
     that was copied keeps its identity, and to find it takes one `stat` a file.

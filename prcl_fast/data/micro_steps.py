@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from prcl_fast.config import Config
 from prcl_fast.data.cache.decoded import ImageCache
@@ -24,7 +23,6 @@ from prcl_fast.data.draws import (
 from prcl_fast.data.random_streams import RandomStream, generator
 from prcl_fast.data.sampler import BatchSampler, rows_of
 from prcl_fast.data.source import Source
-from prcl_fast.errors import InputError
 
 _NAMES_SHOWN = 16
 
@@ -37,10 +35,6 @@ class DecodedImages:
     sizes: Tensor  # [B, 2] int64
     weak: WeakDraws
 
-    def pin_memory(self) -> DecodedImages:
-        """A copy in page-locked memory."""
-        return DecodedImages(self.pixels.pin_memory(), self.sizes.pin_memory(), self.weak.pin_memory())
-
 
 @dataclass(frozen=True)
 class DecodedUnlabeled:
@@ -48,10 +42,6 @@ class DecodedUnlabeled:
 
     images: DecodedImages
     strong: StrongDraws
-
-    def pin_memory(self) -> DecodedUnlabeled:
-        """A copy in page-locked memory."""
-        return DecodedUnlabeled(self.images.pin_memory(), self.strong.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -62,20 +52,8 @@ class DecodedBatch:
     unlabeled: DecodedUnlabeled | None
     seed: Tensor  # [2] int64: (seed of this rank, micro-step)
 
-    def pin_memory(self) -> DecodedBatch:
-        """A copy in page-locked memory."""
-        unlabeled = None if self.unlabeled is None else self.unlabeled.pin_memory()
-        return DecodedBatch(self.labeled.pin_memory(), unlabeled, self.seed.pin_memory())
 
-
-@dataclass(frozen=True)
-class DecodingFailure:
-    """The message of an InputError: raised in a worker, the error would come wrapped in a traceback."""
-
-    message: str
-
-
-class MicroSteps(Dataset[DecodedBatch | DecodingFailure]):
+class MicroSteps:
     """Item number k holds the images of micro-step k for rank `rank` of `world`."""
 
     def __init__(
@@ -100,15 +78,12 @@ class MicroSteps(Dataset[DecodedBatch | DecodingFailure]):
             for subset, batch, stream in subsets
         }
 
-    def __getitem__(self, micro_step: int) -> DecodedBatch | DecodingFailure:
-        try:
-            labeled = self._images("labeled", micro_step, RandomStream.WEAK_LABELED)
-            unlabeled = None
-            if "unlabeled" in self.samplers:
-                images = self._images("unlabeled", micro_step, RandomStream.WEAK_UNLABELED)
-                unlabeled = DecodedUnlabeled(images, self._strong(micro_step))
-        except InputError as error:
-            return DecodingFailure(str(error))
+    def __getitem__(self, micro_step: int) -> DecodedBatch:
+        labeled = self._images("labeled", micro_step, RandomStream.WEAK_LABELED)
+        unlabeled = None
+        if "unlabeled" in self.samplers:
+            images = self._images("unlabeled", micro_step, RandomStream.WEAK_UNLABELED)
+            unlabeled = DecodedUnlabeled(images, self._strong(micro_step))
         return DecodedBatch(labeled, unlabeled, torch.tensor([self.seed, micro_step]))
 
     def names(self, micro_step: int) -> list[str]:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
+import os
+import queue
 import signal
-import sys
 import threading
-from collections.abc import Generator, Iterator
-from types import TracebackType
+import traceback
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from prcl_fast.data.micro_steps import DecodedBatch, DecodingFailure, MicroSteps, named_images
+from prcl_fast.data.handover import memory_file, pack, pinned, receive, send
+from prcl_fast.data.micro_steps import DecodedBatch, MicroSteps, named_images
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.step_parts import part
+
+_AHEAD = 2  # micro-steps that each worker decodes before they are asked for
+_PARENT_CHECK_S = 5.0
+_DEATH_S = 10.0  # for the system to end a worker whose connection is closed
+_REMEDY = "if memory ran out, lower data.workers"
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class WorkerDiedError(RunError):
@@ -22,113 +34,202 @@ class WorkerDiedError(RunError):
 
 
 def decoded_micro_steps(
-    steps: MicroSteps, start: int, workers: int, *, pin: bool
+    steps: MicroSteps, start: int, workers: int, device: torch.device
 ) -> Generator[DecodedBatch, None, None]:
     """Micro-steps number start, start + 1, ... without end; `close()` ends the worker processes.
 
     Args:
         workers: processes that decode; 0 decodes in this process, when an item is asked for.
-        pin: in page-locked memory, for asynchronous copies to a CUDA device.
+        device: where the items will be copied; for CUDA they are in page-locked memory.
 
     Raises:
         InputError: an image that cannot be read.
         WorkerDiedError: naming the images that the worker was decoding.
+        RunError: the machine has no room for a worker or its images.
     """
-    watched = _Watched(steps, workers)
-    loader = DataLoader(
-        watched,
-        batch_size=None,
-        sampler=_CountFrom(start),
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_start_worker if workers else None,
-    )
-    with _SigchldHandlerKept():
-        iterator = iter(loader)
-    try:
-        while True:
-            try:
-                with part("data wait"):
-                    decoded = next(iterator)
-            # EOFError: the worker died while it sent an item.
-            except (RuntimeError, OSError, EOFError) as error:
-                died = watched.death(getattr(iterator, "_workers", []))
-                if died is None:
-                    raise
-                raise WorkerDiedError(died) from error
-            if isinstance(decoded, DecodingFailure):
-                raise InputError(decoded.message)
-            yield decoded
-    finally:
+    with contextlib.ExitStack() as stack:
+        items: Iterator[DecodedBatch]
         if workers:
-            # Explicitly: the traceback of an error may keep the iterator alive.
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            started = stack.enter_context(_started(steps, workers))
+            items = _answers(started, steps, start)
+            if device.type == "cuda":
+                items = stack.enter_context(_pinned_by_thread(items, device, started))
+        else:
+            items = map(steps.__getitem__, itertools.count(start))
+            if device.type == "cuda":
+                items = map(pinned, items)
+        while True:
+            with part("data wait"):
+                item = next(items)
+            yield item
 
 
-class _Watched(Dataset[DecodedBatch | DecodingFailure]):
-    """Micro-steps; shared memory holds the number of the one that each worker is decoding."""
-
-    def __init__(self, steps: MicroSteps, workers: int) -> None:
-        self.steps = steps
-        self.at = torch.full((workers,), -1).share_memory_()
-
-    def __getitem__(self, micro_step: int) -> DecodedBatch | DecodingFailure:
-        worker = get_worker_info()
-        if worker is not None:
-            self.at[worker.id] = micro_step
-        return self.steps[micro_step]
-
-    def death(self, workers: list[torch.multiprocessing.Process]) -> str | None:
-        """One line about the first worker that has ended, or None."""
-        for worker, micro_step in zip(workers, self.at.tolist(), strict=False):
-            code = worker.exitcode
-            if not code:  # None while it runs; 0 after a normal end
-                continue
-            how = f"ended with exit status {code}"
-            if code < 0:
-                how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
-            where = "before its first micro-step"
-            if micro_step >= 0:
-                where = f"at micro-step {micro_step} ({named_images(self.steps.names(micro_step))})"
-            return f"data.workers: a worker {how} {where}; if memory ran out, lower data.workers"
-        return None
+def _answers(workers: Sequence[_Worker], steps: MicroSteps, start: int) -> Iterator[DecodedBatch]:
+    """Micro-steps number start, start + 1, ...; the workers take them in turn."""
+    for micro_step in range(start, start + _AHEAD * len(workers)):
+        workers[(micro_step - start) % len(workers)].ask(micro_step)
+    for micro_step in itertools.count(start):
+        worker = workers[(micro_step - start) % len(workers)]
+        item = worker.answer(steps, micro_step)
+        worker.ask(micro_step + _AHEAD * len(workers))
+        yield item
 
 
-class _SigchldHandlerKept:
-    """Undoes the loader's SIGCHLD handler.
+@dataclass(frozen=True)
+class _Failure:
+    """A worker's answer in place of a micro-step."""
 
-    That handler raises at an arbitrary place of the main process when a worker dies, mostly inside a training
-    step. Without it, the loader finds the death when the worker's next micro-step is due.
-    """
-
-    def __enter__(self) -> None:
-        self.former = signal.getsignal(signal.SIGCHLD)
-
-    def __exit__(self, *_: object) -> None:
-        if self.former is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, self.former)
+    kind: type[Exception]
+    message: str
 
 
-class _CountFrom(Sampler[int]):
-    def __init__(self, start: int) -> None:
-        self.start = start
+@dataclass(frozen=True)
+class _Worker:
+    """A worker process, seen from the main process."""
 
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
+    process: BaseProcess
+    connection: Connection
+
+    def ask(self, micro_step: int) -> None:
+        with contextlib.suppress(OSError):  # a dead worker is reported with its next answer
+            self.connection.send(micro_step)
+
+    def answer(self, steps: MicroSteps, micro_step: int) -> DecodedBatch:
+        """The answer to the oldest question, which was for `micro_step`."""
+        try:
+            answer = receive(self.connection)
+        except (EOFError, ConnectionError):
+            raise WorkerDiedError(self._death(steps, micro_step)) from None
+        if isinstance(answer, _Failure):
+            raise answer.kind(answer.message)
+        decoded: DecodedBatch = answer
+        return decoded
+
+    def _death(self, steps: MicroSteps, micro_step: int) -> str:
+        self.process.join(_DEATH_S)
+        code = self.process.exitcode
+        how = "closed its connection" if code is None else f"ended with exit status {code}"
+        if code is not None and code < 0:
+            how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        images = named_images(steps.names(micro_step))
+        return f"data.workers: a worker {how} at micro-step {micro_step} ({images}); {_REMEDY}"
 
 
-def _start_worker(_: int) -> None:
+@contextlib.contextmanager
+def _started(steps: MicroSteps, number: int) -> Iterator[list[_Worker]]:
+    """Worker processes that live until the block ends."""
+    workers: list[_Worker] = []
+    try:
+        for _ in range(number):
+            try:
+                workers.append(_start(steps))
+            except OSError as error:
+                raise RunError(
+                    f"data.workers: worker {len(workers) + 1} of {number} cannot be started: "
+                    f"{error.strerror or error}; lower data.workers (0 decodes in the main process)"
+                ) from None
+        yield workers
+    finally:
+        # They hold nothing that must be saved; an image may take long to decode.
+        for worker in workers:
+            worker.process.kill()
+        for worker in workers:
+            worker.process.join()
+            worker.connection.close()
+
+
+def _start(steps: MicroSteps) -> _Worker:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_work, args=(there, steps), daemon=True)
+    try:
+        # The worker inherits the mask: a signal to the whole job does not reach it before it ignores them.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    except BaseException:
+        here.close()
+        raise
+    finally:
+        there.close()
+    return _Worker(process, here)
+
+
+def _work(connection: Connection, steps: MicroSteps) -> None:
+    """The life of a worker: answers questions until the main process is gone."""
     # Ctrl-C and a scheduler's SIGTERM reach every process of a job. Only the main process reacts: it may have
     # to save its state, and needs its workers until then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.excepthook = _print_unless_disconnected
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    parent = os.getppid()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            while not connection.poll(_PARENT_CHECK_S):
+                if os.getppid() != parent:
+                    return
+            _answer(connection, steps, connection.recv())
 
 
-def _print_unless_disconnected(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    # The thread that sends tensors fails here when Ctrl-C ended the main process before it received them.
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)
+def _answer(connection: Connection, steps: MicroSteps, micro_step: int) -> None:
+    try:
+        packed = pack(steps[micro_step])
+        file = memory_file(packed)
+    except Exception as error:
+        connection.send(_failure(error, f"{micro_step} ({named_images(steps.names(micro_step))})"))
+        return
+    try:
+        send(connection, packed, file)
+    finally:
+        os.close(file)
+
+
+def _failure(error: Exception, where: str) -> _Failure:
+    if isinstance(error, InputError):
+        return _Failure(InputError, str(error))
+    if isinstance(error, (OSError, MemoryError)):
+        why = getattr(error, "strerror", None) or "not enough memory"
+        return _Failure(
+            RunError,
+            f"data.workers: a worker cannot hand over micro-step {where}: {why}; lower data.workers "
+            "(0 decodes in the main process) or the batch",
+        )
+    return _Failure(RuntimeError, f"in a data worker:\n{''.join(traceback.format_exception(error))}")
+
+
+@contextlib.contextmanager
+def _pinned_by_thread(
+    items: Iterator[DecodedBatch], device: torch.device, workers: Sequence[_Worker]
+) -> Iterator[Iterator[DecodedBatch]]:
+    """The items in page-locked memory, copied by a thread that is one item ahead of the consumer."""
+    ready: queue.Queue[DecodedBatch | BaseException] = queue.Queue(maxsize=1)
+    closing = threading.Event()
+
+    def copy() -> None:
+        torch.set_num_threads(1)
+        try:
+            with torch.cuda.device(device):
+                while not closing.is_set():
+                    ready.put(pinned(next(items)))
+        except BaseException as error:
+            ready.put(error)
+
+    def copied() -> Iterator[DecodedBatch]:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=copy, name="page-locked copies", daemon=True)
+    thread.start()
+    try:
+        yield copied()
+    finally:
+        closing.set()
+        for worker in workers:  # the thread may wait for one of them
+            worker.process.kill()
+        while thread.is_alive():  # it may wait for room in the queue
+            with contextlib.suppress(queue.Empty):
+                ready.get(timeout=0.01)

@@ -7,7 +7,6 @@ Regularization" (NeurIPS 2022).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +21,12 @@ from prcl_fast.data.pixel_draws import DrawnPixels, draw_pixels
 from prcl_fast.data.source import Source
 from prcl_fast.data.sources.splits import read_split
 from prcl_fast.engine.inference import inference
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, naming
 from prcl_fast.methods import PCR, Method
 from prcl_fast.methods.pcr import SAMPLES, prototype_features
 from prcl_fast.processes.collectives import rank, summed, world_size
-from prcl_fast.runs.checkpoint import LoadedRun, last_checkpoints, load_run
+from prcl_fast.runs.checkpoint import LoadedRun, has_begun, load_run
+from prcl_fast.runs.trained_network import other_architecture
 
 _KEY = "method.prototypes_from"
 # The keys of `model` that determine a network's features.
@@ -44,14 +44,12 @@ def trained_network(config: Config, classes: Sequence[str], device: torch.device
             supervised, other classes, another architecture or other labeled images.
     """
     method = config.method
-    if not isinstance(method, PCRConfig) or method.prototypes_from is None or _has_begun(config.output):
+    if not isinstance(method, PCRConfig) or method.prototypes_from is None or has_begun(config.output):
         return None
     path = method.prototypes_from
     folder = path.is_dir()
-    try:
+    with naming(_KEY):
         run = load_run(path / "last.pt" if folder else path, device)
-    except InputError as error:
-        raise InputError(f"{_KEY}: {error}") from None
     its = run.config
     where = f"{_KEY}: {run.path}"
     if not isinstance(its.method, SupervisedConfig):
@@ -68,10 +66,9 @@ def trained_network(config: Config, classes: Sequence[str], device: torch.device
             f"{where}: trained on other classes ({', '.join(run.classes)}) than the data have "
             f"({', '.join(classes)})"
         )
-    for key in _ARCHITECTURE:
-        there, here = getattr(its.model, key), getattr(config.model, key)
-        if there != here:
-            raise InputError(f"{where}: its network has model.{key} {there}, this run's has {here}")
+    other = other_architecture(its.model, config.model, _ARCHITECTURE)
+    if other is not None:
+        raise InputError(f"{where}: {other}")
     if _other_labels(its, config):
         raise InputError(
             f"{where}: trained on the labels of {its.data.labeled}, other images than those of data.labeled "
@@ -158,13 +155,6 @@ def _features_at(
     grid = torch.from_numpy(np.stack(places, axis=-1)).to(device, maps.dtype)[None, None]
     sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return sampled[0, :, 0].T
-
-
-def _has_begun(output: Path) -> bool:
-    try:
-        return bool(last_checkpoints(output))
-    except OSError:  # reported where the run's checkpoint is read
-        return False
 
 
 def _other_labels(theirs: Config, own: Config) -> bool:

@@ -1,4 +1,4 @@
-"""Prediction on image files: class ids, overlay and variance map, each at the image's own size."""
+"""Prediction on image files: class ids, overlay and variance map, each at the size of the image."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from prcl_fast.config import Config
 from prcl_fast.data.augment import normalize
-from prcl_fast.data.sources.images import IMAGE_SUFFIXES, read_image, save_index_png
+from prcl_fast.data.sources.images import read_image, save_index_png, save_png
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
+from prcl_fast.engine.predict_inputs import MARK, InputImage, Inputs, check_outputs
 from prcl_fast.engine.rank_facts import check_same_prediction
-from prcl_fast.errors import InputError
-from prcl_fast.files.writing import make_folder, replacing
-from prcl_fast.processes.collectives import rank, world_size
+from prcl_fast.errors import InputError, RunError
+from prcl_fast.files.writing import replacing
+from prcl_fast.processes.collectives import broadcast_text, rank, summed, world_size
+from prcl_fast.processes.output import locked_output
 from prcl_fast.runs.checkpoint import LoadedRun
 
 VARIANCE_COLOURS = "viridis"
@@ -43,6 +43,14 @@ class Written:
     image: Path
     files: tuple[Path, ...]
     variance_range: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image without prediction, and the line that names it and the reason."""
+
+    image: Path
+    reason: str
 
 
 def predict_image(network: nn.Module, image: np.ndarray, config: Config, device: torch.device) -> Prediction:
@@ -67,18 +75,19 @@ def predict_image(network: nn.Module, image: np.ndarray, config: Config, device:
 def predict_files(
     run: LoadedRun,
     network: str | None,
-    inputs: Sequence[Path],
-    out: Path,
+    inputs: Inputs,
+    out: str | Path,
     device: torch.device,
     *,
     raw: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Written]:
-    """Predicts image files and the image files directly inside folders; yields each one when it is written.
+) -> Iterator[Written | Unreadable]:
+    """Predicts image files; yields each one when it is written, or when it turns out to be unreadable.
 
     For each image `NAME.png` (ids, palette), `NAME_overlay.png` (half image, half colours) and, with a
     probability head, `NAME_variance.png`: viridis from the image's smallest to its largest mean sigma^2, both
     stored in the PNG as text "variance_min" and "variance_max". `raw` adds `NAME_variance.npy`, float32.
+    The outputs of the images of a folder are in the same subfolders of `out`.
 
     Each rank predicts some of the images.
 
@@ -87,109 +96,100 @@ def predict_files(
         progress: called with (images done, images in all) of this rank.
 
     Raises:
-        InputError: no such network or file, an unreadable image, two inputs of one name, an output that would
-            replace an input, or one that cannot be written. Names are checked before anything is written.
+        InputError: no such network, two inputs with one output, an output that would replace an input or a
+            foreign file, or one that cannot be written. Names are checked before anything is written.
     """
     name = next(iter(run.networks)) if network is None else network
     if name not in run.networks:
         raise InputError(f"network: {run.path} has no {name}, only {', '.join(run.networks)}")
-    images = find_images(inputs)
-    check_same_prediction(run, name, images, out, raw=raw)
-    _check_outputs(images, out)
+    out = Path(out)
+    check_same_prediction(run, name, inputs.images, out, raw=raw)
+    check_outputs(inputs.images, out)
+    with locked_output(out, "out"):
+        yield from _predict(run, run.networks[name], inputs.images, out, device, raw=raw, progress=progress)
+        broadcast_text("")  # rank 0 holds the lock until every rank has written
+
+
+def _predict(
+    run: LoadedRun,
+    network: nn.Module,
+    images: Sequence[InputImage],
+    out: Path,
+    device: torch.device,
+    *,
+    raw: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Written | Unreadable]:
     images = images[rank() :: world_size()]
     if not images:
         return
+
+    def read(image: InputImage) -> np.ndarray:
+        return read_image(image.path, run.config.data.max_pixels)
+
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read_image, images[0])
-        for done, path in enumerate(images, start=1):
-            image = ahead.result()
+        ahead = pool.submit(read, images[0])
+        for done, image in enumerate(images, start=1):
+            due = ahead
             if done < len(images):
-                ahead = pool.submit(read_image, images[done])
-            prediction = predict_image(run.networks[name], image, run.config, device)
-            written = write_prediction(out, path, image, prediction, run.palette, raw=raw)
+                ahead = pool.submit(read, images[done])
+            found: Written | Unreadable
+            try:
+                pixels = due.result()
+            except InputError as error:
+                found = Unreadable(image.path, str(error))
+            else:
+                prediction = predict_image(network, pixels, run.config, device)
+                found = write_prediction(out, image, pixels, prediction, run.palette, raw=raw)
             if progress is not None:
                 progress(done, len(images))
-            yield written
+            yield found
 
 
-def find_images(inputs: Sequence[Path]) -> list[Path]:
-    """The files themselves, and the image files directly inside folders in order of their names.
+def check_all_predicted(unreadable: int, inputs: Inputs, device: torch.device) -> None:
+    """A collective; every rank calls it after its last image.
+
+    Args:
+        unreadable: number of images of this rank without prediction.
 
     Raises:
-        InputError: an input that does not exist, a folder without images, or no input at all.
+        RunError: on every rank, if any rank has such an image.
     """
-    images: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            try:
-                files = sorted(path.iterdir())
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-            inside = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-            if not inside:
-                raise InputError(f"{path}: no image in this folder (its subfolders are not searched)")
-            images += inside
-        elif path.exists():
-            images.append(path)
-        else:
-            raise InputError(f"{path}: no such file or folder")
-    if not images:
-        raise InputError("images: none given")
-    return images
+    count = int(summed(torch.tensor(unreadable, device=device)))
+    if count:
+        raise RunError(f"{count} of {len(inputs.images)} images could not be read; they are named above")
 
 
 def write_prediction(
-    out: Path, path: Path, image: np.ndarray, prediction: Prediction, palette: np.ndarray, *, raw: bool
+    out: Path,
+    image: InputImage,
+    pixels: np.ndarray,
+    prediction: Prediction,
+    palette: np.ndarray,
+    *,
+    raw: bool,
 ) -> Written:
     """Writes the files of one image, each whole or not at all. Raises WriteError."""
-    index, overlay, variance, numbers = _outputs(out, path)
-    save_index_png(index, prediction.label, palette)
-    blend = (image.astype(np.uint16) + palette[prediction.label] + 1) // 2
-    _save_png(overlay, blend.astype(np.uint8), {})
+    index, overlay, variance, numbers = image.outputs(out)
+    save_index_png(index, prediction.label, palette, MARK)
+    blend = (pixels.astype(np.uint16) + palette[prediction.label] + 1) // 2
+    save_png(overlay, Image.fromarray(blend.astype(np.uint8)), MARK)
     if prediction.variance is None:
-        return Written(path, (index, overlay), None)
+        return Written(image.path, (index, overlay), None)
     low, high = float(prediction.variance.min()), float(prediction.variance.max())
-    texts = {"variance_min": f"{low:.9g}", "variance_max": f"{high:.9g}"}
-    _save_png(variance, colour_variance(prediction.variance, low, high), texts)
+    texts = MARK | {"variance_min": f"{low:.9g}", "variance_max": f"{high:.9g}"}
+    save_png(variance, Image.fromarray(colour_variance(prediction.variance, low, high)), texts)
     if not raw:
-        return Written(path, (index, overlay, variance), (low, high))
+        return Written(image.path, (index, overlay, variance), (low, high))
     with replacing(numbers) as file:
         np.save(file, prediction.variance)
-    return Written(path, (index, overlay, variance, numbers), (low, high))
+    return Written(image.path, (index, overlay, variance, numbers), (low, high))
 
 
 def colour_variance(variance: np.ndarray, low: float, high: float) -> np.ndarray:
     """float [H, W] -> uint8 [H, W, 3]: viridis from `low` (dark blue) to `high` (yellow)."""
+    from matplotlib import colormaps
+
     scaled = np.clip((variance - low) / (high - low if high > low else 1.0), 0, 1)
     colours: np.ndarray = colormaps[VARIANCE_COLOURS](scaled, bytes=True)[..., :3]
     return colours
-
-
-def _outputs(out: Path, image: Path) -> tuple[Path, Path, Path, Path]:
-    endings = (".png", "_overlay.png", "_variance.png", "_variance.npy")
-    index, overlay, variance, numbers = (out / f"{image.stem}{ending}" for ending in endings)
-    return index, overlay, variance, numbers
-
-
-def _check_outputs(images: Sequence[Path], out: Path) -> None:
-    """Raises InputError where a file would be written twice or over an input, or `out` cannot be a folder."""
-    inputs = {path.resolve() for path in images}
-    owner: dict[Path, Path] = {}
-    for path in images:
-        for output in _outputs(out, path):
-            if output in owner:
-                raise InputError(
-                    f"{path}: {output.name} would be written for {owner[output]} too; rename one"
-                )
-            if output.resolve() in inputs:
-                raise InputError(f"{path}: its output {output} would replace an input; choose another --out")
-            owner[output] = path
-    make_folder(out, "out")
-
-
-def _save_png(path: Path, pixels: np.ndarray, texts: dict[str, str]) -> None:
-    info = PngInfo()
-    for key, text in texts.items():
-        info.add_text(key, text)
-    with replacing(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prcl_fast.config import PROCESS_KEYS, Config, flat_config
 from prcl_fast.config.files import plain_path
 from prcl_fast.data.identity import data_identity
 from prcl_fast.data.source import Source
+from prcl_fast.engine.predict_inputs import InputImage
 from prcl_fast.files.reading import file_digest
 from prcl_fast.processes.agreement import check_same
 from prcl_fast.processes.collectives import world_size
-from prcl_fast.runs.checkpoint import LoadedRun
+from prcl_fast.runs.checkpoint import LoadedRun, find_checkpoint
 
 
-def check_same_settings(config: Config) -> None:
-    """Compares all keys but `PROCESS_KEYS`. A collective. Raises DifferenceError on every rank."""
-    check_same(flat_config(config, PROCESS_KEYS))
+def check_same_settings(config: Config, options: Mapping[str, bool]) -> None:
+    """Compares the options of the command, and all keys but `PROCESS_KEYS`.
+
+    A collective. Raises DifferenceError on every rank.
+    """
+    check_same({**options, **flat_config(config, PROCESS_KEYS)})
 
 
-def check_same_start(config: Config, source: Source, prototypes_from: LoadedRun | None) -> None:
+def check_same_start(config: Config, data: Mapping[str, str], prototypes_from: LoadedRun | None) -> None:
     """Compares what a training begins with: the data set and the content of `model.weights` and others.
 
     A collective.
 
     Args:
+        data: the identity of the data set.
         prototypes_from: the run of `method.prototypes_from`, if it is used.
 
     Raises:
@@ -38,8 +43,10 @@ def check_same_start(config: Config, source: Source, prototypes_from: LoadedRun 
     weights = config.model.weights
     check_same(
         {
-            **data_identity(source),
-            "model.weights": "null" if weights is None else _content(weights, "weights file"),
+            **data,
+            "model.weights": "null"
+            if weights is None
+            else _content(find_checkpoint(weights), "weights file"),
             "method.prototypes_from": "null" if prototypes_from is None else _checkpoint(prototypes_from),
         }
     )
@@ -70,7 +77,7 @@ def check_same_evaluation(run: LoadedRun, config: Config, source: Source, subset
 
 
 def check_same_prediction(
-    run: LoadedRun, network: str, images: Sequence[Path], out: Path, *, raw: bool
+    run: LoadedRun, network: str, images: Sequence[InputImage], out: Path, *, raw: bool
 ) -> None:
     """Compares what `prcl predict` predicts, of which each rank takes a part.
 
@@ -82,13 +89,14 @@ def check_same_prediction(
     """
     if world_size() == 1:
         return
-    names = "\n".join(f"{path.name} {path.stat().st_size}" for path in images)
+    names = "\n".join(f"{image.place} {image.path.stat().st_size}" for image in images)
     check_same(
         {
             "--network": network,
             "--raw": raw,
             "--out": str(plain_path(out)),
             "checkpoint": _checkpoint(run),
+            **flat_config(run.config, PROCESS_KEYS),
             "images": f"{len(images)}, list {hashlib.sha256(names.encode()).hexdigest()[:12]}",
         }
     )

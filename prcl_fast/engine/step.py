@@ -145,13 +145,16 @@ class TrainStep:
     def take_record(self) -> dict[str, Any]:
         """Each loss averaged over the steps since the last call, the last learning rate and gradient norm.
 
-        Reads from the device.
+        On CUDA also "peak_memory_mib", the largest memory allocated so far. Reads from the device.
         """
         if self._sums is None:
             return {}
         record: dict[str, Any] = self._sums.take()
         norm = float(self._gradient_norm) / self.scaler.get_scale()
-        return record | {"lr": float(self._lr[0]), "gradient_norm": norm}
+        record |= {"lr": float(self._lr[0]), "gradient_norm": norm}
+        if self.device.type == "cuda":
+            record["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.device) >> 20
+        return record
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's and the gradient scale's state."""

@@ -8,27 +8,29 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
-from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
+from prcl_fast.console.plain import PlainConsole
+from prcl_fast.data.batches import (
+    Batch,
+    check_batches,
+    images_of_step,
+    training_batches,
+    training_cache,
+)
+from prcl_fast.data.identity import data_identity
 from prcl_fast.data.micro_steps import named_images
 from prcl_fast.data.sources import build_source
-from prcl_fast.data.tools.scan import scan_labels
+from prcl_fast.data.tools.label_check import check_labels
 from prcl_fast.device import choose_device, prepare_device
 from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.graph import (
-    CapturedStep,
-    check_capture,
-    host_syncs_refused,
-    on_stream,
-    warm_up_steps,
-)
+from prcl_fast.engine.graph import CapturedStep, check_capture, host_syncs_refused, on_stream, warm_up_steps
 from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
-from prcl_fast.engine.progress import Progress, newest_state
+from prcl_fast.engine.initial_weights import load_initial_weights
 from prcl_fast.engine.rank_facts import check_same_settings, check_same_start
 from prcl_fast.engine.report import evaluation_record, opening_lines, run_summary
+from prcl_fast.engine.resume import NO_CHANGES, AllowedChanges, resume
 from prcl_fast.engine.step import TrainStep
 from prcl_fast.engine.uncertainty import HeadMovement
 from prcl_fast.errors import RunError
@@ -38,10 +40,11 @@ from prcl_fast.processes.collectives import rank, world_size
 from prcl_fast.processes.replicas import check_alike
 from prcl_fast.processes.signals import StopRequest
 from prcl_fast.processes.watchdog import Watchdog
-from prcl_fast.runs.checkpoint import restore, save_checkpoint, save_last
-from prcl_fast.runs.checkpoint_file import check_optimizer
-from prcl_fast.runs.folder import claim_output, label_scan_cache
+from prcl_fast.runs.checkpoint import save_checkpoint, save_last
+from prcl_fast.runs.folder import check_output, claim_output, label_scan_cache, store_config
 from prcl_fast.runs.log import RunLog
+from prcl_fast.runs.provenance import add_record, start_record
+from prcl_fast.runs.text_log import TextLog
 
 
 class InterruptedRunError(RunError):
@@ -58,32 +61,40 @@ class Trainer:
     Args:
         device: of this rank; by default that of `train.device`.
         watchdog: ends the run if it stalls; by default none.
+        allowed: changes with which the run in the output folder may go on; by default none.
 
     Raises:
-        InputError: a mistake in the configuration or its files, or a difference of the ranks in them; found
-            before anything is written.
+        InputError: a mistake in the configuration or its files, or a difference of the ranks in them; or the
+            run in the output folder cannot go on with them.
     """
 
     def __init__(
         self,
         config: Config,
-        console: Console,
+        console: PlainConsole | TextLog,
         *,
         device: torch.device | None = None,
         watchdog: Watchdog | None = None,
+        allowed: AllowedChanges = NO_CHANGES,
     ) -> None:
-        self.config, self.console, self.output = config, console, config.output
+        self.config, self.output, self.lines = config, config.output, TextLog.of(console)
         self.device = choose_device(config.train.device) if device is None else device
-        check_same_settings(config)
+        check_same_settings(config, {"--extend": allowed.extend, "--accept-data": allowed.data})
+        if rank() == 0:
+            check_output(config, extend=allowed.extend)  # before the work that takes time
         check_capture(config, self.device)
         prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
         self.source = build_source(config.data)
+        check_batches(self.source, config, world_size())
         if config.data.scan and rank() == 0:
-            scan_labels(self.source, cache=label_scan_cache()).check()
+            for note in check_labels(self.source, cache=label_scan_cache()):
+                self._say(f"note: {note}")
         prototypes_from = trained_network(config, self.source.classes, self.device)
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
-        check_same_start(config, self.source, prototypes_from)
+        load_initial_weights(self.method, config, self.source.classes, self._say)
+        self.data = data_identity(self.source)
+        check_same_start(config, self.data, prototypes_from)
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Before the checkpoint is loaded: the seed and the file of weights give a resumed run the same start.
         head = self.method.student.probability
@@ -99,14 +110,17 @@ class Trainer:
             self._run_step = CapturedStep(self.train_step, stream)
         self._warm_up = warm_up_steps()
         self.iteration = 0
-        self.progress = Progress()
         self.stop = StopRequest()
         self.watchdog = watchdog or Watchdog()  # inactive unless entered
         self.watchdog.details = lambda: named_images(self._images(self.iteration))
         self.cache = training_cache(self.source, config, say=self._say)
         if rank() == 0:
-            claim_output(config)
-        self._resume()
+            self.lines.open(claim_output(config, extend=allowed.extend))
+        before = resume(config, self.data, self.method, self.train_step, allowed, self._say)
+        self.iteration, self.progress = before.iteration, before.progress
+        self._former_total, self.starts = before.total, before.starts
+        if rank() == 0:
+            store_config(config)
         if prototypes_from is not None and self.iteration == 0:
             self.watchdog.at("making prototypes")
             initialize_prototypes(
@@ -130,6 +144,9 @@ class Trainer:
         train, total = self.config.train, self.config.train.iterations
         for line in opening_lines(self.config, self.source, self.method, self.device):
             self._say(line)
+        if rank() == 0 and self.iteration < total:
+            self.starts.append(start_record(self.iteration, total, self.device, world_size(), self.data))
+            add_record(self.output, self.starts[-1])
         started = time.monotonic() - self.progress.seconds
         with (
             self._log() as log,
@@ -147,9 +164,9 @@ class Trainer:
                 if logs or saves or stopping or self.device.type == "cpu":
                     self._check_finite()
                 if log is not None:
+                    log.advance(self.iteration)
                     if logs:
                         log.train(self.iteration, self._record())
-                    log.advance(self.iteration)
                 if (self._due(train.eval_every) and not stopping) or done:
                     self._evaluate(log)
                     self.progress.seconds = time.monotonic() - started
@@ -212,6 +229,12 @@ class Trainer:
     def _evaluate(self, log: RunLog | None) -> None:
         config, progress = self.config, self.progress
         self.watchdog.at("evaluating")
+
+        def show(done: int, total: int) -> None:
+            self.watchdog.alive(f"evaluating, image {done} of {total}")
+            if log is not None:
+                log.evaluating(done, total)
+
         with contextlib.nullcontext() if self._head is None else self._head.watching():
             results = evaluate(
                 self.method.networks(),
@@ -220,7 +243,7 @@ class Trainer:
                 config.eval,
                 self.device,
                 amp=config.train.amp,
-                progress=lambda done, total: self.watchdog.alive(f"evaluating, image {done} of {total}"),
+                progress=show,
             )
         record = evaluation_record(results, self._head, self.iteration, config)
         if log is not None:
@@ -257,6 +280,8 @@ class Trainer:
             "iteration": self.iteration,
             "method": method,
             "progress": self.progress.to_tree(),
+            "data": self.data,
+            "starts": self.starts,
             **self.train_step.state_dict(),
         }
         if name == "last.pt":
@@ -264,25 +289,11 @@ class Trainer:
         else:
             save_checkpoint(self.output / name, state)
 
-    def _resume(self) -> None:
-        """Loads the newest checkpoint of the run's folder, if there is one."""
-        found = newest_state(self.output, self._say)
-        if found is None:
-            return
-        path, state = found
-        restore(self.method, state["method"], path)
-        self.iteration, self.progress = state["iteration"], Progress.from_tree(state["progress"])
-        optimizer = self.train_step.optimizer
-        shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-        check_optimizer(state["optimizer"], optimizer.state_dict(), shapes, path)
-        self.train_step.load_state_dict(state, self.iteration)
-        self._say(f"{path}: going on from iteration {self.iteration}")
-
     def _log(self) -> contextlib.AbstractContextManager[RunLog | None]:
         if rank() > 0:
             return contextlib.nullcontext()
-        total = self.config.train.iterations
-        return RunLog(self.output, start=self.iteration, total=total, console=self.console)
+        total, former = self.config.train.iterations, self._former_total
+        return RunLog(self.output, start=self.iteration, total=total, former_total=former, console=self.lines)
 
     def _forget_graph(self) -> None:
         if isinstance(self._run_step, CapturedStep):
@@ -292,7 +303,7 @@ class Trainer:
         return images_of_step(self.source, self.config, iteration)
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.lines.say(line)
 
     def _due(self, every: int) -> bool:
         return self.iteration % every == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prcl_fast.errors import InputError
 
+_OF_NO_SIZE = 1 << 20  # bytes read of a file that reports a size of 0: some of them are endless
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -48,6 +49,39 @@ def check_regular(path: str | Path, what: str) -> int:
     return state.st_size
 
 
+def read_bytes(path: Path, what: str, max_bytes: int, *, after: int = 0, tail: int | None = None) -> bytes:
+    """The content of a plain file.
+
+    Args:
+        what: the kind of file for messages.
+        max_bytes: longer files are refused before they are read.
+        after: bytes to leave out at the beginning.
+        tail: at most that many bytes, from the end.
+
+    Raises:
+        InputError: naming the file: see `check_regular`; too long.
+    """
+    check_regular(path, what)  # a device may act when it is opened
+    try:
+        # Without waiting: a pipe may have taken the name since.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            state = os.fstat(file.fileno())
+            kind = special_kind(state.st_mode)
+            if kind is not None:
+                raise InputError(f"{path}: cannot be read as a {what}: it is {kind}")
+            if state.st_size > max_bytes:
+                raise InputError(f"{path}: {state.st_size} bytes; a {what} has at most {max_bytes}")
+            start = after if tail is None else max(after, state.st_size - tail)
+            if start > 0:
+                file.seek(start)
+            content = file.read(min(max_bytes, state.st_size or _OF_NO_SIZE))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if content is None:  # some files of /proc wait for content, as pipes do
+        raise InputError(f"{path}: cannot be read as a {what}: it holds nothing yet")
+    return content
+
+
 def read_text(path: Path, what: str, max_bytes: int) -> str:
     """The UTF-8 text of a plain file, without its byte order mark and with line ends as newlines.
 
@@ -58,14 +92,7 @@ def read_text(path: Path, what: str, max_bytes: int) -> str:
     Raises:
         InputError: naming the file: see `check_regular`; too long, or not UTF-8.
     """
-    size = check_regular(path, what)
-    if size > max_bytes:
-        raise InputError(f"{path}: {size} bytes; a {what} has at most {max_bytes}")
-    try:
-        with open(path, "rb") as file:
-            content = file.read(max_bytes)  # some endless files report a size of 0
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    content = read_bytes(path, what, max_bytes)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

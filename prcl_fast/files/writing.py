@@ -27,7 +27,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.prcl-[0-9a-f]{16}\.tmp")
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = False, private: bool = False) -> Iterator[BinaryIO]:
     """A new file, open for writing, that becomes `path` when the block ends.
 
     At every moment `path` holds its former or its new bytes, also while several processes write it. A link,
@@ -38,6 +38,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         durable: for files of a run. Bytes and name are on the disk when the block has ended. The folder must
             exist, because a run whose folder was deleted must not make it again; otherwise parent folders are
             made.
+        private: only this user may read and write the file.
 
     Raises:
         WriteError: `path` cannot be written, or an OSError left the block.
@@ -46,7 +47,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     with write_errors(path):
         if not durable:
             path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(temporary, _NEW, 0o666), "wb")
+        file = os.fdopen(os.open(temporary, _NEW, 0o600 if private else 0o666), "wb")
         try:
             yield file
             if durable:
@@ -67,11 +68,13 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A new folder that becomes `path`, missing or an empty folder, when the block ends.
 
-    Parent folders are made. An error in the block removes the new folder.
+    Parent folders are made. An error in the block removes the new folder. A link to a folder is followed.
 
     Raises:
+        InputError: `path` exists already and is not an empty folder, or it is the working directory.
         WriteError: `path` cannot be written, or an OSError left the block.
     """
+    path = _empty_or_missing(path)
     temporary = _temporary(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,26 @@ def append(path: Path, data: bytes) -> None:
 def open_append(path: Path) -> io.FileIO:
     """The plain file `path`, made if need be, open for writing at its end. Raises WriteError."""
     with write_errors(path):
-        return io.FileIO(_open_plain(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+        return io.FileIO(open_plain(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def open_plain(path: Path, flags: int, permissions: int = 0o666) -> int:
+    """A descriptor of a plain file, which is opened without waiting and not through a link.
+
+    Raises:
+        WriteError: something else has the name.
+        OSError: the file cannot be opened.
+    """
+    with contextlib.suppress(OSError):  # the open below reports a missing file or folder
+        _refuse_special(path, os.lstat(path))
+    descriptor = os.open(path, flags | _PLAIN, permissions)
+    try:
+        _refuse_special(path, os.fstat(descriptor))  # the file may have been replaced since lstat
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def sync(file: BinaryIO) -> None:
@@ -122,7 +144,7 @@ def sync(file: BinaryIO) -> None:
 def sync_file(path: Path) -> None:
     """Returns when what was written to the plain file `path` is on the disk. Raises WriteError."""
     with write_errors(path):
-        descriptor = _open_plain(path, os.O_RDONLY)
+        descriptor = open_plain(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -133,6 +155,8 @@ def make_folder(folder: Path, key: str) -> None:
     """Makes a folder and its parents where they are missing. Raises InputError that begins with `key`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{key}: {folder} is not a folder") from None
     except OSError as error:
         raise InputError(f"{key}: {folder} cannot be written: {error.strerror or error}") from None
 
@@ -162,28 +186,34 @@ def write_errors(path: Path) -> Iterator[None]:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}", error.errno) from None
 
 
-def user_cache() -> Path:
-    """`prcl_fast` in $XDG_CACHE_HOME, or in ~/.cache; it may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prcl_fast"
+def user_cache() -> Path | None:
+    """`prcl_fast` in $XDG_CACHE_HOME, or in ~/.cache; it may not exist yet. None where the user has no home.
+
+    By the XDG specification, a relative $XDG_CACHE_HOME does not count.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:  # no HOME, and no entry of the user in the system's list: a container's --user
+            return None
+    return base / "prcl_fast"
+
+
+def _empty_or_missing(path: Path) -> Path:
+    """The absolute path of a new folder. Raises InputError where it cannot be made, and WriteError."""
+    with write_errors(path):
+        target = Path(os.path.realpath(path) if path.is_dir() else os.path.abspath(path))
+        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise InputError(f"{path}: exists already and is not an empty folder")
+    # The new folder replaces the empty one, and whoever works there would be left in a deleted folder.
+    if target == Path.cwd():
+        raise InputError(f"{path}: is the working directory; name a new folder")
+    return target
 
 
 def _temporary(path: Path) -> Path:
     return path.parent / f".{path.name}.prcl-{secrets.token_hex(8)}.tmp"
-
-
-def _open_plain(path: Path, flags: int) -> int:
-    """A descriptor of a plain file. Raises WriteError where something else has the name, and OSError."""
-    with contextlib.suppress(OSError):  # the open below reports a missing file or folder
-        _refuse_special(path, os.lstat(path))
-    descriptor = os.open(path, flags | _PLAIN, 0o666)
-    try:
-        _refuse_special(path, os.fstat(descriptor))  # the file may have been replaced since lstat
-        os.set_blocking(descriptor, True)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _refuse_special(path: Path, state: os.stat_result) -> None:

@@ -22,6 +22,14 @@ from prcl_fast.ops import (
     sample_anchors,
     sample_negatives,
 )
+from prcl_fast.ops.arguments import (
+    FLOATING,
+    check_count,
+    check_features,
+    check_pixel_maps,
+    check_tensor,
+    check_variance,
+)
 
 # Of every distribution in the deterministic case: the sum of two variances is then 1.
 _CONSTANT_VARIANCE = 0.5
@@ -56,7 +64,7 @@ class ProbabilisticContrast(nn.Module):
         options: fields of `ContrastConfig` that differ from `settings`, as in `ProbabilisticContrast(21, 256,
             tau=50.0)`.
     Raises:
-        ValueError: an argument is unknown or out of its range; the message names it.
+        TypeError, ValueError: an argument is unknown or out of its range; the message names it.
     """
 
     # Buffers: natural parameters of the "global", moments of the "ema" prototypes; registered only if used.
@@ -71,9 +79,10 @@ class ProbabilisticContrast(nn.Module):
         self, num_classes: int, dim: int, settings: ContrastConfig | None = None, **options: Any
     ) -> None:
         super().__init__()
-        for name, value, least in (("num_classes", num_classes, 2), ("dim", dim, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
+        check_count("num_classes", num_classes, least=2)
+        check_count("dim", dim)
+        if settings is not None and not isinstance(settings, ContrastConfig):
+            raise TypeError(f"settings must be a ContrastConfig; got {type(settings).__name__}")
         self.num_classes, self.dim = num_classes, dim
         self.settings = settings = (settings or ContrastConfig()).changed(options)
         self.deterministic = settings.representation == "deterministic"
@@ -127,15 +136,11 @@ class ProbabilisticContrast(nn.Module):
         Returns:
             scalar, float32; a 0 that stays in the graph if no anchor has any negative, real or virtual.
         Raises:
-            TypeError, ValueError: an argument does not fit; the message names it. Variances are checked to be
-                positive on the CPU only.
+            TypeError, ValueError: an argument does not fit; the message names it. That variances are positive
+                is checked on the CPU only, because the host would have to wait for a GPU.
         """
         settings = self.settings
-        if self.deterministic:
-            var = torch.full_like(mu, _CONSTANT_VARIANCE, requires_grad=False)
-        elif var is None:
-            raise TypeError("var must be a tensor; only representation deterministic takes None")
-        self._check(mu, var, label, confidence)
+        var = self._checked(mu, var, seed, label=label, valid=valid, confidence=confidence)
         with torch.autocast(mu.device.type, enabled=False):
             hard = valid & (confidence < settings.delta_s)
             with torch.no_grad():
@@ -218,18 +223,18 @@ class ProbabilisticContrast(nn.Module):
         )
         return loss
 
-    def _check(self, mu: Tensor, var: Tensor, label: Tensor, confidence: Tensor) -> None:
-        if confidence.shape != label.shape:
-            raise ValueError(
-                f"confidence must have label's shape {list(label.shape)}; got {list(confidence.shape)}"
-            )
-        if mu.dim() == 4 and mu.shape[1] != self.dim:
-            raise ValueError(f"mu must have {self.dim} channels; got {mu.shape[1]}")
-        if not self.deterministic and var.numel() and _is_readable_on_host(var):
-            # A nan passes: the trainer's guard reports a step that is not finite.
-            smallest = float(var.detach().amin())
-            if smallest <= 0:
-                raise ValueError(f"var must be positive; its smallest value is {smallest:g}")
+    def _checked(self, mu: Tensor, var: Tensor | None, seed: Tensor, **maps: Tensor) -> Tensor:
+        """Checks the arguments of `forward`; returns the variances."""
+        check_tensor("mu", mu, ("B", self.dim, "h", "w"), FLOATING)
+        if self.deterministic:
+            var = torch.full_like(mu, _CONSTANT_VARIANCE, requires_grad=False)
+        elif var is None:
+            raise TypeError("var must be a tensor; only representation deterministic takes None")
+        check_features(mu, var)
+        if not self.deterministic:
+            check_variance("var", var)
+        check_pixel_maps("mu", mu, seed, **maps)
+        return var
 
     def _kept_mean(self) -> Tensor | None:
         """[C, D]: means of the stored positives, nan for a class without one; None with prototype "local"."""
@@ -293,8 +298,3 @@ class ProbabilisticContrast(nn.Module):
             prototypes, settings.virtual_negatives, settings.beta, seed, spread
         )
         return virtual_mu, known, (prototypes.mean, settings.beta * spread)
-
-
-def _is_readable_on_host(x: Tensor) -> bool:
-    """Whether the host can read the values of x without waiting for a device."""
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()

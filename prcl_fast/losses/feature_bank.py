@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prcl_fast.ops import ClassLists, Purpose, class_lists, philox_normal, sample_anchors
+from prcl_fast.ops.arguments import FLOATING, check_count, check_pixel_maps, check_seed, check_tensor
 from prcl_fast.processes.collectives import rank, start_sum, world_size
 
 # Keep the draws of the bank apart from the anchors' draws of the same step.
@@ -45,7 +46,7 @@ class FeatureBank(nn.Module):
         rows: R <= M, largest number of features of a class that a step adds, over all processes; at least
             one of each process. None: `rows_a_step`.
     Raises:
-        ValueError: an argument is out of its range; the message names it.
+        TypeError, ValueError: an argument is of the wrong type or out of its range; the message names it.
     """
 
     features: Tensor  # [C, M + 1, W] float32; row M takes the writes that are to be discarded
@@ -53,6 +54,10 @@ class FeatureBank(nn.Module):
 
     def __init__(self, num_classes: int, *dims: int, size: int, rows: int | None = None) -> None:
         super().__init__()
+        check_count("num_classes", num_classes)
+        check_count("size", size)
+        for dim in dims:
+            check_count("dims", dim)
         rows = rows_a_step(size) if rows is None else rows
         if not 1 <= rows <= size:
             raise ValueError(f"rows must be between 1 and size {size}; got {rows}")
@@ -90,12 +95,16 @@ class FeatureBank(nn.Module):
             seed: int64 [2] = (seed, step), on the maps' device.
             lists: `class_lists` of the same label and valid.
         Raises:
-            ValueError: the maps do not fit `dims`, or `size` is below the number of processes.
+            TypeError, ValueError: an argument does not fit the bank or the other ones, or `size` is below the
+                number of processes; the message names it.
         """
         maps = (maps,) if isinstance(maps, Tensor) else maps
-        channels = tuple(x.shape[1] for x in maps)
-        if channels != self.dims:
-            raise ValueError(f"maps must have {self.dims} channels; got {channels}")
+        if len(maps) != len(self.dims):
+            raise ValueError(f"maps must be {len(self.dims)} tensors; got {len(maps)}")
+        for number, (features, width) in enumerate(zip(maps, self.dims, strict=True)):
+            name = f"maps[{number}]"
+            check_tensor(name, features, ("B", width, "h", "w"), FLOATING, ("the bank", self.features))
+            check_pixel_maps(name, features, seed, label=label, valid=valid)
         world = world_size()
         own = max(1, self.rows // world)
         if world * own > self.size:
@@ -130,7 +139,11 @@ class FeatureBank(nn.Module):
         Returns:
             [C, V, D_i] float32 for each of `dims`, zeros for a class without features; then [C] bool, the
             classes with features.
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
         """
+        check_count("number", number)
+        check_seed(seed, ("the bank", self.features))
         normal = philox_normal(seed ^ _DRAW, (self.num_classes, number, 1), Purpose.VIRTUAL_NEGATIVES)
         kept = self.count.clamp(max=self.size)[:, None, None]
         place = (torch.special.ndtr(normal) * kept).long().minimum((kept - 1).clamp(min=0))

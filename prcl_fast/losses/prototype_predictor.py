@@ -7,6 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prcl_fast.ops import prototype_statistics
+from prcl_fast.ops.arguments import (
+    BOOL,
+    FLOATING,
+    INTEGER,
+    check_count,
+    check_number,
+    check_temperature,
+    check_tensor,
+)
 from prcl_fast.processes.collectives import summed
 
 
@@ -23,6 +32,8 @@ class PrototypePredictor(nn.Module):
         dim: D, channels of the features.
         temperature: T, eq. (2).
         decay: alpha, eq. (11).
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. So do the methods.
     """
 
     prototypes: Tensor  # [C, K, D] float32
@@ -32,6 +43,11 @@ class PrototypePredictor(nn.Module):
         self, num_classes: int, num_prototypes: int, dim: int, *, temperature: float, decay: float
     ) -> None:
         super().__init__()
+        check_count("num_classes", num_classes)
+        check_count("num_prototypes", num_prototypes)
+        check_count("dim", dim)
+        check_temperature("temperature", temperature)
+        check_number("decay", decay, 0.0, 1.0)
         self.temperature, self.decay = temperature, decay
         self.register_buffer("prototypes", torch.zeros(num_classes, num_prototypes, dim))
         self.register_buffer("known", torch.zeros(num_classes, dtype=torch.bool))
@@ -41,8 +57,13 @@ class PrototypePredictor(nn.Module):
 
         A class without prototypes gets the lowest possible score, -1 / T.
         """
+        self._check(features)
         similarity = self._similarity(features).amax(dim=-1)
         return (torch.where(self.known, similarity, -1.0) / self.temperature).permute(0, 3, 1, 2)
+
+    def _check(self, features: Tensor) -> None:
+        beside = ("the prototypes", self.prototypes)
+        check_tensor("features", features, ("B", self.prototypes.shape[2], "h", "w"), FLOATING, beside)
 
     def _similarity(self, features: Tensor) -> Tensor:
         """Cosine with every prototype, [B, h, w, C, K]; this order keeps gradients channels_last."""
@@ -53,6 +74,8 @@ class PrototypePredictor(nn.Module):
     @torch.no_grad()
     def initialize(self, prototypes: Tensor, known: Tensor) -> None:
         """Sets the prototypes [C, K, D] and the classes [C] that have them."""
+        check_tensor("prototypes", prototypes, self.prototypes.shape, FLOATING)
+        check_tensor("known", known, self.known.shape, BOOL)
         self.prototypes.copy_(prototypes)
         self.known.copy_(known)
 
@@ -70,6 +93,10 @@ class PrototypePredictor(nn.Module):
             label: [B, h, w] integer; values outside 0 .. C-1 are no class.
             valid: [B, h, w] bool.
         """
+        self._check(features)
+        beside = ("features", features)
+        check_tensor("label", label, (len(features), *features.shape[2:]), INTEGER, beside)
+        check_tensor("valid", valid, label.shape, BOOL, beside)
         num_classes, per_class, dim = self.prototypes.shape
         own = label.long().clamp(0, num_classes - 1)
         known = self.known[own]

@@ -13,6 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prcl_fast.ops import Purpose, class_lists, philox_normal, sample_anchors, sample_negatives
+from prcl_fast.ops.arguments import (
+    BOOL,
+    FLOATING,
+    INTEGER,
+    check_count,
+    check_seed,
+    check_temperature,
+    check_tensor,
+)
 
 # Score beyond which `odds_logits` follows the tangent of the exponential.
 _BOUND = 3.0
@@ -56,7 +65,15 @@ def prototypical_contrast(
         normalize: L2-normalise the features, so that v . o is between -1 and 1; the paper does not.
     Returns:
         the loss, a 0 that stays in the graph if there is no term, and the sampling.
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
+    check_tensor("projection", projection, ("B", "D", "h", "w"), FLOATING)
+    beside = ("projection", projection)
+    check_tensor("prototype", prototype, (len(projection), *projection.shape[2:]), INTEGER, beside)
+    check_tensor("valid", valid, prototype.shape, BOOL, beside)
+    check_seed(seed, beside)
+    check_temperature("tau", tau)
     with torch.no_grad():
         lists = class_lists(prototype, valid, valid, num_prototypes)
         pixels = lists.valid_start.diff()
@@ -98,7 +115,11 @@ def odds_logits(score: Tensor) -> Tensor:
         score: S of eq. (8), any shape, floating.
     Returns:
         the same shape, float32 or float64.
+    Raises:
+        TypeError: `score` is no floating tensor.
     """
+    if not isinstance(score, Tensor) or score.dtype not in FLOATING:
+        raise TypeError(f"score must be a floating tensor; got {getattr(score, 'dtype', type(score))}")
     score = score if score.dtype == torch.float64 else score.float()
     bounded = score.clamp(max=_BOUND)
     return bounded.exp() * (1 + (score - bounded))
@@ -113,7 +134,17 @@ def one_prototype_per_class(scores: list[Tensor], num_classes: int, seed: Tensor
         seed: int64 [2] = (seed, step), on the scores' device.
     Returns:
         [B, C, h, w] of each, channels_last.
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
+    check_count("num_classes", num_classes)
+    for index, score in enumerate(scores):
+        check_tensor(f"scores[{index}]", score, ("B", "C * n", "h", "w"), (*FLOATING, *INTEGER))
+        if score.shape[1] % num_classes or score.shape[1] != scores[0].shape[1]:
+            raise ValueError(
+                f"scores[{index}] must have a multiple of {num_classes} channels, the same for each; "
+                f"got {list(score.shape)}"
+            )
     per_class = scores[0].shape[1] // num_classes
     # Each of n independent, equally distributed numbers is the largest equally often.
     drawn = philox_normal(seed, (num_classes, per_class), Purpose.ACTIVATED_PROTOTYPE).argmax(1)

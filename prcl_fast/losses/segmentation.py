@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from prcl_fast.ops import upsample_cross_entropy
+from prcl_fast.ops.arguments import FLOATING, check_number, check_tensor
 from prcl_fast.processes.collectives import start_sum, world_size
 
+LABEL = (torch.uint8, torch.int64)
 OMEGA = ("batch", "image", "pixel")
 _IGNORE = 255  # class id of a pixel without a label, as in `upsample_cross_entropy`
 
@@ -40,7 +42,14 @@ def start_counting(
         label: [B, H, W], of the labeled images; 255 is ignored.
         pseudo_label, confidence: [B, H, W], of the unlabeled images, if any.
         delta_u: threshold of the confidence.
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
+    check_tensor("label", label, ("B", "H", "W"), LABEL)
+    if (pseudo_label is None) != (confidence is None):
+        raise TypeError("pseudo_label and confidence must be given together")
+    if pseudo_label is not None and confidence is not None:
+        _check_pseudo_labels(pseudo_label, confidence)
     if world_size() == 1:
         return lambda: None
     counts = [(label != _IGNORE).sum(), label.new_zeros(2, dtype=torch.int64)]
@@ -102,11 +111,8 @@ def unsupervised_loss(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    if confidence.shape != pseudo_label.shape:
-        expected = list(pseudo_label.shape)
-        raise ValueError(
-            f"confidence must have pseudo_label's shape {expected}; got {list(confidence.shape)}"
-        )
+    _check_pseudo_labels(pseudo_label, confidence)
+    check_number("delta_u", delta_u, 0.0, 1.0)
     kept = pseudo_label.long() != _IGNORE
     if omega == "batch":
         if counts is None:
@@ -122,6 +128,12 @@ def unsupervised_loss(
         raise ValueError(f"omega must be one of {', '.join(OMEGA)}; got {omega!r}")
     count = None if counts is None else counts.pseudo_labeled
     return _mean(logits, pseudo_label, weight.to(torch.float32), count)
+
+
+def _check_pseudo_labels(pseudo_label: Tensor, confidence: Tensor) -> None:
+    check_tensor("pseudo_label", pseudo_label, ("B", "H", "W"), LABEL)
+    beside = ("pseudo_label", pseudo_label)
+    check_tensor("confidence", confidence, pseudo_label.shape, FLOATING, beside)
 
 
 def _mean(logits: Tensor, target: Tensor, weight: Tensor | None, count: Tensor | None) -> Tensor:

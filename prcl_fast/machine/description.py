@@ -20,7 +20,7 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": {
             "prcl_fast": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a subclass of str, which no checkpoint may hold
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
         },

@@ -1,14 +1,17 @@
-"""Main memory: what is free, and what is resident of this process, its allocator's reserves included."""
+"""Main memory: free, resident of this process with its allocator's reserves, and failed allocations."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import re
 import resource
 import sys
 from pathlib import Path
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MEMORY, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+_SIGNS = ("DefaultCPUAllocator", "out of memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 _RESET_PEAK = "5"  # proc(5)
 
 
@@ -44,6 +47,30 @@ def reset_resident_peak() -> bool:
         _CLEAR_REFS.write_text(_RESET_PEAK)
         return True
     return False
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """One line about a failed allocation, of the host or a GPU; None for any other error.
+
+    PyTorch reports those of the host as a RuntimeError.
+    """
+    text = str(error)
+    known = (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
+    )
+    if not known:
+        return None
+    asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGTPE]i?B)", text)
+    size = ""
+    if asked:
+        size = f": {asked[2] or f'{int(asked[1]) / 2**30:.1f} GiB'} asked for at once"
+    place = " on the GPU" if "CUDA" in text else ""
+    return (
+        f"out of memory{place}{size}; lower train.batch_labeled, train.batch_unlabeled, data.crop or "
+        "eval.batch, or raise train.accumulate; `prcl plan CONFIG` estimates the memory"
+    )
 
 
 def _field(file: Path, name: str) -> int | None:

@@ -13,10 +13,20 @@ from prcl_fast.config import Config
 from prcl_fast.config.methods import MethodSection
 from prcl_fast.data.augment import normalize
 from prcl_fast.data.batches import Batch
+from prcl_fast.errors import InputError
 from prcl_fast.losses import PixelCounts, start_counting, supervised_loss
 from prcl_fast.models.build import build_network
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork
+from prcl_fast.ops.arguments import check_draws
 from prcl_fast.step_parts import part
+
+
+def check_draws_of_step(keys: str, draws: int) -> None:
+    """Raises InputError where the keys ask for more draws in a step than an op can make."""
+    try:
+        check_draws(keys, draws)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from prcl_fast.losses import (
     supervised_loss,
 )
 from prcl_fast.losses.prototypical import Contrast
-from prcl_fast.methods.base import StepIndex
+from prcl_fast.methods.base import StepIndex, check_draws_of_step
 from prcl_fast.methods.cross_supervision import CrossSupervision
 from prcl_fast.models.build import build_network
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution
@@ -55,6 +55,10 @@ class PPS(CrossSupervision):
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config, num_classes)
+        check_draws_of_step(
+            "classes * method.prototypes * method.anchors * method.negatives",
+            num_classes * self.settings.prototypes * self.settings.anchors * self.settings.negatives,
+        )
         first, second = self.student.classifier, self.second.classifier
         assert isinstance(first, QueryHead)
         assert isinstance(second, QueryHead)

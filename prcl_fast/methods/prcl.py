@@ -14,7 +14,7 @@ from prcl_fast.data.batches import Batch
 from prcl_fast.data.source import IGNORE
 from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast, explain_inert, explain_variance, lambda_c
-from prcl_fast.methods.base import StepIndex
+from prcl_fast.methods.base import StepIndex, check_draws_of_step
 from prcl_fast.methods.mean_teacher import MeanTeacher, PseudoLabeled
 from prcl_fast.models.build import build_network
 from prcl_fast.models.network import NetworkOutput, SegmentationNetwork, at_resolution
@@ -35,6 +35,15 @@ class PRCL(MeanTeacher):
             raise InputError(
                 f"method.memory_bank: at least one place for each of {world_size()} processes, got {bank}"
             )
+        sets = self.settings.anchors // self.settings.anchors_per_set
+        check_draws_of_step(
+            "classes * method.anchors / method.anchors_per_set * method.negatives",
+            num_classes * sets * self.settings.negatives,
+        )
+        check_draws_of_step(
+            "classes * method.virtual_negatives * model.dim",
+            num_classes * self.settings.virtual_negatives * config.model.dim,
+        )
         self.contrast = ProbabilisticContrast(num_classes, config.model.dim, self.settings)
         self._mu: Tensor | None = None
         self._var: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Networks from a configuration, with their initial weights."""
+"""Networks from a configuration, with random weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from prcl_fast.config import ModelConfig
 from prcl_fast.config.methods import PPSConfig
 from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.query_head import QueryHead
-from prcl_fast.models.weights import load_weights
 
 
 def build_network(
@@ -20,16 +19,13 @@ def build_network(
     initial_variance: float = 0.5,
     queries: PPSConfig | None = None,
 ) -> SegmentationNetwork:
-    """The network of a configuration, with the initial weights of `model.weights` loaded.
+    """The network of a configuration, with random weights: `model.weights` is the trainer's matter.
 
     Args:
         model: the configuration's `model` section.
         num_classes: number of classes of the data.
         representation, probability, initial_variance: the heads that the method needs.
         queries: settings of a query head, in place of the linear classifier.
-
-    Raises:
-        InputError: `model.weights` cannot be read or does not fit.
     """
     query_head = None
     if queries is not None:
@@ -42,7 +38,7 @@ def build_network(
             heads=queries.heads,
             projection_dim=queries.projection_dim,
         )
-    network = SegmentationNetwork(
+    return SegmentationNetwork(
         model.backbone,
         model.stem,
         model.output_stride,
@@ -54,6 +50,3 @@ def build_network(
         initial_variance=initial_variance,
         query_head=query_head,
     )
-    if model.weights is not None:
-        load_weights(network, model.weights)
-    return network

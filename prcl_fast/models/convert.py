@@ -28,7 +28,7 @@ RENAMED = {
 BACKBONES = {6: "resnet50", 23: "resnet101"}  # by the number of blocks in layer3
 
 
-def convert_authors_checkpoint(source: Path, out: Path) -> None:
+def convert_authors_checkpoint(source: str | Path, out: str | Path) -> None:
     """Converts a checkpoint of the authors' PRCL code to a network file of this package.
 
     The averaged network "ema", with which they report scores, becomes the network; "uncer_head" becomes its
@@ -43,6 +43,7 @@ def convert_authors_checkpoint(source: Path, out: Path) -> None:
         InputError: the file is unreadable or no such checkpoint, or a key is missing, unexpected or of
             another shape; also for their deep-stem network, whose dilations differ from this package's.
     """
+    source = Path(source)
     content = read_file(source)
     if not isinstance(content, Mapping) or "ema" not in content:
         raise InputError(

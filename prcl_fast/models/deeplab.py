@@ -37,8 +37,12 @@ class ImagePooling(nn.Module):
         self.bn = BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The gradient of a mean over the dimensions would have another memory format than x.
-        x = self.conv(F.avg_pool2d(x, x.shape[2:]))
+        if torch.compiler.is_exporting():  # a program for every size: a window would be of one size
+            pooled = x.mean((2, 3), keepdim=True)
+        else:
+            # The gradient of a mean over the dimensions would have another memory format than x.
+            pooled = F.avg_pool2d(x, x.shape[2:])
+        x = self.conv(pooled)
         if x.shape[0] == 1 and not is_synchronized(self.bn):
             bn = self.bn
             x = F.batch_norm(

@@ -1,7 +1,8 @@
-"""Op arguments: checks of shape, dtype and device, never of values on a device; layouts for kernels."""
+"""Arguments of ops and losses: checks of shape, dtype and device, of values on the host only; layouts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,9 +75,57 @@ def check_count(name: str, value: int, *, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
+def check_number(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """A number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not least <= value <= most:
+        limit = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise ValueError(f"{name} must be {limit}; got {value}")
+
+
+def check_temperature(name: str, value: float) -> None:
+    """A number above 0."""
+    check_number(name, value, 0.0)
+    if value == 0:
+        raise ValueError(f"{name} must be positive; got {value}")
+
+
+def check_variance(name: str, value: Tensor) -> None:
+    """Variances above 0, checked where the host can read them without waiting for a device.
+
+    A nan passes: the trainer's guard reports a step that is not finite.
+    """
+    readable = type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu"
+    if not readable or torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    smallest = float(value.detach().amin())
+    if smallest <= 0:
+        hint = "; a log-variance goes through exp() first" if smallest < 0 else ""
+        raise ValueError(f"{name} must be positive; its smallest value is {smallest:g}{hint}")
+
+
 def check_seed(seed: Tensor, like: tuple[str, Tensor] | None = None) -> None:
     """seed: int64 [2] = (seed, step)."""
     check_tensor("seed", seed, (2,), (torch.int64,), like)
+
+
+def check_pixel_maps(
+    name: str,
+    features: Tensor,
+    seed: Tensor,
+    *,
+    label: Tensor,
+    valid: Tensor,
+    confidence: Tensor | None = None,
+) -> None:
+    """label, valid and confidence [B, h, w] beside the features `name` [B, D, h, w], and the seed."""
+    size, beside = (features.shape[0], *features.shape[2:]), (name, features)
+    check_tensor("label", label, size, INTEGER, beside)
+    check_tensor("valid", valid, size, BOOL, beside)
+    if confidence is not None:
+        check_tensor("confidence", confidence, size, FLOATING, beside)
+    check_seed(seed, beside)
 
 
 def check_draws(names: str, draws: int) -> None:

@@ -54,15 +54,14 @@ class MemoryEstimator:
     """Runs a configuration's method on fake tensors.
 
     Args:
-        config: `model.weights` is ignored.
+        config: of the run.
         device: the simulated device; nothing is allocated on it.
     """
 
     def __init__(self, config: Config, num_classes: int, device: torch.device) -> None:
         self.config, self.num_classes, self.device = config, num_classes, device
-        model = config.model.model_copy(update={"weights": None})
         with torch.device("meta"):  # the teacher is a deep copy, which fake tensors do not support
-            method = build_method(config.model_copy(update={"model": model}), num_classes)
+            method = build_method(config, num_classes)
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from prcl_fast.machine.memory import reset_resident_peak, resident_peak
 from prcl_fast.step_parts import PARTS
 
 
@@ -75,36 +74,28 @@ class PartTimer:
 
 
 class PartMemory:
-    """Peak memory in each part: of PyTorch's allocator on CUDA, resident memory on a CPU.
+    """Peak memory in each part, of PyTorch's allocator on CUDA.
+
+    On a CPU there is no such number: freed memory stays with the process for later tensors, so that its
+    resident memory is near its peak in every part.
 
     Attributes:
-        peaks: bytes by part; empty if the system does not report them.
+        peaks: bytes by part; empty on a CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known = True
         self.peaks: dict[str, int] = {}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Measures a part of the step."""
-        self._reset()
-        yield
-        peak = self._peak()
-        if peak is not None:
-            self.peaks[name] = max(self.peaks.get(name, 0), peak)
-
-    def _reset(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._device.type != "cuda":
+            yield
             return
-        self._known = reset_resident_peak()
-
-    def _peak(self) -> int | None:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return resident_peak() if self._known else None
+        torch.cuda.reset_peak_memory_stats(self._device)
+        yield
+        self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self._device))
 
 
 class PartRanges:

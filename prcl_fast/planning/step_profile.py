@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from prcl_fast.config import Config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.data.batches import Batch
 from prcl_fast.engine.graph import warm_up_steps
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.files.writing import replacing
 from prcl_fast.machine.description import device_name
+from prcl_fast.machine.memory import resident_peak
 from prcl_fast.planning.decode_cost import DecodeCost, decode_cost
 from prcl_fast.planning.part_meter import PartMemory, PartRanges, PartTimer
 from prcl_fast.step_parts import listening
@@ -38,7 +39,8 @@ class Profile:
         step_ms: median milliseconds of a step; `step_ms_20`, `step_ms_80` its percentiles.
         parts_ms: median milliseconds of each part, in the order of a step, and of the rest, "other". With
             `train.graph` they are measured without the graph.
-        peak_bytes: peak memory of each part: allocated on CUDA, resident on a CPU.
+        peak_bytes: peak of the allocated memory in each part, on CUDA; empty on a CPU.
+        resident_bytes: peak of the process's resident memory.
         busy: utilisation: on CUDA the fraction of the time in which a kernel ran, on a CPU the processor time
             of this process (without its data workers) over the time of all threads.
         decoding: time to decode the data set's images, without a cache.
@@ -56,6 +58,7 @@ class Profile:
     step_ms_80: float
     parts_ms: dict[str, float]
     peak_bytes: dict[str, int]
+    resident_bytes: int
     busy: float
     decoding: DecodeCost
     kind: str = KIND
@@ -84,7 +87,7 @@ def profile(
     """
     with tempfile.TemporaryDirectory(prefix="prcl_profile_") as folder:
         config = config.model_copy(update={"output": Path(folder) / "run"})
-        trainer = Trainer(config, Console(quiet=True))
+        trainer = Trainer(config, PlainConsole(quiet=True))
         with contextlib.closing(trainer.batches()) as batches:
             warm_up = warm_up_steps() + 2  # a graph is captured in the last but one
             say(f"{warm_up} steps of warm-up")
@@ -120,6 +123,7 @@ def profile(
         step_ms_80=percentiles[-1],
         parts_ms=timer.medians(),
         peak_bytes=memory.peaks,
+        resident_bytes=resident_peak(),
         busy=busy if device_busy is None else device_busy,
         decoding=decoding,
     )

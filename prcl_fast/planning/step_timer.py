@@ -45,8 +45,7 @@ class StepTimer:
         self.config, self.num_classes, self.device = config, num_classes, device
         prepare_device(device, threads=config.train.threads, tf32=config.train.tf32)
         self._peak = _CudaPeak(device) if device.type == "cuda" else _ProcessPeak()
-        model = config.model.model_copy(update={"weights": None})
-        method = build_method(config.model_copy(update={"model": model}), num_classes)
+        method = build_method(config, num_classes)
         method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         method.lay_out()
         method.train()

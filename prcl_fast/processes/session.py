@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from rich.console import Console
 
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.processes.collectives import rank
 from prcl_fast.processes.launch import device_of, read_launch
 from prcl_fast.processes.rendezvous import join
@@ -29,7 +29,7 @@ class Session(Generic[Loaded]):
     loaded: Loaded
     device: torch.device
     watchdog: Watchdog
-    console: Console  # standard error; quiet except on rank 0
+    console: PlainConsole  # standard error; quiet except on rank 0
 
     def result(self, line: str) -> None:
         """Prints a line on standard output, on rank 0 only."""
@@ -79,4 +79,4 @@ def session(
             group = join(launch, here, timeout_s, command=command, captures=captures(loaded))
             store = stack.enter_context(group).store
         watchdog = stack.enter_context(Watchdog(own, world, store, stall))
-        yield Session(loaded, here, watchdog, Console(stderr=True, quiet=own > 0))
+        yield Session(loaded, here, watchdog, PlainConsole(stderr=True, quiet=own > 0))

@@ -19,6 +19,7 @@ starting, working and stalled occur.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import sys
@@ -32,6 +33,7 @@ from typing import Any
 import torch.distributed as dist
 
 from prcl_fast.errors import InputError, RunError
+from prcl_fast.machine.memory import out_of_memory
 from prcl_fast.processes.agreement import DifferenceError
 from prcl_fast.processes.heartbeat import Heartbeat, Report
 from prcl_fast.processes.peers import Peers
@@ -59,6 +61,7 @@ class Watchdog:
 
     Attributes:
         details: more words about a rank that makes no progress, such as the images in work.
+        record: takes the run's first report, of whichever rank, before this process ends.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Watchdog:
         """
         self.rank, self.world, self.stall_s = rank, world, stall_s
         self.details: Callable[[], str] | None = None
+        self.record: Callable[[str], None] | None = None
         self._say, self._end = say, end
         self._beat_s, self._gone_s = beat_s, gone_s
         self._calls, self._activity = 0, "starting"
@@ -91,6 +95,7 @@ class Watchdog:
         self._awake_s = 0.0
         self._stopped = threading.Event()
         self._printed = threading.Lock()
+        self._reported = ""
         self._heartbeat: Heartbeat | None = None
         self._peers: Peers | None = None
         if store is not None:
@@ -176,6 +181,8 @@ class Watchdog:
             return
         if isinstance(error, (InputError, RunError)):
             text = f"prcl: {error}"
+        elif (shortage := out_of_memory(error)) is not None:
+            text = f"prcl: rank {self.rank}: {shortage}"
         else:
             text = "".join(traceback.format_exception(error)).rstrip()
         status, everywhere = 2 if isinstance(error, InputError) else 1, isinstance(error, DifferenceError)
@@ -194,6 +201,7 @@ class Watchdog:
 
     def _print(self, text: str) -> None:
         if self._printed.acquire(blocking=False):  # never released: a process prints one report
+            self._reported = text
             _within(_OUTPUT_S, lambda: self._say(text))
 
     def _end_process(self, status: int) -> None:
@@ -202,6 +210,9 @@ class Watchdog:
             # Ranks that have only just started may have sent no status, but they count.
             left = [other for other in heartbeat.statuses.values() if other.left]
             self._hold_store(lambda: heartbeat.readers >= self.world - len(left))
+        report = heartbeat.report.message if heartbeat is not None and heartbeat.report else self._reported
+        if self.record is not None and report:
+            _within(_OUTPUT_S, functools.partial(self.record, report.removeprefix("prcl: ")))
         _within(_OUTPUT_S, lambda: (sys.stdout.flush(), sys.stderr.flush()))
         for worker in multiprocessing.active_children():  # one that hangs would stay, and hold the terminal
             worker.kill()

@@ -18,6 +18,7 @@ from prcl_fast.config import Config, parse_stored_config
 from prcl_fast.errors import InputError, RunError, WriteError
 from prcl_fast.files.writing import replacing, sync, write_bytes, write_errors
 from prcl_fast.methods import Method, build_method
+from prcl_fast.models.weights import check_keys
 from prcl_fast.runs import checkpoint_file
 from prcl_fast.runs.checkpoint_file import DamagedCheckpointError, check_state
 
@@ -34,12 +35,13 @@ class LoadedRun:
     networks: dict[str, nn.Module]  # in eval mode; the first is the main network
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Writes `state`; at every moment `path` holds the former or the new checkpoint.
 
     Raises:
         RunError: it cannot be written; the message names an undamaged checkpoint.
     """
+    path = Path(path)
     try:
         write_bytes(path, checkpoint_file.pack(state), durable=True)
     except WriteError as error:
@@ -67,14 +69,14 @@ def save_last(folder: Path, state: dict[str, Any], keep: int) -> None:
         raise _not_saved(last, error) from None
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The state that was saved in the file `path`, on the CPU.
 
     Raises:
         InputError: missing, damaged, or not one of our checkpoints.
     """
-    state = checkpoint_file.read(path)
-    check_state(state, path)
+    state = checkpoint_file.read(Path(path))
+    check_state(state, Path(path))
     return state
 
 
@@ -109,12 +111,21 @@ def last_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in paths if _age(path) >= 0), key=_age)
 
 
-def find_checkpoint(path: Path) -> Path:
+def has_begun(output: Path) -> bool:
+    """Whether the run in a folder has a checkpoint to resume from."""
+    try:
+        return bool(last_checkpoints(output))
+    except OSError:  # reported where the run's checkpoint is read
+        return False
+
+
+def find_checkpoint(path: str | Path) -> Path:
     """`path` itself where it is a file; best.pt of the run folder `path`, else its newest last.pt.
 
     Raises:
         InputError: no such file or folder, or no checkpoint in the folder.
     """
+    path = Path(path)
     if path.is_dir():
         found = _checkpoints(path)
         if not found:
@@ -125,7 +136,7 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def load_run(path: Path, device: torch.device) -> LoadedRun:
+def load_run(path: str | Path, device: torch.device | str) -> LoadedRun:
     """The networks of a run folder or checkpoint file, ready to evaluate on `device`. Raises InputError."""
     file = find_checkpoint(path)
     try:
@@ -135,9 +146,11 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
         beside = f"; beside it: {', '.join(others)}" if others else "; no other checkpoint is beside it"
         raise InputError(f"{error}{beside}") from None
     config = parse_stored_config(state["config"], str(file))
-    # The checkpoint holds every weight; the file of the initial weights may no longer exist.
-    config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
     classes = tuple(state["classes"])
+    # The file may ask for any size: shapes are compared before memory is.
+    with torch.device("meta"):
+        expected = build_method(config, len(classes)).state_dict()
+    check_keys(expected, state["method"], file, "its own configuration")
     method = build_method(config, len(classes))
     restore(method, state["method"], file)
     method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -147,7 +160,8 @@ def load_run(path: Path, device: torch.device) -> LoadedRun:
 
 
 def restore(method: Method, state: dict[str, Any], origin: Path) -> None:
-    """Loads a method's state strictly. Raises InputError naming `origin`."""
+    """Loads a method's state strictly; it must be finite. Raises InputError naming `origin`."""
+    check_keys(method.state_dict(), state, origin, "this configuration")
     try:
         method.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

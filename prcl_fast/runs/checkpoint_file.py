@@ -30,6 +30,7 @@ _COMMENT = b"prcl_fast-checkpoint sha256 "
 _DIGEST = 64  # hexadecimal digits
 _END_RECORD = b"PK\x05\x06"  # begins 22 bytes whose last two are the comment's length
 _END = 22
+_BEGIN = 4096  # bytes at the begin of the file that contain the format's name
 _BLOCK = 1 << 20  # bytes hashed at a time
 
 _KINDS: dict[str, type] = {
@@ -96,12 +97,27 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file begins as the checkpoints of this program do; False where it cannot be read."""
+    try:
+        check_regular(path, "checkpoint")
+        with path.open("rb") as file:
+            return _FORMAT.encode() in _read_at(file, 0, _BEGIN)
+    except (InputError, OSError):
+        return False
+
+
 def check_state(state: Mapping[str, Any], path: Path) -> None:
     """Raises InputError that names `path` and the entry that is missing or of the wrong type."""
     for key, kind in _KINDS.items():
         if not isinstance(state.get(key), kind):
             raise InputError(f"{path}: incomplete checkpoint, it lacks {key} or holds a wrong type of it")
-    tensors_of(state["method"], path)
+    for key, value in tensors_of(state["method"], path).items():
+        stored = value.untyped_storage().nbytes()
+        if value.nbytes > stored:  # an expanded tensor: a small file may claim any size
+            raise InputError(
+                f"{path}: damaged checkpoint: {key} is {list(value.shape)}, the file has {stored} bytes of it"
+            )
     whole = {
         "classes": all(isinstance(name, str) for name in state["classes"]),
         "palette": all(_is_colour(colour) for colour in state["palette"])
@@ -109,6 +125,9 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
         "iteration": state["iteration"] >= 0 and not isinstance(state["iteration"], bool),
         "progress": _is_progress(state["progress"]),
         "scaler": all(_is_number(value) for value in state["scaler"].values()),
+        # Checkpoints of former versions have neither of them.
+        "data": _are_texts(state.get("data", {})),
+        "starts": _are_records(state.get("starts", [])),
     }
     for key, is_whole in whole.items():
         if not is_whole:
@@ -118,7 +137,7 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
 def check_optimizer(
     saved: Mapping[str, Any], own: Mapping[str, Any], shapes: Iterable[Any], path: Path
 ) -> None:
-    """Raises InputError unless `saved` has the groups of `own` and momentum of these shapes."""
+    """Raises InputError unless `saved` has the groups of `own` and finite momentum of these shapes."""
     groups, buffers = saved.get("param_groups"), saved.get("state")
     same = isinstance(groups, list) and [_names(group) for group in groups] == [
         _names(group) for group in own["param_groups"]
@@ -137,7 +156,8 @@ def check_optimizer(
         )
     ):
         raise InputError(
-            f"{path}: does not fit this configuration: the state of its optimizer is of other parameters"
+            f"{path}: does not fit this configuration: the state of its optimizer is of other parameters, or "
+            "not finite"
         )
 
 
@@ -158,7 +178,7 @@ def _verify(file: BinaryIO, path: Path) -> None:
             raise DamagedCheckpointError(f"{path}: damaged: its checksum does not match {count}")
         return
     # The archive's first file begins with the format's name, uncompressed.
-    if not size or _FORMAT.encode() in _read_at(file, 0, 4096):
+    if not size or _FORMAT.encode() in _read_at(file, 0, _BEGIN):
         end = _read_at(file, size - _END, _END)
         if end.startswith(_END_RECORD) and end.endswith(b"\0\0"):  # a whole archive without a comment
             raise InputError(f"{path}: made by an older version of prcl_fast, which this one cannot read")
@@ -181,7 +201,22 @@ def _names(group: object) -> object:
 def _is_buffer(value: object, shape: Any) -> bool:
     if value is None:
         return True
-    return isinstance(value, Tensor) and not value.is_meta and not value.is_sparse and value.shape == shape
+    return (
+        isinstance(value, Tensor)
+        and not value.is_meta
+        and not value.is_sparse
+        and value.shape == shape
+        and value.is_floating_point()
+        and bool(value.isfinite().all())
+    )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+
+
+def _are_records(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(record, dict) for record in value)
 
 
 def _is_number(value: object) -> bool:

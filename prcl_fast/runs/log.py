@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.errors import InputError, RunError
-from prcl_fast.files.writing import append, sync_file, write_bytes, write_errors
+from prcl_fast.files.folders import make_subfolder
+from prcl_fast.files.json_text import json_text
+from prcl_fast.files.writing import append, sync_file, write_bytes
 from prcl_fast.runs.metrics import METRICS, read_lines
+from prcl_fast.runs.progress_bar import ProgressBar
+from prcl_fast.runs.text_log import TextLog
 
 # Values of an evaluation that are shown, and their decimals.
 _SHOWN = {
@@ -33,30 +35,37 @@ _SHOWN = {
 class RunLog:
     """The log of one run. A run that goes on from iteration `start` drops the later records.
 
-    Every record goes to metrics.jsonl (one JSON object a line) and its numbers to TensorBoard.
+    Every record goes to metrics.jsonl (one JSON object a line) and its numbers to TensorBoard; what the user
+    is to read also goes to `console`, which may be the run's text log.
+
+    Args:
+        former_total: iterations of the whole run when its checkpoint was written; fewer than `total` in a run
+            that was extended, which leaves a record of both.
 
     Raises:
         RunError: one of these files cannot be written. `train`, `evaluation` and `flush` raise it too.
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, console: Console) -> None:
-        self.console = console
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        console: PlainConsole | TextLog,
+        former_total: int | None = None,
+    ) -> None:
+        self._lines = TextLog.of(console)
+        self.console = console = self._lines.console
         self._path = folder / METRICS
         with _ends_run():
             _keep_until(self._path, start)
             self._events = EventFile(folder / "tensorboard", start=start + 1)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("train", total=total, completed=start, status="")
+        self._bar = ProgressBar(console, start=start, total=total)
         self._notes_in_a_row = 0
         self._evaluation_noted = False
+        if former_total is not None and former_total < total:
+            self._write("extend", start, {"former_total": former_total, "total": total})
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -72,31 +81,35 @@ class RunLog:
 
     def advance(self, iteration: int) -> None:
         """Moves the progress bar to `iteration` finished steps."""
-        self._bar.update(self._task, completed=iteration)
+        self._bar.advance(iteration)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Shows that an evaluation has finished `done` of `total` images."""
+        self._bar.evaluating(done, total)
 
     def train(self, iteration: int, values: Mapping[str, Any]) -> None:
         """A record of training after `iteration` steps; its "note" is a sentence for the user."""
         self._write("train", iteration, values)
-        shown = ", ".join(f"{key} {values[key]:.4g}" for key in values if key.startswith("loss"))
-        self._bar.update(self._task, status=shown)
-        if not self.console.is_terminal:
-            self._print(f"iteration {iteration}: {shown}")
+        self._bar.record(values)
+        line = f"iteration {iteration}: {self._bar.line(iteration, values)}"
+        self._lines.say(line, shown=not self.console.is_terminal)
         # A single batch may be at chance level by accident: its note is shown when it comes twice in a row.
         note = values.get("note", "")
         self._notes_in_a_row = self._notes_in_a_row + 1 if note else 0
         if self._notes_in_a_row == 2:
-            self._print(f"iteration {iteration}: {note}")
+            self._lines.say(f"iteration {iteration}: {note}")
 
     def evaluation(self, iteration: int, values: Mapping[str, Any]) -> None:
         """A record of an evaluation after `iteration` steps; its "note", a sentence, is shown once."""
+        self._bar.evaluated()
         self._write("eval", iteration, values)
         shown = ", ".join(
             f"{key} {values[key]:.{places}f}" for key, places in _SHOWN.items() if key in values
         )
-        self._print(f"iteration {iteration}: {shown}")
+        self._lines.say(f"iteration {iteration}: {shown}")
         if "note" in values and not self._evaluation_noted:
             self._evaluation_noted = True
-            self._print(f"iteration {iteration}: {values['note']}")
+            self._lines.say(f"iteration {iteration}: {values['note']}")
 
     def flush(self) -> None:
         """Returns when all records are on the disk, so that no checkpoint is newer than they are."""
@@ -104,16 +117,11 @@ class RunLog:
             sync_file(self._path)
             sync_file(self._events.path)
 
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
-
     def _write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
-        record = {"kind": kind, "iteration": iteration} | {
-            key: _plain(value) for key, value in values.items()
-        }
+        record = {"kind": kind, "iteration": iteration, **values}
         numbers = {f"{kind}/{name}": number for key in values for name, number in _numbers(key, values[key])}
         with _ends_run():
-            append(self._path, json.dumps(record).encode() + b"\n")
+            append(self._path, json_text(record).encode() + b"\n")
             self._events.add(iteration, numbers)
 
 
@@ -125,8 +133,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, *, start: int) -> None:
-        with write_errors(folder):
-            folder.mkdir(exist_ok=True)
+        make_subfolder(folder)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / name
@@ -158,21 +165,16 @@ def _ends_run() -> Iterator[None]:
 
 
 def _keep_until(path: Path, iteration: int) -> None:
-    """Drops the records after `iteration`, and lines that a killed writer or a failing disk has damaged."""
+    """Drops the records after `iteration`, and lines that a killed writer or a failing disk has damaged.
+
+    An extension at `iteration` itself is recorded again, because no checkpoint has it yet.
+    """
     lines = read_lines(path) if iteration > 0 and os.path.exists(path) else []
-    kept = [line.text for line in lines if line.record is not None and line.record["iteration"] <= iteration]
+    records = [(line.text, line.record) for line in lines if line.record is not None]
+    kept = [
+        text for text, record in records if record["iteration"] + (record["kind"] == "extend") <= iteration
+    ]
     write_bytes(path, b"".join(line + b"\n" for line in kept), durable=True)
-
-
-def _plain(value: Any) -> Any:
-    """A value of JSON, which has no NaN: it becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _numbers(key: str, value: Any) -> list[tuple[str, float]]:

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from prcl_fast.errors import InputError
-from prcl_fast.files.reading import check_regular
+from prcl_fast.files.reading import read_bytes
 
 METRICS = "metrics.jsonl"
+KINDS = ("train", "eval", "extend")  # extend: the run goes on with more iterations in all
 _TAIL = 1 << 18  # bytes that hold the newest records: some hundred
 _LONGEST = 1 << 30  # bytes of a file; a run of 10^6 records writes less
 _LATEST = 1 << 53  # iterations beyond it are no float64
 
-# The keys that figures draw; the others may hold anything.
+# The keys that figures and tables show; the others may hold anything.
 DRAWN = {
+    "seconds",
     *("loss", "loss_supervised", "loss_unsupervised", "loss_contrast", "chance", "miou", "miou_student"),
     *("variance_mean", "variance_std", "mu_mean", "mu_std"),
     *("variance_auroc", "variance_auroc_student", "confidence_auroc"),
@@ -76,28 +78,21 @@ def read_lines(path: Path, *, tail: bool = False) -> list[Line]:
     """
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file; a run writes it while it trains")
-    size = check_regular(path, "metrics file")
-    if size > _LONGEST:
-        raise InputError(f"{path}: {size} bytes; a metrics file has at most {_LONGEST}")
-    try:
-        with path.open("rb") as file:
-            if tail and size > _TAIL:
-                file.seek(size - _TAIL)
-                file.readline()  # the rest of a line
-            *lines, end = file.read(_LONGEST).split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    content = read_bytes(path, "metrics file", _LONGEST, tail=_TAIL if tail else None)
+    *lines, end = content.split(b"\n")
+    if tail and len(content) == _TAIL:
+        lines = lines[1:]  # the rest of a line
     return [_line(text, ended=True) for text in lines] + [_line(end, ended=False)]
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_metrics(path: str | Path) -> Metrics:
     """The records of metrics.jsonl. A torn last line is left out.
 
     Raises:
         InputError: as `read_lines` does; no record, or a faulty line, which is named by its number.
     """
-    records: dict[str, list[Mapping[str, Any]]] = {"train": [], "eval": []}
-    for number, line in enumerate(read_lines(path), start=1):
+    records: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in KINDS}
+    for number, line in enumerate(read_lines(Path(path)), start=1):
         if line.record is not None:
             records[line.record["kind"]].append(line.record)
         elif line.fault and not line.torn:
@@ -118,13 +113,13 @@ def newest_records(path: Path) -> list[Mapping[str, Any]]:
     return [line.record for line in reversed(read_lines(path, tail=True)) if line.record is not None]
 
 
-def read_result(folder: Path) -> RunResult:
+def read_result(folder: str | Path) -> RunResult:
     """The results of the run in `folder`.
 
     Raises:
         InputError: its metrics are missing or corrupt; the line is named.
     """
-    path = folder / METRICS
+    path = Path(folder) / METRICS
     if path.is_file() and path.stat().st_size == 0:  # a run that has just started
         return RunResult(None, None, None, 0, None)
     metrics = read_metrics(path)
@@ -164,8 +159,8 @@ def _line(text: bytes, *, ended: bool) -> Line:
 def _fault(record: object) -> str:
     if not isinstance(record, dict):
         return "expected a JSON object"
-    if record.get("kind") not in ("train", "eval"):
-        return f"kind: expected train or eval, got {_shown(record.get('kind'))}"
+    if record.get("kind") not in KINDS:
+        return f"kind: expected {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {_shown(record.get('kind'))}"
     iteration = record.get("iteration")
     if type(iteration) is not int or not 0 <= iteration < _LATEST:
         return f"iteration: expected an integer, got {_shown(iteration)}"

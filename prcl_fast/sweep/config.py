@@ -71,7 +71,7 @@ class Sweep:
     runs: tuple[SweepRun, ...]
 
 
-def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Reads a sweep file and builds the configurations of all its runs.
 
     A run's configuration file is that of the last axis that names one, else the sweep's. Changes are applied
@@ -85,6 +85,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         InputError: for the first run with a mistake; names the file and the key.
     """
+    path = Path(path)
     tree = read_tree(path)
     if "axes" not in tree and {"data", "method", "model", "train"} & tree.keys():
         raise InputError(

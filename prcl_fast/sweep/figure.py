@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from prcl_fast.analysis.seed_statistics import Summary
-from prcl_fast.analysis.style import COLOURS, new_figure, styled
+from prcl_fast.analysis.style import COLOURS, new_figure, plain_text, styled
 
 # With more groups than colours, colours repeat with another marker.
 MARKERS = "os^DvPX"
@@ -56,13 +56,13 @@ def _lines(axes: Sequence[str], numeric: int, means: Mapping[tuple[str, ...], Su
                 linewidth=1.5,
                 markersize=4.5,
                 capsize=2.5,
-                label=label,
+                label=plain_text(label),
             )
             for artist in bars.get_children():
                 shift = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
                 artist.set_transform(artist.get_transform() + shift)
         _number_axis(plot, {cell[numeric] for cell in means})
-        plot.set_xlabel(axes[numeric])
+        plot.set_xlabel(plain_text(axes[numeric]))
         plot.set_ylabel("mIoU, %")
         plot.set_title(_miou_label(means))
         plot.margins(y=0.12)
@@ -74,7 +74,9 @@ def _lines(axes: Sequence[str], numeric: int, means: Mapping[tuple[str, ...], Su
                 for _, handle in sorted(zip(ends, plot.containers, strict=True), key=lambda pair: pair[0])
             ]
             title = ", ".join(axis for index, axis in enumerate(axes) if index != numeric)
-            figure.legend(handles=handles[::-1], loc="outside right center", title=title, alignment="left")
+            figure.legend(
+                handles=handles[::-1], loc="outside right center", title=plain_text(title), alignment="left"
+            )
         figure.canvas.draw()
     return figure
 
@@ -112,7 +114,7 @@ def _sorted_dots(means: Mapping[tuple[str, ...], Summary]) -> Figure:
             plot.annotate(
                 str(summary), (right, height), (7, 0), textcoords="offset points", va="center", fontsize=8.5
             )
-        plot.set_yticks(range(len(cells)), [", ".join(cell) for cell in cells])
+        plot.set_yticks(range(len(cells)), [plain_text(", ".join(cell)) for cell in cells])
         plot.set_ylim(-0.6, len(cells) - 0.4)
         plot.grid(visible=False, axis="y")
         plot.margins(x=0.25)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
+from prcl_fast.console.plain import PlainConsole
+from prcl_fast.console.text import duration, printable
 from prcl_fast.runs.folder import newest_iteration
 from prcl_fast.runs.metrics import RunResult
 from prcl_fast.sweep.config import SweepRun
 
+_BAR_WIDTH = 20  # columns at most
 # Seconds over which the speed is averaged; iterations are known only every train.log_every.
 _SPEED_PERIOD = 1200.0
 
@@ -20,14 +22,15 @@ _SPEED_PERIOD = 1200.0
 class SweepProgress:
     """The progress of `runs`, of a sweep that has `done` further runs already finished."""
 
-    def __init__(self, runs: Sequence[SweepRun], done: int, console: Console) -> None:
+    def __init__(self, runs: Sequence[SweepRun], done: int, console: PlainConsole) -> None:
         self._console = console
         self._ended, self._runs = done, done + len(runs)
         self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            # A long name is folded, and the bar takes what is left.
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+            BarColumn(_BAR_WIDTH),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             speed_estimate_period=_SPEED_PERIOD,
             disable=not console.is_terminal,
@@ -51,7 +54,7 @@ class SweepProgress:
         """The training of `run` begins or continues."""
         begin = self._iterations[run.name]
         self._tasks[run.name] = self._bars.add_task(
-            f"  {escape(run.name)}", total=run.config.train.iterations, completed=begin
+            f"  {printable(run.name)}", total=run.config.train.iterations, completed=begin
         )
         if not self._console.is_terminal:
             continuing = f", continuing after iteration {begin}" if begin else ""
@@ -77,12 +80,12 @@ class SweepProgress:
         else:
             self._ended += 1
             miou = "no mIoU" if result.miou is None else f"mIoU {result.miou:.1f}"
-            minutes = "" if result.seconds is None else f", {result.seconds / 60:.1f} min"
-            self._say(f"done {run.name}: {miou}{minutes}; {self._count()}")
+            time = "" if result.seconds is None else f", {duration(result.seconds)}"
+            self._say(f"done {run.name}: {miou}{time}; {self._count()}")
         self._bars.update(self._all, description=self._count())
 
     def _count(self) -> str:
         return f"{self._ended} of {self._runs} runs"
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(line)

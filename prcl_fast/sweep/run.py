@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import signal
@@ -20,14 +19,20 @@ import yaml
 
 from prcl_fast.config import dump_config
 from prcl_fast.config.files import PATH_KEYS
+from prcl_fast.data.sources import build_source
+from prcl_fast.data.tools.label_check import check_labels
 from prcl_fast.device import choose_device
 from prcl_fast.errors import InputError
+from prcl_fast.files.locking import INHERITED, FolderLock
+from prcl_fast.files.reading import read_bytes
 from prcl_fast.files.writing import make_folder, open_append, write_text
 from prcl_fast.machine.description import usable_cores
+from prcl_fast.runs.folder import label_scan_cache
 from prcl_fast.sweep.config import Sweep, SweepRun
 
 LOG, CONFIGURATION = "train.log", "train.yaml"
 _TAIL = 1 << 14  # bytes read from the end of train.log
+_LONGEST = 1 << 50  # bytes of train.log
 _PAUSE = 0.2  # seconds between two polls of the processes
 # Variables of torchrun and srun, with which a run would wait for other ranks.
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_ID")
@@ -73,6 +78,25 @@ def check_files(runs: Sequence[SweepRun]) -> None:
             path = getattr(getattr(run.config, section), key)
             if isinstance(path, Path) and key != "cache_dir" and not path.exists():
                 raise InputError(f"run {run.name}: {section}.{key}: no such file or folder: {path}")
+
+
+def check_label_files(runs: Sequence[SweepRun]) -> list[str]:
+    """Checks the labels of every data set of the runs as `prcl train` does; returns the notes on them.
+
+    Raises:
+        InputError: naming the run whose data set `prcl train` would refuse.
+    """
+    notes: dict[str, None] = {}
+    data_sets: dict[str, SweepRun] = {}
+    for run in runs:
+        if run.config.data.scan:
+            data_sets.setdefault(run.config.data.model_dump_json(), run)
+    for run in data_sets.values():
+        try:
+            notes |= dict.fromkeys(check_labels(build_source(run.config.data), cache=label_scan_cache()))
+        except InputError as error:
+            raise InputError(f"run {run.name}: {error}") from None
+    return list(notes)
 
 
 def places(runs: Sequence[SweepRun], jobs: int | None, environ: Mapping[str, str]) -> list[dict[str, str]]:
@@ -151,8 +175,7 @@ class _Process:
     """A run's process.
 
     Raises:
-        BlockingIOError: another process trains the run.
-        WriteError: its folder cannot be written.
+        InputError: another process trains the run, or its folder cannot be written.
         OSError: the process cannot be started.
     """
 
@@ -161,20 +184,28 @@ class _Process:
         folder = run.config.output
         self._log = folder / LOG
         make_folder(folder, "output")
-        with open_append(self._log) as log:
-            _lock(log)
-            self._start = log.seek(0, os.SEEK_END)
-            write_text(folder / CONFIGURATION, yaml.safe_dump(dump_config(run.config), sort_keys=False))
-            self._process = self._train(folder / CONFIGURATION, log)
+        self._lock = FolderLock(folder, "output")
+        try:
+            with open_append(self._log) as log:
+                self._start = log.seek(0, os.SEEK_END)
+                write_text(folder / CONFIGURATION, yaml.safe_dump(dump_config(run.config), sort_keys=False))
+                self._process = self._train(folder / CONFIGURATION, log)
+        except BaseException:
+            self._lock.release()
+            raise
         self._passed = 0
 
     def _train(self, configuration: Path, log: io.FileIO) -> subprocess.Popen[bytes]:
         environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS}
+        # The process takes the lock over, and keeps it if this one is killed.
+        lock = self._lock.descriptor
+        inherited = {} if lock is None else {INHERITED: str(lock)}
         # A new session: a terminal sends Ctrl-C to its whole process group, and a second one would end the
         # run immediately.
         return subprocess.Popen(
             [sys.executable, "-m", "prcl_fast.cli.main", "train", str(configuration)],
-            env=environment | self.place,
+            env=environment | self.place | inherited,
+            pass_fds=() if lock is None else (lock,),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -188,7 +219,10 @@ class _Process:
         self._passed = len(signals)
 
     def ended(self) -> bool:
-        return self._process.poll() is not None
+        if self._process.poll() is None:
+            return False
+        self._lock.release()
+        return True
 
     def ask_to_stop(self) -> None:
         """Asks the process to save and end."""
@@ -197,36 +231,23 @@ class _Process:
     def wait(self) -> None:
         """Waits for the end of the process."""
         self._process.wait()
+        self._lock.release()
 
     def failure(self, *, stopped: bool) -> str | None:
         """The last line of an ended process's log; None if it succeeded or was `stopped`."""
         status = self._process.returncode
         if status == 0 or stopped:
             return None
-        with self._log.open("rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(self._start, end - _TAIL))
-            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        try:
+            tail = read_bytes(self._log, "log", _LONGEST, after=self._start, tail=_TAIL)
+        except InputError as error:
+            return str(error)
+        lines = [line for line in tail.decode(errors="replace").splitlines() if line.strip()]
         last = lines[-1].strip().removeprefix("prcl: ") if lines else "its log is empty"
         return last if status > 0 else f"ended by {signal.Signals(-status).name}; {last}"
 
 
-def _lock(log: io.FileIO) -> None:
-    """Locks the run. Its process inherits the lock with its output and keeps it even if this one is killed.
-
-    Raises BlockingIOError if another process holds the lock. A file system without locks locks nothing.
-    """
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return
-
-
 def _cannot_start(run: SweepRun, error: OSError | InputError) -> str:
-    if isinstance(error, BlockingIOError):
-        return "another process is training this run"
     if isinstance(error, InputError):
         return str(error)
     return f"{error.filename or run.config.output}: {error.strerror or error}"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from prcl_fast.analysis.seed_statistics import Summary, cell_texts, csv_table, markdown_table, summarize
 from prcl_fast.analysis.style import save_figure
+from prcl_fast.files.json_text import json_text
 from prcl_fast.files.writing import write_text
 from prcl_fast.machine.description import provenance
 from prcl_fast.runs.folder import RunState, run_state
 from prcl_fast.runs.metrics import RunResult, read_result
+from prcl_fast.runs.provenance import read_records
 from prcl_fast.sweep.config import Sweep
 from prcl_fast.sweep.figure import draw_sweep
 
@@ -129,6 +130,7 @@ def _json(table: SweepTable) -> str:
             "iterations": table.states[run.name].total,
             **{key: getattr(table.results.get(run.name, _NOTHING), key) for key in _RESULTS},
             "output": str(run.config.output),
+            "starts": read_records(run.config.output),
         }
         for run in sweep.runs
     ]
@@ -141,7 +143,7 @@ def _json(table: SweepTable) -> str:
         for column in table.columns
     ]
     tree = {"sweep": str(sweep.path), "output": str(sweep.output), "runs": runs, "cells": cells}
-    return json.dumps(tree | provenance(), indent=1) + "\n"
+    return json_text(tree | provenance(), indent=1) + "\n"
 
 
 def _plain(summary: Summary | None) -> dict[str, float | int | None] | None:

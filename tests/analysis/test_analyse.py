@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from prcl_fast.analysis.prototype_path import logged_shift
+from prcl_fast.analysis.prototype_path import logged_shift, prototype_path
 from prcl_fast.analysis.style import new_figure
 from prcl_fast.cli.analyse import analyse_command
 from prcl_fast.cli.main import main
@@ -184,7 +185,7 @@ def test_a_logged_shift_is_drawn_and_a_wrong_one_refused(run, tmp_path, no_pictu
     iterations, shift = seen[0]
     assert iterations.tolist() == [2]
     np.testing.assert_array_equal(shift, [[0.5, np.nan] + [0.1] * (classes - 2)])
-    for wrong in ([0.5], "far", None, [[0.1]] * classes):
+    for wrong in ([0.5], "far", None, [[0.1]] * classes, [10**400] * classes):
         log.write_text(json.dumps(record | {"prototype_shift": wrong}) + "\n")
         with pytest.raises(InputError, match=r"metrics\.jsonl: prototype_shift: expected a number for each"):
             logged_shift(tmp_path, classes)
@@ -229,6 +230,13 @@ def test_a_checkpoint_of_another_run_or_other_classes_is_refused(run, tmp_path):
     write_run(tmp_path / "other", tiny_tree(tmp_path / "other", prototype="ema", tau=9.0))
     message = refused(run, str(tmp_path / "other/best.pt"), out=tmp_path / "o")
     assert "best.pt: is of another run than" in message
+    # A run that was extended has checkpoints of both totals.
+    state = load_checkpoint(run / "last.pt")
+    train = state["config"]["train"] | {"iterations": 9}
+    longer = state | {"iteration": 3, "config": state["config"] | {"train": train}}
+    save_checkpoint(tmp_path / "longer.pt", longer)
+    path = prototype_path(run / "last.pt", [tmp_path / "longer.pt"], lambda _: None)
+    assert [point.iteration for point in path] == [2, 3]
     write_run(tmp_path / "four", tiny_tree(tmp_path / "four", name="supervised"), tuple("abcd"))
     assert "trained on other classes (a, b, c, d) than the data" in refused(tmp_path / "four")
 
@@ -253,3 +261,28 @@ def test_the_command_line_knows_it(run, tmp_path, monkeypatch, capsys, no_pictur
     assert not caught.value.code
     assert Path(json.loads(capsys.readouterr().out.splitlines()[-1])["output"]) == tmp_path
     assert result_of(tmp_path)["data"]["images"] == 2
+
+
+def test_the_runs_threads_are_those_of_the_networks_and_of_t_sne(run, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    @contextlib.contextmanager
+    def limits(threads):
+        seen.append(("limit", threads))
+        yield
+        seen.append("end")
+
+    def draw(*_):
+        seen.append("t-SNE")
+        return new_figure(1, 1)
+
+    report = "prcl_fast.analysis.embedding_report"
+    monkeypatch.setattr(f"{report}.threadpool_limits", limits)
+    monkeypatch.setattr(f"{report}.draw_tsne", draw)
+    monkeypatch.setattr(f"{report}.draw_prototypes", lambda *_: new_figure(1, 1))
+    monkeypatch.setattr(
+        f"{report}.prepare_device", lambda device, threads, tf32: seen.append(("device", threads))
+    )
+    analyse(run, out=tmp_path / "out")
+    assert seen == [("device", 1), ("limit", 1), "t-SNE", "end"]
+    assert "t-SNE of " in capsys.readouterr().err

@@ -17,6 +17,7 @@ from prcl_fast.config import NEUTRAL_KEYS, config_fingerprint, override_config, 
 from prcl_fast.config.files import apply_override
 from prcl_fast.errors import InputError
 from prcl_fast.runs.folder import settings
+from prcl_fast.runs.provenance import add_record
 from support.made_up_runs import write_lines, write_made_up_run
 from support.tiny import tiny_tree
 
@@ -46,10 +47,10 @@ def test_runs_that_differ_by_seed_output_and_seeded_split_form_one_row(tmp_path)
             scores = {3: 50.0, 6: 10.0 * labels + seed}
             make(tmp_path / f"{labels}_{seed}", *on_split(labels, seed), scores=scores, seconds=60.0 * seed)
     comparison = compared(tmp_path)
-    assert comparison.header() == ["method", "labeled", "seeds", "mIoU", "best", "iterations", "minutes"]
+    assert comparison.header() == ["method", "labeled", "seeds", "mIoU", "best", "iterations", "time"]
     assert comparison.rows() == [
-        ["prcl", "12", "3", "121.0 ± 1.0", "121.0 ± 1.0", "6", "1.0"],
-        ["prcl", "23", "3", "**231.0 ± 1.0**", "**231.0 ± 1.0**", "6", "1.0"],
+        ["prcl", "12", "3", "121.0 ± 1.0", "121.0 ± 1.0", "6", "60 s"],
+        ["prcl", "23", "3", "**231.0 ± 1.0**", "**231.0 ± 1.0**", "6", "60 s"],
     ]
     assert comparison.warnings == ()
 
@@ -117,8 +118,19 @@ def test_a_run_that_has_just_started_has_no_results_yet(tmp_path):
 def test_what_is_no_run_or_damaged_is_one_line(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such run folder"):
         find_runs([tmp_path / "nowhere"])
-    with pytest.raises(InputError, match=r"no run in this folder: metrics.jsonl and config.yaml are missing"):
+    with pytest.raises(
+        InputError, match=r"no run in this folder or below it: no folder holds metrics.jsonl and config.yaml"
+    ):
         find_runs([tmp_path])
+    begun = make(tmp_path / "begun")
+    (begun / "metrics.jsonl").unlink()
+    for path in (begun, tmp_path):
+        with pytest.raises(InputError, match=rf"{path}: the run in {begun} has no metrics\.jsonl yet; it is"):
+            find_runs([path])
+    write_lines(begun, [])
+    (begun / "config.yaml").unlink()
+    with pytest.raises(InputError, match=rf"{begun}: config\.yaml is missing, so its run cannot be compared"):
+        find_runs([begun])
     run = make(tmp_path / "a")
     write_lines(run, ['{"kind": "eval", "iteration": 3, "miou": "high"}'])
     with pytest.raises(InputError, match=r"a/metrics.jsonl:1: miou: expected a number, got 'high'"):
@@ -128,9 +140,10 @@ def test_what_is_no_run_or_damaged_is_one_line(tmp_path):
 def test_the_files_hold_the_table_one_line_a_run_and_where_they_were_made(tmp_path):
     for seed in (0, 1):
         make(tmp_path / "runs" / f"{seed}", f"seed={seed}", scores={3: 40.0, 6: 30.0 + seed})
+    add_record(tmp_path / "runs" / "0", {"commit": "abc"})
     paths = write_comparison(compared(tmp_path / "runs"), tmp_path / "out")
     assert [path.name for path in paths] == ["compare.md", "compare.csv", "compare.json", "compare.png"]
-    assert "| prcl | 2 | 30.5 ± 0.7 | 40.0 ± 0.0 | 6 | 1.0 |" in paths[0].read_text()
+    assert "| prcl | 2 | 30.5 ± 0.7 | 40.0 ± 0.0 | 6 | 60 s |" in paths[0].read_text()
     lines = list(csv.DictReader(paths[1].open()))
     assert [(line["seed"], line["miou"], line["best_miou"]) for line in lines] == [
         ("0", "30.0", "40.0"),
@@ -139,6 +152,7 @@ def test_the_files_hold_the_table_one_line_a_run_and_where_they_were_made(tmp_pa
     tree = json.loads(paths[2].read_text())
     assert tree["groups"][0]["miou"] == pytest.approx({"mean": 30.5, "std": 0.5**0.5, "n": 2})
     assert tree["versions"]["torch"]
+    assert [run["starts"] for run in tree["groups"][0]["runs"]] == [[{"commit": "abc"}], []]
     assert paths[3].read_bytes().startswith(b"\x89PNG")
 
 

@@ -52,7 +52,7 @@ def test_records_are_read_by_kind_and_null_is_left_out(tmp_path):
     [
         ('{"kind": "train", "iter', "not a line of JSON"),
         ("[1, 2]", "expected a JSON object"),
-        ('{"kind": "test", "iteration": 1}', "kind: expected train or eval, got 'test'"),
+        ('{"kind": "test", "iteration": 1}', "kind: expected train, eval or extend, got 'test'"),
         ('{"kind": "train", "iteration": "7"}', "iteration: expected an integer, got '7'"),
         ('{"kind": "train", "iteration": 7, "loss": "low"}', "loss: expected a number, got 'low'"),
         (

@@ -69,7 +69,7 @@ def test_an_error_is_one_line_with_its_status(
         raise error
 
     assert run(fails, "name") == status
-    assert capsys.readouterr().err == "name: a b\n"
+    assert capsys.readouterr().err == "name: a\\nb\n"
 
 
 @pytest.mark.parametrize("arguments", [(), ("contrast", "--size", "voc"), ("--help",)])

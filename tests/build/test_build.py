@@ -275,3 +275,63 @@ def test_an_architecture_that_nvcc_does_not_know_is_left_out_aloud(
 def test_a_malformed_architecture_list_is_named(recipe: ModuleType) -> None:
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: 'Hopper'"):
         recipe.architecture_flags("Hopper", set())
+
+
+ODD_NAMES = ["my project", "a,b", "odd $x;q'u\"(o)[o]t=é:b"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_paths_with_odd_characters_are_compiled_through_links_with_plain_names(
+    tmp_path: Path, tools: Path, recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    root = tmp_path / name
+    for folder in ("cpu", "cuda"):
+        (root / "csrc" / folder).mkdir(parents=True)
+    for source in ("registration.cpp", "cpu/op.cpp", "cuda/op.cu"):
+        (root / "csrc" / source).touch()
+    for compiler in ("c++", "nvcc"):  # fails for a source or an include folder that is not there
+        program(
+            tools / compiler,
+            'for word; do case "$last" in -c) cat "$word" || exit 1;; -o) touch "$word";; esac; '
+            'case "$word" in -I*) cd "${word#-I}" && cd "$OLDPWD" || exit 1;; esac; last=$word; done; exit 0',
+        )
+    for tool in ("cat", "grep"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    monkeypatch.setattr(recipe, "ROOT", root)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setenv("CXX", str(tools / "c++"))
+    monkeypatch.delenv("PRCL_NO_NATIVE", raising=False)
+    out = root / "build"
+    out.mkdir()
+    flags, found = recipe.build_flags(), recipe.extensions()
+    assert [extension.name for extension in found] == ["prcl_fast._native", "prcl_fast._native_cuda"]
+    text = recipe.ninja_file(flags, found, out)
+    assert name not in text
+    (out / "build.ninja").write_text(text)
+    result = subprocess.run(
+        [*recipe.ninja_command(), "-C", str(out)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+    assert {file.name for file in out.glob("*.so")} == {f"{extension.name}.so" for extension in found}
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags"),
+    [
+        ({}, []),
+        ({"CC": "clang"}, []),
+        ({"CXX": "/opt/g++-12"}, ["-ccbin=/opt/g++-12"]),
+        ({"CXX": "ccache /opt/g++ -m64"}, ["-ccbin=/opt/g++", "-Xcompiler=-m64"]),
+        ({"CXX": "ccache"}, ["-ccbin=ccache"]),
+        ({"CXX": "clang++", "NVCC_CCBIN": "/opt/g++-11"}, ["-ccbin=/opt/g++-11"]),
+    ],
+)
+def test_nvcc_compiles_with_the_compiler_that_was_chosen(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], flags: list[str]
+) -> None:
+    for name in ("CC", "CXX", "NVCC_CCBIN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert recipe.nvcc_host_compiler(environment.get("CXX", "g++")) == flags

@@ -132,6 +132,33 @@ def test_a_truncated_image_is_named_when_it_is_read(data: Path, capsys: pytest.C
         (["train.device=cuda:99"], "device: cuda:99"),
         (["train.device=tpu"], "device: 'tpu'"),
         (["train.batch_unlabeled=1"], "train.batch_unlabeled"),
+        (["data.classes=nowhere.txt"], "data.classes: nowhere.txt: no such file of class names"),
+        (["data.val=nowhere.txt"], "data.val: nowhere.txt: no such split file"),
+        (["data.labeled=nowhere.txt"], "data.labeled: nowhere.txt: no such split file"),
+        (["model.weights=nowhere"], "model.weights: nowhere: no such weights file"),
+        (["model.weights=splits"], "model.weights: splits: no best.pt or last.pt in this folder"),
+        (["method.anchors=1000000000"], "method.anchors: input should be less than or equal to 65536"),
+        (["method.negatives=1000000000000"], "method.negatives: input should be less than or equal to 65536"),
+        (
+            ["method.anchors=65536", "method.negatives=65536"],
+            "classes * method.anchors / method.anchors_per_set * method.negatives must be below 2^32",
+        ),
+        (["model.dim=10000000"], "model.dim: input should be less than or equal to 4096"),
+        (["model.width=1000000"], "model.width: input should be less than or equal to 4096"),
+        (["model.base_width=1000000"], "model.base_width: input should be less than or equal to 256"),
+        (["data.crop=[1000000, 1000000]"], "data.crop.0: input should be less than or equal to 16384"),
+        (["data.crop=[16384, 16384]", "train.batch_labeled=8"], "data.crop: 10 crops of [16384, 16384]"),
+        (
+            ["train.batch_labeled=1000000000"],
+            "train.batch_labeled: input should be less than or equal to 4096",
+        ),
+        (["eval.batch=1000000000"], "eval.batch: input should be less than or equal to 4096"),
+        (["eval.scales=[300]"], "eval.scales.0: input should be less than or equal to 16"),
+        (["eval.window=[1000000, 64]"], "eval.window.0: input should be less than or equal to 16384"),
+        (
+            ["data.synthetic.val=1000000000"],
+            "data.synthetic.val: input should be less than or equal to 100000",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_before_anything_is_written(
@@ -193,6 +220,6 @@ def test_a_spoilt_or_foreign_checkpoint_is_named_and_left_alone(
 def test_a_cache_without_a_place_leaves_no_output(tmp_path: Path) -> None:
     tree = tiny_tree(tmp_path / "run")
     tree["data"] |= {"cache": "disk", "cache_dir": "/proc/none"}
-    with pytest.raises(InputError, match=r"data\.cache: /proc/none cannot be made"):
+    with pytest.raises(InputError, match=r"data\.cache: /proc/none/.*: cannot be written: "):
         Trainer(parse_config(tree, "tiny"), Console(quiet=True))
     assert not (tmp_path / "run").exists()

@@ -11,10 +11,13 @@ import pytest
 import yaml
 from click.testing import Result
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from prcl_fast.cli.data import app
+from prcl_fast.config import load_config
 from prcl_fast.data.sources.images import read_mask
+from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 
 SIZE = (6, 8)
@@ -69,8 +72,8 @@ def test_check_shows_subsets_families_hashes_and_class_shares(config: Path) -> N
         "unlabeled",
         "ids",
         "50.000",
-        "no labeled image contains class c",
-        "no problem found",
+        "note: data.labeled: no pixel of these images has class c",
+        "no file is wrong; see the notes",
     ):
         assert text in output
     assert prcl_data("check", config, "--fast").stdout == output
@@ -115,7 +118,7 @@ def test_check_refuses_what_is_wrong_and_names_the_file(config: Path, case: str)
 def test_check_decodes_whole_images_unless_told_not_to(config: Path) -> None:
     BAD["truncated image"][0](config.parent)
     assert "u3.jpg: cannot be decoded" in refused("check", config)
-    assert "no problem found" in prcl_data("check", config, "--fast").stdout
+    assert "no file is wrong" in prcl_data("check", config, "--fast").stdout
 
 
 def test_check_lists_every_file_that_is_wrong(config: Path) -> None:
@@ -221,6 +224,47 @@ def test_convert_maps_the_ids_of_index_masks(masks: Path, tmp_path: Path) -> Non
     assert (read_mask(tmp_path / "out/sub/a.png") == 1).all()
 
 
+def test_convert_reads_the_colours_of_palette_masks_whatever_their_order(masks: Path, tmp_path: Path) -> None:
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
+        mask = Image.fromarray(np.array([[order.index(k) for k in range(3)]], dtype=np.uint8))
+        mask.putpalette([value for k in order for value in COLOURS[k]])
+        mask.save(masks / f"{name}.png")
+    prcl_data("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt")
+    for name in ("a", "b"):
+        assert read_mask(tmp_path / f"out/{name}.png").tolist() == [[0, 1, 7]]
+
+
+def test_convert_refuses_a_grey_mask_that_can_be_read_in_two_ways(masks: Path, tmp_path: Path) -> None:
+    (tmp_path / "palette.txt").write_text("255 255 255 0\n0 0 0 1\n255 0 0 2\n0 255 0 3\n0 0 255 4\n")
+    Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(masks / "grey.png")
+    arguments = ("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt")
+    assert "grey.png: a grey mask, in which 0 can be an id or the colour (0, 0, 0)" in refused(*arguments)
+    Image.fromarray(np.array([[0, 2, 255]], dtype=np.uint8)).save(masks / "grey.png")
+    prcl_data(*arguments)
+    assert read_mask(tmp_path / "out/grey.png").tolist() == [[0, 2, 255]]
+
+
+def test_convert_refuses_an_id_that_would_become_one_with_a_mapped_one(masks: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 7, 8]], dtype=np.uint8)).save(masks / "sub/a.bmp")
+    arguments = ("convert", masks, tmp_path / "out", "--map", "7=0", "--map", "8=1")
+    assert "a.bmp: id 0, which --map does not name" in refused(*arguments)
+    prcl_data(*arguments, "--map", "0=255")
+    assert read_mask(tmp_path / "out/sub/a.png").tolist() == [[255, 0, 1]]
+
+
+def test_check_says_of_the_labels_what_train_says(config: Path) -> None:
+    for name in ("l0", "l1"):
+        label = np.zeros(SIZE, dtype=np.uint8)
+        label[2:] = 255
+        Image.fromarray(label).save(config.parent / f"labels/{name}.png")
+    expected = "data.labeled: no pixel of these images has the classes b, c, and 66.7 % of the pixels are not"
+    assert expected in refused("check", config)
+    tree = yaml.safe_load(config.read_text())
+    with pytest.raises(InputError, match=expected):
+        Trainer(load_config(config), Console(quiet=True))
+    assert not Path(tree["output"]).exists()
+
+
 def test_convert_refuses_an_unknown_colour_and_writes_nothing(masks: Path, tmp_path: Path) -> None:
     Image.new("RGB", (3, 2), (1, 2, 3)).save(masks / "z.png")
     arguments = ("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt")
@@ -251,6 +295,36 @@ def test_convert_refuses_what_it_cannot_do(masks: Path, tmp_path: Path) -> None:
     assert "stands for both" in refused("convert", masks, out, "--palette", palette)
     Image.new("RGB", (3, 2)).save(masks / "b.jpg")
     assert "b.jpg: a lossy format" in refused("convert", masks, out, "--palette", "voc")
+    (masks / "b.jpg").rename(masks / "b.gif")
+    assert "b.gif: programs that write GIF" in refused("convert", masks, out, "--palette", "voc")
+
+
+def test_convert_passes_over_hidden_files_and_folders(masks: Path, tmp_path: Path) -> None:
+    (masks / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a.png", "sub/._a.png"):
+        put_label(masks / name, 5)
+    prcl_data("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt")
+    assert [path.name for path in (tmp_path / "out").rglob("*.png")] == ["a.png"]
+
+
+def test_convert_has_a_bound_on_the_pixels_of_a_mask(masks: Path, tmp_path: Path) -> None:
+    arguments = ("convert", masks, tmp_path / "out", "--palette", tmp_path / "palette.txt", "--max-pixels")
+    assert "a.bmp: 3 x 2 is 6 pixels" in refused(*arguments, 5)
+    prcl_data(*arguments, 6)
+
+
+def test_the_check_counts_images_with_an_orientation(tmp_path: Path) -> None:
+    folder = tmp_path / "synth"
+    prcl_data("synth", folder, "--labeled", 2, "--unlabeled", 3, "--val", 1)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for path in sorted((folder / "JPEGImages").iterdir())[:2]:
+        with Image.open(path) as image:
+            image.load()
+            image.save(path, exif=exif)
+    for fast in ((), ("--fast",)):
+        output = prcl_data("check", folder / "config.yaml", *fast).stdout
+        assert "note: 2 images carry an EXIF orientation; it is applied\n" in output
 
 
 def test_synth_writes_a_data_set_that_passes_the_check(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from prcl_fast.config import (
 from prcl_fast.config.files import plain_path
 from prcl_fast.errors import InputError
 from support.paths import CONFIGS
+from support.tiny import tiny_tree
 
 
 @pytest.fixture
@@ -98,6 +100,20 @@ def test_a_step_up_from_a_symbolic_link_leads_to_the_parent_of_its_target(tmp_pa
     assert plain_path(Path("/../etc")) == Path("/etc")
 
 
+def test_the_generated_data_set_is_stored_only_where_it_is_used(file: Path) -> None:
+    config = load_config(file, ["data.synthetic.labeled=3"])
+    assert dump_config(config)["data"]["synthetic"]["labeled"] == 3
+    folder = ["data.kind=folder", "data.classes=[a, b]"]
+    folder += [f"data.{key}=here" for key in ("root", "labeled", "unlabeled", "val")]
+    config = load_config(file, folder)
+    assert "synthetic" not in dump_config(config)["data"]
+    again = parse_config(dump_config(config), "test")
+    assert dump_config(again) == dump_config(config)
+    # A run of a former version stored the section.
+    former = override_config(config, ["data.synthetic.labeled=3"])
+    assert config_fingerprint(former) == config_fingerprint(config)
+
+
 def test_the_fingerprint_sees_what_shapes_the_result_and_nothing_else(file: Path) -> None:
     config = load_config(file)
     assert config_fingerprint(override_config(config, ["data.workers=7", "train.log_every=3"])) == (
@@ -127,7 +143,16 @@ def test_the_fingerprint_sees_what_shapes_the_result_and_nothing_else(file: Path
         ("method.name=prkl", "method.name: unknown method 'prkl'; known: supervised, mean_teacher, prcl"),
         ("data.classes=[one]", "data.classes: at least 2 are needed, got 1"),
         ("data.crop=[8, 64]", "data.crop: [8, 64] is smaller than model.output_stride 16"),
-        ("data.crop=64", "data.crop: input should be a valid list, got 64"),
+        ("data.crop=64", "data.crop: input should be a valid list, such as [64, 64], got 64"),
+        ("eval.window=64", "eval.window: input should be a valid list, such as [64, 64], got 64"),
+        ("eval.scales=0.5", "eval.scales: input should be a valid list, such as [0.5], got 0.5"),
+        ("data.std=0.5", "data.std: input should be a valid list, such as [0.5, 0.5, 0.5], got 0.5"),
+        ("lr=0.1", "unknown key lr; did you mean optim.lr?"),
+        ("tau=0.1", "unknown key tau; did you mean method.tau?"),
+        ("method.lr=0.1", "unknown key method.lr; did you mean optim.lr?"),
+        ("crop=[64, 64]", "unknown key crop; did you mean data.crop or eval.crop?"),
+        ("train.epochs=3", "unknown key train.epochs; did you mean train.iterations?"),
+        ("learning_rate=0.1", "unknown key learning_rate; did you mean optim.lr?"),
         ("data.kind=voc", "data.root: required for kind voc"),
         ("data.augment.scale=[2, 1]", "data.augment.scale: the lower end 2.0 is above the upper end 1.0"),
         (
@@ -254,3 +279,34 @@ def test_the_probability_heads_rate_makes_up_for_a_shorter_run(
 def test_the_schema_beside_the_configurations_is_current() -> None:
     stored = json.loads((CONFIGS / "schema.json").read_text())
     assert stored == json_schema(), "run `make schema`"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "base.yaml").write_text("output: ~/out\nmethod: {name: supervised}\n")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/above.yaml").write_text(f"base: {tmp_path}/base.yaml\n")
+    path = tmp_path / "c.yaml"
+    data = "data: {kind: folder, root: ~/data, labeled: a, val: ~/v, classes: ~/c}"
+    path.write_text(f"base: ~/above.yaml\n{data}\n")
+    config = load_config(path, ["model.weights=~/w.pth"])
+    home = tmp_path / "home"
+    assert (config.output, config.data.root, config.data.val) == (home / "out", home / "data", home / "v")
+    assert (config.data.labeled, config.data.classes) == (tmp_path / "a", home / "c")
+    assert config.model.weights == home / "w.pth"
+
+
+@pytest.mark.parametrize("key", ["output", "data.root", "data.classes", "model.weights"])
+@pytest.mark.parametrize("name", ["$DATA", "${DATA}"])
+def test_a_variable_in_a_path_is_refused_unless_it_is_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = tiny_tree(tmp_path / "run")
+    holder = tree if key == "output" else tree.setdefault(key.split(".")[0], {})
+    holder[key.split(".")[-1]] = f"{name}/x"
+    message = re.escape(f"{key}: {name} is not replaced")
+    with pytest.raises(InputError, match=rf"{message} .*command line"):
+        parse_config(tree, "test")
+    (tmp_path / name / "x").mkdir(parents=True)
+    parse_config(tree, "test")

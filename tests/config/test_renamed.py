@@ -21,7 +21,7 @@ from prcl_fast.config.renamed import RENAMED
 from prcl_fast.errors import InputError
 from prcl_fast.losses import ProbabilisticContrast
 from prcl_fast.runs.checkpoint import load_checkpoint, load_run, save_checkpoint
-from prcl_fast.runs.folder import claim_output
+from prcl_fast.runs.folder import claim_output, store_config
 from support.run_folders import write_run
 from support.tiny import tiny_tree
 
@@ -75,7 +75,8 @@ def _with_old_key(tree: dict) -> dict:
 
 def test_a_run_folder_of_a_former_version_is_the_same_run(tmp_path: Path) -> None:
     config = parse_config(tiny_tree(tmp_path / "run", anchors_per_set=4), "test")
-    stored = claim_output(config) / "config.yaml"
+    claim_output(config)
+    stored = store_config(config)
     stored.write_text(yaml.safe_dump(_with_old_key(dump_config(config))))
     assert config_fingerprint(load_stored_config(stored)) == config_fingerprint(config)
     claim_output(config)  # else refused as the run of another configuration

@@ -35,7 +35,7 @@ def test_every_key_has_a_meaning() -> None:
 
 def test_ranges_and_defaults_are_written_in_words() -> None:
     found = {key: (kind, default) for key, kind, default, _ in rows()}
-    assert found["data.crop"] == ("list of 2 integers, each at least 1", "`[512, 512]`")
+    assert found["data.crop"] == ("list of 2 integers, each 1 to 16384", "`[512, 512]`")
     assert found["data.palette"] == ("list of lists of 3 integers, each 0 to 255, or null", "`null`")
     assert found["optim.lr"] == ("number, above 0", "`0.0064`")
     assert found["eval.stride"] == ("number, above 0, at most 1", "`0.6667`")

@@ -15,7 +15,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from prcl_fast.config import Config, parse_config
 from prcl_fast.data.batches import Batch, rank_seed, training_batches
@@ -210,11 +209,6 @@ def test_a_label_of_another_size_than_its_image_is_an_input_error():
         batches(1, source=source)
 
 
-def look_for_deaths_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The loader waits 5 s for an item before it checks whether its workers live.
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
-
-
 @pytest.mark.parametrize(
     ("end", "how"),
     [
@@ -222,8 +216,7 @@ def look_for_deaths_often(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: os._exit(3), "ended with exit status 3"),
     ],
 )
-def test_a_worker_that_dies_is_an_error_that_names_its_images(end, how, monkeypatch):
-    look_for_deaths_often(monkeypatch)
+def test_a_worker_that_dies_is_an_error_that_names_its_images(end, how):
     source = NumberedSource(fails="unlabeled_7", how=end)
     with pytest.raises(WorkerDiedError) as caught:
         batches(3, config(data__workers=2), source=source)
@@ -238,8 +231,7 @@ def test_a_worker_that_dies_is_an_error_that_names_its_images(end, how, monkeypa
     assert multiprocessing.active_children() == []
 
 
-def test_a_dying_worker_disturbs_nothing_but_the_stream(monkeypatch):
-    look_for_deaths_often(monkeypatch)
+def test_a_dying_worker_disturbs_nothing_but_the_stream():
     settings = config(data__workers=2)
     handler = signal.getsignal(signal.SIGCHLD)
     stream = training_batches(NumberedSource(), settings, start=0, device=CPU)

@@ -107,6 +107,11 @@ class Counting:
         return self.source.image(name)
 
 
+def own(data: DataConfig) -> Path:
+    """The user's own folder in `cache_dir`."""
+    return data.cache_dir / f"prcl_fast-{os.geteuid()}"
+
+
 def files(folder: Path) -> list[str]:
     return sorted(path.suffix for path in folder.iterdir())
 
@@ -140,7 +145,7 @@ def test_a_cache_holds_the_decoded_images_and_is_built_once(data):
     source.decoded = 0
     assert_pixels(data, open_cache(source, data, BOTH))
     assert source.decoded == 0
-    assert files(data.cache_dir) == [".images", ".lock"]
+    assert files(own(data)) == [".images", ".lock"]
 
 
 def test_generated_images_are_cached_too(tmp_path):
@@ -171,7 +176,7 @@ def test_what_changes_the_pixels_makes_another_cache(data):
 
     keys = {
         key(data),
-        key(data.model_copy(update={"label_map": {2: 1}})),
+        key(data.model_copy(update={"label_map": {1: 1, 2: 1}})),
         key(data.model_copy(update={"ignore": 2})),
         key(data.model_copy(update={"classes": ["a", "b", "c", "d"]})),
     }
@@ -206,7 +211,7 @@ def test_an_unreadable_image_is_named_and_no_half_cache_stays(data):
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(InputError, match=r"unlabeled_4\.png: cannot be decoded"):
         open_cache(build_source(data), data, BOTH)
-    assert files(data.cache_dir) == [".lock"]
+    assert files(own(data)) == [".lock"]
 
 
 def test_too_little_room_is_one_line_that_names_the_key(data, memory, monkeypatch):
@@ -218,7 +223,7 @@ def test_too_little_room_is_one_line_that_names_the_key(data, memory, monkeypatc
             open_cache(build_source(settings), settings, BOTH)
         assert f"data.cache: {kind} needs about 0.1 MB for 8 decoded images, but " in str(caught.value)
         assert str(caught.value).endswith(" has 0.0 MB free")
-    assert files(data.cache_dir) == files(memory) == [".lock"]
+    assert files(own(data)) == files(memory) == [".lock"]
 
 
 def test_a_disk_that_runs_full_leaves_nothing_behind(data, monkeypatch):
@@ -230,7 +235,7 @@ def test_a_disk_that_runs_full_leaves_nothing_behind(data, monkeypatch):
     monkeypatch.setattr(cache_module, "write_images", full)
     with pytest.raises(InputError, match=r"data\.cache: .* ran full before all 8 images were decoded"):
         open_cache(build_source(data), data, BOTH)
-    assert files(data.cache_dir) == [".lock"]
+    assert files(own(data)) == [".lock"]
 
 
 def test_no_shared_memory_and_no_access_are_input_errors(data, tmp_path, monkeypatch):
@@ -240,7 +245,7 @@ def test_no_shared_memory_and_no_access_are_input_errors(data, tmp_path, monkeyp
         open_cache(build_source(settings), settings, BOTH)
     (tmp_path / "file").write_text("")
     settings = data.model_copy(update={"cache_dir": tmp_path / "file" / "below"})
-    with pytest.raises(InputError, match=r"data\.cache: .*below cannot be made: Not a directory"):
+    with pytest.raises(InputError, match=r"data\.cache: .*below.*: cannot be written: Not a directory"):
         open_cache(build_source(settings), settings, BOTH)
 
 
@@ -304,9 +309,9 @@ def test_a_killed_builder_blocks_nobody_and_its_half_file_goes(data):
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert files(data.cache_dir) == [".lock", ".tmp"]
+    assert files(own(data)) == [".lock", ".tmp"]
     assert_pixels(data, open_cache(build_source(data), data, BOTH))
-    assert files(data.cache_dir) == [".images", ".lock"]
+    assert files(own(data)) == [".images", ".lock"]
 
 
 SCRIPT = """

@@ -13,6 +13,7 @@ from PIL import Image
 from prcl_fast.config import DataConfig
 from prcl_fast.data.source import Source
 from prcl_fast.data.sources import build_source
+from prcl_fast.data.tools import scan_cache
 from prcl_fast.data.tools.scan import scan_labels
 from prcl_fast.errors import InputError
 
@@ -136,6 +137,63 @@ def test_a_damaged_cache_is_made_again(data: DataConfig, tmp_path: Path, text: s
     assert scan_and_count(build_source(data), cache) == 4
     assert len(json.loads(cache.read_text())["labels"]) == 4
     assert list(cache.parent.iterdir()) == [cache]
+
+
+WRONG_ENTRIES = [
+    *(None, 7, [], [1, 2], ["stamp"], ["stamp", 5], ["stamp", [40, 0, 0, 8]], {"stamp": "text"}),
+    *(
+        ["stamp", text]
+        for text in ("", "grey", "grey 0:0", "grey 300:1", "grey 7:48", "grey 0:" + "9" * 5000)
+    ),
+    *(["stamp", text] for text in ("colours 3:1", "other 0:48", "grey 0:48:zzzzzz", "grey 0:48" * 9999)),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_ENTRIES)
+def test_an_entry_that_is_not_right_is_read_again(data: DataConfig, tmp_path: Path, wrong: object) -> None:
+    cache = tmp_path / "cache" / "scan.json"
+    expected = scan_labels(build_source(data), cache=cache).pixels["labeled"].tolist()
+    tree = json.loads(cache.read_text())
+    key = next(key for key in tree["labels"] if key.endswith("l0.png"))
+    stamp = tree["labels"][key][0]
+    if isinstance(wrong, list) and wrong and wrong[0] == "stamp":
+        wrong = [stamp, *wrong[1:]]
+    tree["labels"][key] = wrong
+    cache.write_text(json.dumps(tree))
+    assert scan_and_count(build_source(data), cache) == 1
+    assert scan_labels(build_source(data), cache=cache).pixels["labeled"].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "deep", "long"])
+def test_a_cache_that_is_no_text_of_ours_is_made_again(
+    data: DataConfig, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" / "scan.json"
+    cache.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(cache)
+    elif kind == "endless":
+        cache.symlink_to("/dev/zero")
+    else:
+        cache.write_text("[" * 100_000)
+        if kind == "long":
+            monkeypatch.setattr(scan_cache, "_MAX_BYTES", 1000)
+    assert scan_and_count(build_source(data), cache) == 4
+
+
+def test_a_cache_that_others_may_write_or_own_is_not_trusted(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" / "scan.json"
+    assert scan_and_count(build_source(data), cache) == 4
+    cache.chmod(0o666)
+    assert scan_and_count(build_source(data), cache) == 4
+    assert scan_and_count(build_source(data), cache) == 0
+    state = cache.stat()
+    owned = os.stat_result((*state[:4], 12345, *state[5:]))
+    monkeypatch.setattr(scan_cache.os, "geteuid", lambda: 54321)
+    monkeypatch.setattr(scan_cache.os, "stat", lambda path, **_: owned)
+    assert scan_cache.read_entries(cache) == {}
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(

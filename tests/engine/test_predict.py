@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from pathlib import Path
 
@@ -13,8 +14,15 @@ from torch import nn
 
 from prcl_fast.cli.predict import predict_command
 from prcl_fast.config import parse_config
-from prcl_fast.engine.predict import colour_variance, find_images, predict_files, predict_image
-from prcl_fast.errors import InputError
+from prcl_fast.engine.predict import (
+    Unreadable,
+    check_all_predicted,
+    colour_variance,
+    predict_files,
+    predict_image,
+)
+from prcl_fast.engine.predict_inputs import InputImage, find_images
+from prcl_fast.errors import InputError, RunError
 from prcl_fast.runs.checkpoint import LoadedRun
 from support.run_folders import write_run
 from support.tiny import tiny_tree
@@ -67,7 +75,7 @@ def test_files_have_the_image_size_ids_palette_blend_and_variance(loaded, tmp_pa
     sizes = {"a": (31, 50), "b": (5, 3)}
     truth = {name: save_image(tmp_path / f"in/{name}.png", *size) for name, size in sizes.items()}
     out = tmp_path / "out"
-    written = list(predict_files(loaded, None, [tmp_path / "in"], out, CPU, raw=True))
+    written = list(predict_files(loaded, None, find_images([tmp_path / "in"]), out, CPU, raw=True))
     assert [item.image.stem for item in written] == ["a", "b"]
     for item in written:
         image, classes = truth[item.image.stem]
@@ -92,7 +100,7 @@ def test_files_have_the_image_size_ids_palette_blend_and_variance(loaded, tmp_pa
 def test_without_probability_head_there_is_no_variance_map(loaded, tmp_path):
     save_image(tmp_path / "a.png", 8, 8)
     out = tmp_path / "out"
-    (written,) = predict_files(loaded, "student", [tmp_path / "a.png"], out, CPU, raw=True)
+    (written,) = predict_files(loaded, "student", find_images([tmp_path / "a.png"]), out, CPU, raw=True)
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "a_overlay.png"]
     assert written.variance_range is None
 
@@ -116,29 +124,120 @@ def test_prediction_covers_the_whole_image_in_every_mode(loaded, tmp_path, mode,
     np.testing.assert_allclose(prediction.confidence, expected, rtol=1e-4)
 
 
-def test_folders_are_searched_one_level_deep_in_order(tmp_path):
-    for name in ("in/b.PNG", "in/a.jpg", "in/deeper/c.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "in/notes.txt").write_text("")
-    other = tmp_path / "other.tif"
-    other.write_bytes(b"")
-    assert find_images([other, tmp_path / "in"]) == [other, tmp_path / "in/a.jpg", tmp_path / "in/b.PNG"]
+def empty_file(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    return path
 
 
-def test_a_damaged_image_is_named_and_the_images_before_it_are_kept(loaded, tmp_path):
-    save_image(tmp_path / "in/a.png", 64, 64)
-    whole = (tmp_path / "in/a.png").read_bytes()
+def test_folders_are_searched_with_their_subfolders_in_order(tmp_path):
+    for name in ("in/b.PNG", "in/a.jpg", "in/sub/deep/c.png", "in/notes.txt", "in/d.jpe", "in/e.JFIF"):
+        empty_file(tmp_path / name)
+    other = empty_file(tmp_path / "other.tif")
+    found = find_images([other, tmp_path / "in"])
+    names = ("a.jpg", "b.PNG", "d.jpe", "e.JFIF", "sub/deep/c.png")
+    folder = [InputImage(tmp_path / "in" / name, Path(name).with_suffix("")) for name in names]
+    assert found.images == (InputImage(other, Path("other")), *folder)
+    assert found.passed_over_line() is None
+
+
+def test_hidden_files_are_passed_over_and_other_images_are_counted(tmp_path):
+    for name in (
+        "._a.jpg",
+        ".DS_Store",
+        ".thumbnails/a.jpg",
+        "a.jpg",
+        "b.heic",
+        "s/c.HEIC",
+        "d.gif",
+        "e.txt",
+    ):
+        empty_file(tmp_path / "in" / name)
+    found = find_images([tmp_path / "in"])
+    assert [image.path.name for image in found.images] == ["a.jpg"]
+    assert found.passed_over_line().startswith("passed over: 2 .heic, 1 .gif; images are .jpg, ")
+    (tmp_path / "in/a.jpg").unlink()
+    with pytest.raises(InputError, match=r"in: no image in this folder and below; passed over: 2 \.heic"):
+        find_images([tmp_path / "in"])
+
+
+def test_links_in_a_circle_end(tmp_path):
+    save_image(tmp_path / "in/sub/a.png", 8, 8)
+    (tmp_path / "in/sub/loop").symlink_to(tmp_path / "in", target_is_directory=True)
+    assert [image.place for image in find_images([tmp_path / "in"]).images] == [Path("sub/a")]
+
+
+def test_outputs_keep_the_subfolders(loaded, tmp_path):
+    for name in ("x/a.png", "y/a.png", "a.png"):
+        save_image(tmp_path / "in" / name, 8, 8)
+    out = tmp_path / "out"
+    list(predict_files(loaded, "student", find_images([tmp_path / "in"]), out, CPU))
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+    assert found == [
+        *("a.png", "a_overlay.png", "x/a.png", "x/a_overlay.png", "y/a.png", "y/a_overlay.png"),
+    ]
+
+
+def test_predictions_among_the_photos_are_not_predicted_by_the_next_call(loaded, tmp_path):
+    save_image(tmp_path / "in/sub/a.png", 8, 8)
+    photos = [tmp_path / "in", tmp_path / "in/sub/b.bmp"]
+    save_image(photos[1], 8, 8)
+    list(predict_files(loaded, None, find_images([tmp_path / "in"]), tmp_path / "in/out", CPU))
+    list(predict_files(loaded, None, find_images([photos[1]]), tmp_path / "in/sub", CPU))
+    found = find_images([tmp_path / "in"])
+    assert [image.path.name for image in found.images] == ["a.png", "b.bmp"]
+    assert found.passed_over_line().startswith("passed over: 9 written by prcl predict;")
+    list(predict_files(loaded, None, found, tmp_path / "in/out", CPU))  # replaces the former outputs
+
+
+def test_a_png_that_is_no_prediction_is_not_replaced(loaded, tmp_path):
+    save_image(tmp_path / "a.bmp", 8, 8)
+    save_image(tmp_path / "a.png", 8, 8)  # a mask drawn by hand, perhaps
+    before = (tmp_path / "a.png").read_bytes()
+    message = refused(loaded, [tmp_path / "a.bmp"], tmp_path)
+    assert "a.png exists and was not written by prcl predict; choose another --out" in message
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert not (tmp_path / "a_overlay.png").exists()
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_damaged_images_are_named_and_the_others_predicted(loaded, tmp_path, by_name):
+    for name in "abcd":
+        save_image(tmp_path / f"in/{name}.png", 64, 64)
+    whole = (tmp_path / "in/b.png").read_bytes()
     (tmp_path / "in/b.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"in/b\.png"):
-        list(predict_files(loaded, None, [tmp_path / "in"], tmp_path / "out", CPU))
-    assert (tmp_path / "out/a.png").exists()
-    assert not (tmp_path / "out/b.png").exists()
+    (tmp_path / "in/d.png").write_bytes(b"")
+    inputs = find_images(sorted((tmp_path / "in").iterdir()) if by_name else [tmp_path / "in"])
+    found = list(predict_files(loaded, "student", inputs, tmp_path / "out", CPU))
+    assert [type(item) is Unreadable for item in found] == [False, True, False, True]
+    assert "in/b.png: cannot be decoded" in found[1].reason
+    assert "in/d.png: not a readable" in found[3].reason
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["a.png", "a_overlay.png", "c.png", "c_overlay.png"]
+    check_all_predicted(0, inputs, CPU)
+    with pytest.raises(RunError, match=r"2 of 4 images could not be read"):
+        check_all_predicted(2, inputs, CPU)
+
+
+def test_an_image_beyond_the_bound_of_the_run_is_named_with_the_key(loaded, tmp_path):
+    save_image(tmp_path / "a.png", 8, 8)
+    data = loaded.config.data.model_copy(update={"max_pixels": 63})
+    run = dataclasses.replace(loaded, config=loaded.config.model_copy(update={"data": data}))
+    (found,) = predict_files(run, None, find_images([tmp_path / "a.png"]), tmp_path / "out", CPU)
+    assert "data.max_pixels" in found.reason
+
+
+def test_a_photo_is_predicted_as_it_is_shown(loaded, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg", exif=exif)
+    (written,) = predict_files(loaded, None, find_images([tmp_path / "a.jpg"]), tmp_path / "out", CPU)
+    assert {Image.open(file).size for file in written.files} == {(48, 64)}
 
 
 def refused(loaded, inputs, out, network=None):
     with pytest.raises(InputError) as caught:
-        list(predict_files(loaded, network, inputs, out, CPU))
+        list(predict_files(loaded, network, find_images(inputs), out, CPU))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -168,7 +267,8 @@ def test_missing_files_empty_folders_and_unknown_networks_are_refused(loaded, tm
     out = tmp_path / "out"
     assert "none.png: no such file" in refused(loaded, [tmp_path / "none.png"], out)
     assert "empty: no image in this folder" in refused(loaded, [tmp_path / "empty"], out)
-    assert "has no ema, only teacher, student" in refused(loaded, [tmp_path / "empty"], out, "ema")
+    save_image(tmp_path / "a.png", 8, 8)
+    assert "has no ema, only teacher, student" in refused(loaded, [tmp_path / "a.png"], out, "ema")
 
 
 def test_an_output_that_cannot_be_written_is_refused(loaded, tmp_path):

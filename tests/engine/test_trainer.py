@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,10 +22,12 @@ from rich.console import Console
 
 from prcl_fast.config import Config, dump_config, override_config, parse_config
 from prcl_fast.data.batches import Batch
+from prcl_fast.data.sources.synthetic import SyntheticSource
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.guard import Failure, FiniteGuard, NonFiniteLossError
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError
+from prcl_fast.files.json_text import json_text
 from prcl_fast.losses import explain_variance
 from prcl_fast.methods import StepIndex
 from prcl_fast.runs.checkpoint import load_checkpoint, load_run
@@ -206,6 +209,34 @@ def test_the_offline_evaluation_equals_the_one_in_training(tiny: Config) -> None
     results = evaluate(loaded.networks, trainer.source, tiny.data, tiny.eval, torch.device("cpu"))
     assert results["teacher"].miou == state["progress"]["last"]["miou"]
     assert results["student"].miou == state["progress"]["last"]["miou_student"]
+
+
+def test_validation_without_a_labeled_pixel_is_refused_or_has_null_as_miou(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = SyntheticSource.label
+
+    def label(source: SyntheticSource, name: str) -> np.ndarray:
+        found = read(source, name)
+        return np.full_like(found, 255) if name.startswith("val") else found
+
+    monkeypatch.setattr(SyntheticSource, "label", label)
+    with pytest.raises(InputError, match=r"data\.val: no pixel of these images has a label"):
+        Trainer(tiny, QUIET)
+    assert not tiny.output.exists()
+    summary = json.loads(json_text(run(override_config(tiny, ["data.scan=false"]))))
+    assert [summary[key] for key in ("miou", "miou_student", "best_miou")] == [None] * 3
+    assert all(record["miou"] is None for record in records(tiny.output, "eval"))
+
+
+def test_notes_on_the_labels_come_before_the_first_step(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = SyntheticSource.label
+    monkeypatch.setattr(SyntheticSource, "label", lambda source, name: np.minimum(read(source, name), 1))
+    text = io.StringIO()
+    Trainer(tiny, Console(file=text, width=200))
+    assert "note: data.labeled: no pixel of these images has the classes" in text.getvalue()
 
 
 def test_another_configuration_may_not_take_the_folder(tiny: Config) -> None:

@@ -260,7 +260,6 @@ def test_of_several_frames_the_first_is_read(tmp_path: Path, name: str) -> None:
     assert read_image(tmp_path / name).tolist() == np.full((8, 8, 3), 10).tolist()
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_that_claims_more_pixels_than_the_bound_is_not_decoded(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     Image.new("L", (10_000, 9_000)).save(path)

@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prcl_fast.errors import InputError, WriteError
+from prcl_fast.errors import WriteError
 from prcl_fast.files.writing import (
     append,
-    make_folder,
     open_append,
     remove_leftovers,
     replacing,
-    replacing_folder,
     sync_file,
     write_bytes,
     write_text,
@@ -215,33 +213,6 @@ def test_only_our_own_plain_leftovers_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([*others, link, folder, other])
     remove_leftovers(tmp_path)
     assert names(tmp_path) == sorted([*others, link, folder])
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "set"
-    with (
-        pytest.raises(WriteError, match=r"cannot be written: Is a directory"),
-        replacing_folder(path) as folder,
-    ):
-        write_bytes(folder, b"")
-    assert names(tmp_path / "new") == []
-    with replacing_folder(path) as folder:
-        (folder / "a").write_text("1")
-    assert names(tmp_path / "new") == ["set"]
-    assert (path / "a").read_text() == "1"
-    with pytest.raises(WriteError, match=r"set: cannot be written: "), replacing_folder(path):
-        pass  # there is one already, with a file in it
-    assert names(path) == ["a"]
-    assert names(tmp_path / "new") == ["set"]
-
-
-def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
-    make_folder(tmp_path / "a/b", "--out")
-    make_folder(tmp_path / "a/b", "--out")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError) as caught:
-        make_folder(tmp_path / "file/b", "--out")
-    assert str(caught.value) == f"--out: {tmp_path}/file/b cannot be written: Not a directory"
 
 
 # Writes that open no file by its name within reach of others: into /proc, and into a folder just made.

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """A command line, and words of which the error message must contain one."""
+    """A command line, words of which the error message must contain one, and what the command may write."""
 
     arguments: list[str]
     named: tuple[str, ...]
+    written: tuple[str, ...] = ("out", "run/config.yaml")
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:

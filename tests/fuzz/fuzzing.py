@@ -1,6 +1,6 @@
-"""Fuzzing of the command line: `python tests/fuzz/fuzzing.py --count 3000 --seed 7 --kind masks`.
+"""Fuzzing of the command line: `PYTHONPATH=tests python tests/fuzz/fuzzing.py --count 3000 --seed 7`.
 
-Each input is a function of its kind, its number and the files in `fuzz_corpus`. For every input, the command
+Each input is a function of its kind, its number and the files in `corpus`. For every input, the command
 must end by itself: with success, or with one line that names the input.
 """
 
@@ -26,7 +26,9 @@ from unittest import mock
 import torch
 import typer
 from fuzz_bytes import Case
+from fuzz_meaning import labels, settings
 from fuzz_pixels import image, mask
+from fuzz_places import CACHED, caches, photos, run_files
 from fuzz_tensors import checkpoint, weights
 from fuzz_text import configuration, split
 from rich.console import Console
@@ -49,9 +51,15 @@ KINDS: dict[str, Callable[[random.Random, Path], Case]] = {
     "images": image,
     "checkpoints": checkpoint,
     "weights": weights,
+    "labels": labels,
+    "settings": settings,
+    "photos": photos,
+    "run_files": run_files,
+    "caches": caches,
 }
+OF_RUNS = ("checkpoints", "weights", "photos", "run_files")  # kinds that spoil a finished run, not a data set
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS = 10
+SECONDS = 20
 MEMORY = 3 * 2**30
 
 
@@ -102,7 +110,8 @@ def _write_tensor_files(folder: Path) -> None:
     (folder / "run.yaml").write_text(str(tree))  # a printed tree is YAML as well
     config = parse_config(tree | {"output": str(folder.parent / "trained")}, "run.yaml")
     Trainer(config, Console(quiet=True)).run()
-    shutil.copy(config.output / "config.yaml", folder / "run")
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(config.output / name, folder / "run")
     state = load_checkpoint(config.output / "last.pt")
     save_checkpoint(folder / "run" / "last.pt", state | {"iteration": 1})  # a step is left to do
     method = build_method(config, 6)
@@ -137,20 +146,28 @@ def check(kind: str, number: int, folder: Path) -> str | None:
     """Spoils a copy of the base files, runs the command, and describes a wrong end of it."""
     place = folder / "input"
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(folder / ("tensors" if kind in ("checkpoints", "weights") else "files"), place)
+    shutil.copytree(folder / ("tensors" if kind in OF_RUNS else "files"), place)
     os.chdir(place)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    if kind == "caches":
+        _run(CACHED)
     case = KINDS[kind](random.Random(f"{kind} {number}"), place)
-    before = _contents(place)
-    status, said = _run(case.arguments)
+    written = [place / name for name in case.written]
+    before = _contents(place, written)
+    # A whole run writes all its files; any other input is spent after one step.
+    trainer = Trainer if kind == "run_files" else trainer_module.Trainer
+    with mock.patch.object(trainer_module, "Trainer", trainer):
+        status, said = _run(case.arguments)
     if status not in (0, 1, 2) or "Traceback" in said:
         return f"status {status}: {said}"
-    lines = [line for line in said.splitlines() if line.startswith("prcl: ")]
+    # The opening line of a run begins with the name of its method.
+    lines = [line for line in said.splitlines() if line.startswith("prcl: ") and " parameters, " not in line]
     if status and (len(lines) != 1 or said.splitlines()[-1] != lines[0]):
         return f"not one line, the last: {said}"
     if status and not any(name in lines[0] for name in case.named):
         return f"names none of {case.named}: {lines[0]}"
-    after = _contents(place)
-    changed = sorted(name for name, content in before.items() if after.get(name) != content)
+    after = _contents(place, written)
+    changed = sorted(name for name in before | after if after.get(name) != before.get(name))
     if changed:
         return f"changed {changed}"
     left = [str(path) for path in folder.rglob("*.tmp")]
@@ -161,9 +178,8 @@ def check(kind: str, number: int, folder: Path) -> str | None:
     return None
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every input file, without the output and the config.yaml that a resumed run rewrites."""
-    written = (folder / "out", folder / "run" / "config.yaml")
+def _contents(folder: Path, written: list[Path]) -> dict[str, bytes]:
+    """The bytes of every input file, without what the command may write."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -203,7 +219,7 @@ def _run(arguments: list[str]) -> tuple[int, str]:
 
 
 def known_seeds() -> list[tuple[str, int]]:
-    """The inputs that once failed, from `fuzz_corpus/seeds.txt`: kind, number, description."""
+    """The inputs that once failed, from `corpus/seeds.txt`: kind, number, description."""
     lines = (CORPUS / "seeds.txt").read_text().splitlines()
     return [(line.split()[0], int(line.split()[1])) for line in lines if line]
 

@@ -114,7 +114,7 @@ def test_wrong_arguments_are_named() -> None:
     logits, label, confidence = scene()
     with pytest.raises(ValueError, match="omega must be one of batch, image, pixel; got 'none'"):
         unsupervised_loss(logits, label, confidence, 0.7, omega="none")
-    with pytest.raises(ValueError, match="confidence must have pseudo_label's shape"):
+    with pytest.raises(ValueError, match="confidence must have shape"):
         unsupervised_loss(logits, label, confidence[:1], 0.7)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.export import Dim
 
 from prcl_fast.config import ModelConfig
 from prcl_fast.errors import InputError
@@ -342,3 +343,14 @@ def test_a_kernel_without_the_rows_and_columns_on_padding_is_the_same_sum(height
         ways.append((y.detach(), x.grad, layer.weight.grad))
     for own, expected in zip(*ways, strict=True):
         torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_a_program_exported_from_a_small_image_holds_for_every_size(backbone: str) -> None:
+    network = small_network(backbone).eval()
+    sizes = {2: Dim.AUTO, 3: Dim.AUTO}
+    program = torch.export.export(network, (torch.randn(1, 3, 64, 64),), dynamic_shapes={"x": sizes}).module()
+    for height, width in ((64, 64), (32, 48), (101, 200)):
+        image = torch.randn(1, 3, height, width)
+        torch.testing.assert_close(program(image).logits, network(image).logits)
+        torch.testing.assert_close(program(image).var, network(image).var)

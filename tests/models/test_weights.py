@@ -7,12 +7,10 @@ import pickle
 import pytest
 import torch
 
-from prcl_fast.config import ModelConfig
 from prcl_fast.errors import InputError
-from prcl_fast.models.build import build_network
 from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.resnet import ResNet
-from prcl_fast.models.weights import load_backbone, load_network, load_weights, save_network
+from prcl_fast.models.weights import load_backbone, load_network, save_network
 
 
 @pytest.fixture
@@ -95,7 +93,7 @@ def test_deep_stem_weights_do_not_fit_a_plain_stem(network, tmp_path):
     assert "conv1.weight missing" in failure(load_backbone, network, tmp_path / "stem.pth")
 
 
-@pytest.mark.parametrize("load", [load_backbone, load_network, load_weights])
+@pytest.mark.parametrize("load", [load_backbone, load_network])
 def test_missing_and_corrupt_files_are_named(network, imagenet, tmp_path, load):
     path = tmp_path / "weights.pth"
     assert "no such" in failure(load, network, path)
@@ -150,23 +148,3 @@ def test_unwritable_target_is_named(network, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/network\.pth"):
         save_network(network.state_dict(), 4, tmp_path / "file" / "network.pth")
-
-
-def test_configured_weights_may_be_a_backbone_or_a_whole_network(network, imagenet, tmp_path):
-    backbone, whole = tmp_path / "backbone.pth", tmp_path / "whole.pth"
-    torch.save(imagenet, backbone)
-    save_network(network.state_dict(), 4, whole)
-    built = build_network(
-        ModelConfig(backbone="resnet18", width=16, dim=8, weights=backbone),
-        4,
-        representation=True,
-        probability=True,
-    )
-    assert_loaded(built, imagenet)
-    built = build_network(
-        ModelConfig(backbone="resnet18", width=16, dim=8, weights=whole),
-        4,
-        representation=True,
-        probability=True,
-    )
-    assert torch.equal(built.probability.fc1, network.probability.fc1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -102,3 +105,19 @@ def test_a_figure_of_several_candidates_is_drawn(tmp_path: Path) -> None:
     }
     save_figure(draw_step_time(rows), tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").height > 200
+
+
+def test_a_cpu_has_no_memory_of_parts_and_the_profiler_reports_nothing(
+    tmp_path: Path, config_file: Path
+) -> None:
+    """A process of its own: PyTorch's C++ code writes to the standard error of the process."""
+    command = [sys.executable, "-m", "prcl_fast.cli.main", "profile", str(config_file), "--steps", "2"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "peak MB" not in result.stdout
+    assert "peak resident memory " in result.stdout
+    assert result.stderr.splitlines()[1:] == [
+        "2 steps as they train",
+        "2 steps, part by part",
+        "3 steps with PyTorch's profiler",
+    ]

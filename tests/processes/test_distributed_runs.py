@@ -24,6 +24,8 @@ from prcl_fast.data.sources import build_source
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError
+from prcl_fast.files.locking import FolderLock
+from prcl_fast.processes.output import locked_output
 from prcl_fast.runs.checkpoint import load_checkpoint, load_run
 from support.processes import Pair, launch
 from support.stub_networks import small_backbones
@@ -153,6 +155,32 @@ def test_a_difference_of_the_configurations_is_printed_by_each_rank_before_anyth
     )
     assert ended == [([line], 2), ([line], 2)]
     assert not (tmp_path / "run").exists()
+
+
+def test_all_ranks_end_with_the_line_about_the_process_that_holds_the_output(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(shared_tree(tmp_path / "run")))
+    (tmp_path / "run").mkdir()
+    lock = FolderLock(tmp_path / "run", "output")
+    before = sorted((tmp_path / "run").iterdir())
+    processes = launch("train", str(tmp_path / "run.yaml"))
+    ended = [process.communicate(timeout=90) for process in processes]
+    said = [line for _, error in ended for line in error.splitlines()]
+    assert len(said) == 1, said
+    assert f"run is in use by process {os.getpid()} on " in said[0]
+    assert [process.returncode for process in processes] in ([2, 1], [1, 2], [2, 2])
+    assert sorted((tmp_path / "run").iterdir()) == before
+    lock.release()
+
+
+def _locked(rank: int, folder: Path) -> str:
+    with pytest.raises(InputError) as caught, locked_output(folder / "file", "output"):
+        pass
+    return str(caught.value)
+
+
+def test_no_rank_goes_on_where_rank_0_has_no_lock(two: Pair, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert two(_locked, tmp_path) == [f"output: {tmp_path / 'file'} is not a folder"] * 2
 
 
 def test_sigterm_to_every_rank_saves_and_prints_once(tmp_path: Path) -> None:

@@ -30,9 +30,11 @@ class Process:
         self.printed: list[str] = []
         self.ended: list[int] = []
         self._over = threading.Event()
+        self.recorded: list[str] = []
         self.watchdog = Watchdog(
             rank, world, store, stall_s, self.printed.append, self._end, beat_s=BEAT_S, gone_s=GONE_S
         )
+        self.watchdog.record = self.recorded.append
 
     def _end(self, status: int) -> None:
         self.ended.append(status)
@@ -70,6 +72,7 @@ def test_a_stall_of_a_single_process_is_reported_and_ends_it() -> None:
         "prcl: no progress for 0.8 s, waiting for data at iteration 41 (worker 1 is at a.png); "
         "train.stall_timeout sets how long that may take"
     ]
+    assert process.recorded == [process.printed[0].removeprefix("prcl: ")]
 
 
 def test_details_that_fail_or_hang_do_not_delay_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +114,7 @@ def test_an_error_is_printed_once_and_ends_all_ranks(faulty: int) -> None:
     assert group[faulty].status() == 2
     assert [process.status() for process in others] == [2, 2]
     assert printed(group) == group[faulty].printed == ["prcl: data.root: no such folder"]
+    assert [process.recorded for process in group] == [["data.root: no such folder"]] * 3
 
 
 def test_an_unexpected_error_is_printed_with_its_traceback() -> None:

@@ -52,9 +52,19 @@ def test_a_faulty_line_inside_is_named_and_skipped_by_the_state_of_a_run(tmp_pat
             '{"kind": "train", "iteration": 1, "loss": 1' + "0" * 400 + "}",
             "loss: expected a number, got 1000",
         ),
+        ('{"kind": "train", "iteration": 1, "seconds": 1e999}', "seconds: expected a number, got inf"),
         ('{"kind": "train", "iteration": 1, "loss": ' + "[" * 500 + "]" * 500 + "}", "got list"),
     ],
-    ids=["deep", "digits", "iteration beyond float64", "negative", "bool", "loss beyond float64", "list"],
+    ids=[
+        "deep",
+        "digits",
+        "iteration beyond float64",
+        "negative",
+        "bool",
+        "loss beyond float64",
+        "endless",
+        "list",
+    ],
 )
 def test_a_hostile_line_is_one_short_line(tmp_path: Path, line: str, fault: str) -> None:
     path = write(tmp_path, GOOD + line + "\n")

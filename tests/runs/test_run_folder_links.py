@@ -14,7 +14,7 @@ from rich.console import Console
 from prcl_fast.config import Config
 from prcl_fast.errors import RunError
 from prcl_fast.runs.checkpoint import save_checkpoint, save_last
-from prcl_fast.runs.folder import claim_output
+from prcl_fast.runs.folder import claim_output, store_config
 from prcl_fast.runs.log import RunLog
 from support.run_folders import iterations, small_state
 
@@ -27,6 +27,7 @@ def open_log(folder: Path, start: int = 0) -> RunLog:
 
 def write_config(config: Config) -> None:
     claim_output(config)
+    store_config(config)
 
 
 def write_last(config: Config) -> None:
@@ -106,7 +107,7 @@ def test_a_run_that_goes_on_reads_no_metrics_from_a_pipe(tmp_path: Path) -> None
 
 
 def test_what_a_killed_process_left_goes_with_the_next_start(tiny: Config) -> None:
-    claim_output(tiny)
+    write_config(tiny)
     shutil.copy(tiny.output / "config.yaml", tiny.output / "my.tmp")
     child = os.fork()
     if not child:

@@ -156,7 +156,7 @@ def test_a_name_that_something_else_has_taken_is_named_at_the_start(tmp_path: Pa
         (tmp_path / taken).mkdir()
     reason = {
         "metrics.jsonl": "read as a metrics file: it is a folder",
-        "tensorboard": "written: File exists",
+        "tensorboard": "written: it is no folder",
     }
     with pytest.raises(RunError, match=f"{taken}: cannot be {reason[taken]}"):
         open_log(tmp_path, start=2)

@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
 import yaml
 
 from prcl_fast.cli.sweep import sweep_command
+from prcl_fast.data.sources.synthetic import SyntheticSource
 from prcl_fast.errors import InputError
 from prcl_fast.runs.folder import run_state
 from prcl_fast.sweep.config import read_sweep
@@ -55,7 +57,7 @@ def test_a_finished_run_of_another_configuration_is_named_with_the_difference(tm
         sweep_command(path, ["optim.lr=0.125"])
     folder = tmp_path / "out/supervised/2/seed_0"
     assert str(caught.value).startswith(
-        f"{folder} holds another configuration's run: optim.lr is 0.0064 there and 0.125 here"
+        f"output: {folder} holds another configuration's run: optim.lr is 0.0064 there and 0.125 here"
     )
 
 
@@ -126,6 +128,18 @@ def stand_in(tmp_path, monkeypatch):
     return sweep
 
 
+def test_labels_that_training_would_refuse_stop_the_sweep_before_its_first_run(
+    stand_in, tmp_path, monkeypatch
+):
+    read = SyntheticSource.label
+    monkeypatch.setattr(SyntheticSource, "label", lambda source, name: np.full_like(read(source, name), 255))
+    with pytest.raises(
+        InputError, match=r"run a/seed_0: data\.labeled: no pixel of these images has a label"
+    ):
+        sweep_command(stand_in("a", "z"))
+    assert not (tmp_path / "out/a").exists()
+
+
 def test_a_run_that_fails_does_not_stop_the_others_and_is_named_at_the_end(stand_in, tmp_path, capsys):
     path = stand_in("a", "fails", "killed", "z")
     with pytest.raises(typer.Exit) as caught:
@@ -143,7 +157,8 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_named_at_the_end(stand
         "prcl: run fails/seed_0 failed: data.root: no such folder",
         "prcl: run killed/seed_0 failed: ended by SIGKILL; its log is empty",
     ]
-    assert error.splitlines()[1:3] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 1.5 min; 1 of 4 runs"]
+    lines = [line for line in error.splitlines() if not line.startswith("note: ")]
+    assert lines[:2] == ["started a/seed_0", "done a/seed_0: mIoU 50.0, 90 s; 1 of 4 runs"]
     again = read_sweep(path).runs[0].config
     assert yaml.safe_load((again.output / "train.yaml").read_text())["output"] == str(again.output)
     assert "first\nprcl: data.root" in (tmp_path / "out/fails/seed_0/train.log").read_text()
@@ -201,8 +216,14 @@ def test_a_run_that_another_process_trains_is_not_started_twice(stand_in, tmp_pa
     first = train_runs(runs, [{}])
     while not (tmp_path / "out/waits/seed_0/waiting").exists():
         next(first)
-    assert list(train_runs(runs, [{}])) == [Ended(runs[0], "another process is training this run")]
+    before = (runs[0].config.output / "train.log").read_bytes()
+    (ended,) = train_runs(runs, [{}])
+    folder = runs[0].config.output
+    assert isinstance(ended, Ended)
+    assert ended.failure.startswith(f"output: {folder} is in use by process {os.getpid()} on ")
+    assert (folder / "train.log").read_bytes() == before
     first.close()
+    assert not (folder / ".prcl.lock").exists()
 
 
 def test_a_log_that_is_a_link_or_a_pipe_fails_its_run_and_no_other(stand_in, tmp_path):

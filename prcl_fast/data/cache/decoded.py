@@ -1,7 +1,8 @@
 """The cache of decoded training images, `data.cache`: in shared memory or on disk.
 
 One file holds all images. The first process builds it under a lock that ends with the process; all others
-wait. The file is written under a temporary name and renamed. Every process verifies its checksums.
+wait. The file is written under a temporary name and renamed. Every process verifies its checksums. Folder and
+file are their user's alone: a process opens no file that somebody else may have written.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import numpy as np
 
 from prcl_fast.config import DataConfig
 from prcl_fast.data.cache.file import VERSION, DamagedFileError, ImageFile, write_images
-from prcl_fast.data.cache.locks import locked, remove_unused, use_until_exit
+from prcl_fast.data.cache.locks import locked, others, remove_unused, use_until_exit
 from prcl_fast.data.decode import decode
 from prcl_fast.data.source import Source
 from prcl_fast.errors import InputError, WriteError
+from prcl_fast.files.folders import make_private_folder
 from prcl_fast.files.writing import remove_leftovers, replacing, user_cache
 from prcl_fast.machine.description import usable_cores
 from prcl_fast.machine.memory import available_memory
@@ -33,6 +35,7 @@ from prcl_fast.machine.memory import available_memory
 _SHARED_MEMORY = Path("/dev/shm")
 _SAMPLE = 8  # images of each subset that are decoded to estimate the room needed
 _SECONDS_BETWEEN_LINES = 10.0
+_KEPT_DAYS = 30  # for a file on disk that nobody opens
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ def open_cache(
         items += [(name, subset == "labeled") for name in source.splits[subset].names]
     path = _folder(data) / f"{_key(source, items)}.images"
     try:
+        make_private_folder(path.parent)
         return ImageCache(_opened_or_built(source, items, path, data.cache, say), first)
     except WriteError as error:
         raise InputError(f"data.cache: {error}") from None
@@ -95,9 +99,9 @@ def open_cache(
 
 def _opened_or_built(source: Source, items: Sequence[_Item], path: Path, kind: str, say: Say) -> ImageFile:
     def opened(damage: Say | None) -> ImageFile | None:
-        file = _intact(path, len(items), damage)
-        if file is not None and kind == "ram":
-            use_until_exit(path)
+        file = _intact(path, [labeled for _, labeled in items], len(source.classes), damage)
+        if file is not None:
+            use_until_exit(path, remove=kind == "ram")
         return file
 
     lock = path.with_suffix(".lock")
@@ -110,17 +114,16 @@ def _opened_or_built(source: Source, items: Sequence[_Item], path: Path, kind: s
             if file is None:
                 _build(source, items, path, kind, say)
                 file = ImageFile(path)
-                if kind == "ram":
-                    use_until_exit(path)
+                use_until_exit(path, remove=kind == "ram")
     return file
 
 
-def _intact(path: Path, count: int, damage: Say | None) -> ImageFile | None:
+def _intact(path: Path, labeled: Sequence[bool], classes: int, damage: Say | None) -> ImageFile | None:
     file = ImageFile(path)
     try:
-        file.verify(_threads())
-        if len(file) != count:
-            raise DamagedFileError(f"{path}: {len(file)} images instead of {count}")
+        if len(file) != len(labeled):
+            raise DamagedFileError(f"{path}: {len(file)} images instead of {len(labeled)}")
+        file.verify(labeled, classes, _threads())
     except FileNotFoundError:
         return None
     except DamagedFileError as error:
@@ -134,18 +137,13 @@ def _folder(data: DataConfig) -> Path:
     if data.cache == "ram":
         if not _SHARED_MEMORY.is_dir():
             raise InputError(f"data.cache: ram needs {_SHARED_MEMORY}, which this machine does not have")
-        folder = _SHARED_MEMORY / f"prcl_fast-{os.getuid()}"
-    elif data.cache_dir is not None:
-        folder = data.cache_dir
-    else:
-        folder = user_cache() / "images"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"data.cache: {folder} cannot be made: {error.strerror}") from None
-    if data.cache == "ram" and folder.stat().st_uid != os.getuid():
-        raise InputError(f"data.cache: {folder} belongs to another user")
-    return folder
+        return _SHARED_MEMORY / f"prcl_fast-{os.geteuid()}"
+    if data.cache_dir is not None:  # which several users may share
+        return data.cache_dir / f"prcl_fast-{os.geteuid()}"
+    home = user_cache()
+    if home is None:
+        raise InputError("data.cache_dir: needed, because this user has no home folder (set HOME)")
+    return home / "images"
 
 
 def _key(source: Source, items: Sequence[_Item]) -> str:
@@ -159,10 +157,9 @@ def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: S
     folder = path.parent
     path.unlink(missing_ok=True)
     remove_leftovers(folder, path.name)
-    if kind == "ram":
-        for other in folder.glob("*.lock"):
-            if other.stem != path.stem:
-                remove_unused(other.with_suffix(".images"), wait=False)
+    for other in others(path, unused_s=0 if kind == "ram" else _KEPT_DAYS * 86400):
+        if remove_unused(other, wait=False) and kind == "disk":
+            say(f"data.cache: removed {other}, which was not used for {_KEPT_DAYS} days")
     needed, free = _room_needed(source, items), _room(folder, kind)
     if needed > free:
         raise InputError(
@@ -172,7 +169,10 @@ def _build(source: Source, items: Sequence[_Item], path: Path, kind: str, say: S
     started = time.monotonic()
     say(f"data.cache: decoding {len(items)} images into {path}, about {_size(needed)}")
     try:
-        with replacing(path) as file, contextlib.closing(_decoded(source, items, say)) as images:
+        with (
+            replacing(path, private=True) as file,
+            contextlib.closing(_decoded(source, items, say)) as images,
+        ):
             length = write_images(file, images)
     except WriteError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -5,15 +5,21 @@ Numbers are little-endian. An image is H * W * 4 bytes at a multiple of 64, so t
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from prcl_fast.data.source import IGNORE
+from prcl_fast.errors import WriteError
+from prcl_fast.files.folders import private_fault
+from prcl_fast.files.writing import open_plain
 
 VERSION = 1
 
@@ -57,28 +63,31 @@ class ImageFile:
         offset, height, width, _ = self._index[position]
         return mapped[offset : offset + height * width * 4].reshape(height, width, 4)
 
-    def verify(self, threads: int) -> None:
-        """Reads the whole file and verifies the checksums.
+    def verify(self, labeled: Sequence[bool], classes: int, threads: int) -> None:
+        """Reads the whole file and verifies the checksums, and the class ids of the labeled images.
 
         Raises:
             OSError, DamagedFileError: the file cannot be read, or is damaged.
         """
-        mapped = self._map()
+        self._map()
 
-        def intact(entry: tuple[int, int, int, int]) -> bool:
-            offset, height, width, checksum = entry
-            return zlib.crc32(mapped[offset : offset + height * width * 4].data) == checksum
+        def fault(position: int) -> str | None:
+            pixels = self[position]
+            if zlib.crc32(pixels.data) != self._index[position][3]:
+                return "a checksum is wrong"
+            label = pixels[..., 3]
+            if labeled[position] and ((label >= classes) & (label != IGNORE)).any():
+                return f"a class id of image {position} is {int(label[label != IGNORE].max())}"
+            return None
 
         with ThreadPoolExecutor(max(threads, 1)) as pool:
-            if not all(pool.map(intact, self._index)):
-                raise DamagedFileError(f"{self.path}: a checksum is wrong")
+            for found in pool.map(fault, range(len(self._index))):
+                if found is not None:
+                    raise DamagedFileError(f"{self.path}: {found}")
 
     def _map(self) -> np.ndarray:
         if self._bytes is None:
-            if os.path.getsize(self.path) < _ALIGNMENT:
-                raise DamagedFileError(f"{self.path}: too short")
-            # A plain array: slicing np.memmap itself is several times slower.
-            mapped = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+            mapped = _mapped(self.path)
             self._index = _read_index(self.path, mapped)
             self._bytes = mapped
         return self._bytes
@@ -104,6 +113,23 @@ def write_images(file: BinaryIO, images: Iterable[np.ndarray]) -> int:
     return length
 
 
+def _mapped(path: Path) -> np.ndarray:
+    """The bytes of a plain file of this user's own that nobody else may write."""
+    try:
+        descriptor = open_plain(path, os.O_RDONLY)
+    except WriteError:
+        raise DamagedFileError(f"{path}: no plain file") from None
+    try:
+        state = os.fstat(descriptor)
+        fault = private_fault(state)
+        if fault is not None or state.st_size < _ALIGNMENT:
+            raise DamagedFileError(f"{path}: {fault or 'too short'}")
+        # np.memmap would do the same, but slicing it is several times slower.
+        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    finally:
+        os.close(descriptor)
+
+
 def _read_index(path: Path, mapped: np.ndarray) -> list[tuple[int, int, int, int]]:
     header = mapped[: _HEADER.size].tobytes()
     magic, version, checksum, count, length = _HEADER.unpack(header)
@@ -112,7 +138,15 @@ def _read_index(path: Path, mapped: np.ndarray) -> list[tuple[int, int, int, int
         raise DamagedFileError(f"{path}: not a file of decoded images of this version")
     if length != len(mapped):
         raise DamagedFileError(f"{path}: {len(mapped)} bytes long instead of {length}")
-    index = mapped[length - count * _INDEX.itemsize :].tobytes()
+    start = length - count * _INDEX.itemsize
+    if start < _ALIGNMENT:
+        raise DamagedFileError(f"{path}: too short for {count} images")
+    index = mapped[start:].tobytes()
     if zlib.crc32(index) != checksum:
         raise DamagedFileError(f"{path}: the checksum of its index is wrong")
-    return np.frombuffer(index, dtype=_INDEX).tolist()
+    entries: list[tuple[int, int, int, int]] = np.frombuffer(index, dtype=_INDEX).tolist()
+    for position, (offset, height, width, _) in enumerate(entries):
+        outside = offset < _ALIGNMENT or offset + height * width * 4 > start
+        if outside or min(height, width) < 1 or offset % _ALIGNMENT:
+            raise DamagedFileError(f"{path}: the place or size of image {position} is impossible")
+    return entries

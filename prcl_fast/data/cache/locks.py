@@ -5,25 +5,31 @@ from __future__ import annotations
 import atexit
 import fcntl
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prcl_fast.errors import WriteError
-from prcl_fast.files.writing import remove_leftovers
+from prcl_fast.files.locking import acquire
+from prcl_fast.files.writing import open_plain, remove_leftovers
 
+_LOCK_NAME = re.compile(r"[0-9a-f]{24}\.lock")
+_PRIVATE = 0o600
 # For each file in use: the descriptor that holds a shared lock on it, and the process that opened it.
 _in_use: dict[Path, tuple[int, int]] = {}
+_removed_at_exit: set[Path] = set()
 
 
 @contextmanager
 def locked(path: Path, say: Callable[[str], None], *, shared: bool = False) -> Iterator[None]:
     """Holds a lock file, exclusively or shared; waits until it is free."""
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    descriptor = _acquired(path, mode | fcntl.LOCK_NB)
+    descriptor = acquire(path, mode | fcntl.LOCK_NB, _PRIVATE)
     if descriptor is None:
         say(f"data.cache: waiting for another process that holds {path}")
-        descriptor = _acquired(path, mode)
+        descriptor = acquire(path, mode, _PRIVATE)
     assert descriptor is not None
     try:
         yield
@@ -31,40 +37,64 @@ def locked(path: Path, say: Callable[[str], None], *, shared: bool = False) -> I
         os.close(descriptor)
 
 
-def use_until_exit(path: Path) -> None:
-    """Marks a file as used by this process; its last user removes it at exit. The caller holds its lock."""
+def use_until_exit(path: Path, *, remove: bool) -> None:
+    """Marks a file as used by this process, from now on. The caller holds its lock.
+
+    Args:
+        remove: its last user removes it at exit.
+    """
     former = _in_use.pop(path, None)
     if former is not None:
         os.close(former[0])
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_plain(path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
+    os.utime(descriptor)  # the time of its last use, for `others`
     _in_use[path] = descriptor, os.getpid()
+    if remove:
+        _removed_at_exit.add(path)
 
 
-def remove_unused(path: Path, *, wait: bool) -> None:
+def others(path: Path, *, unused_s: float) -> list[Path]:
+    """The cached files beside `path` that no process has opened for so many seconds."""
+    found = []
+    for lock in path.parent.iterdir():
+        file = lock.with_suffix(path.suffix)
+        if _LOCK_NAME.fullmatch(lock.name) and file != path:
+            with suppress(FileNotFoundError):
+                last = os.lstat(file if os.path.lexists(file) else lock).st_mtime
+                if unused_s == 0 or time.time() - last > unused_s:
+                    found.append(file)
+    return found
+
+
+def remove_unused(path: Path, *, wait: bool) -> bool:
     """Removes a file, its lock and leftovers of a killed builder, unless another process uses the file.
 
     Args:
         wait: wait for its lock; otherwise a file whose lock is held stays.
+
+    Returns:
+        Whether it was removed.
     """
     lock = path.with_suffix(".lock")
-    holder = _acquired(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    holder = acquire(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB, _PRIVATE)
     if holder is None:
-        return
+        return False
     try:
         if _is_used(path):
-            return
+            return False
         remove_leftovers(path.parent, path.name)
         for file in (path, lock):
             file.unlink(missing_ok=True)
     finally:
         os.close(holder)
+    return True
 
 
 def _is_used(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+        descriptor = open_plain(path, os.O_RDWR)  # an exclusive lock over NFS needs it
+    except (FileNotFoundError, WriteError):  # no process uses what is no plain file
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,26 +105,6 @@ def _is_used(path: Path) -> bool:
     return False
 
 
-def _acquired(path: Path, mode: int) -> int | None:
-    """A descriptor that holds the lock; None if the lock is held and `mode` is non-blocking."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, mode)
-            # The lock is removed with its file: a lock without a name excludes no process.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
 @atexit.register
 def _end_use() -> None:
     for path, (descriptor, process) in list(_in_use.items()):
@@ -102,5 +112,6 @@ def _end_use() -> None:
             # Closing alone would leave the lock with worker processes that inherited the descriptor.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
-            with suppress(FileNotFoundError, WriteError):  # somebody has removed the whole folder
-                remove_unused(path, wait=True)
+            if path in _removed_at_exit:
+                with suppress(FileNotFoundError, WriteError):  # somebody has removed the whole folder
+                    remove_unused(path, wait=True)

@@ -14,10 +14,10 @@ from prcl_fast.data.sources.file_source import (
     class_names,
     class_palette,
     data_root,
-    files_below,
     locate_files,
 )
-from prcl_fast.data.sources.labels import LabelDecoder, id_table
+from prcl_fast.data.sources.labels import LabelDecoder, label_decoder
+from prcl_fast.data.sources.listing import files_below
 from prcl_fast.data.sources.splits import CITYSCAPES_SUFFIX, Entry
 from prcl_fast.errors import InputError
 
@@ -71,7 +71,7 @@ LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 3
 VAL_CITIES = ("frankfurt", "lindau", "munster")
 TEST_CITIES = ("berlin", "bielefeld", "bonn", "leverkusen", "mainz", "munich")
 
-_SUBFOLDERS = ("train", "val")
+_SUBFOLDERS = ("train", "val", "train_extra")  # the images of the last one have no fine labels
 
 
 def build_cityscapes(data: DataConfig) -> FileSource:
@@ -79,18 +79,22 @@ def build_cityscapes(data: DataConfig) -> FileSource:
 
     Official layout: `leftImg8bit/{train,val}/CITY/`, and `gtFine/{train,val}/CITY/` with labelTrainIds, else
     labelIds. Flat layout: `images/{train,val}/NAME.png` and `segmentation/{train,val}/NAME_gtFine.png` with
-    training ids.
+    training ids. The images of `train_extra` have no fine labels and serve as unlabeled ones.
 
     Raises:
         InputError: naming the file, folder or key at fault.
     """
     classes = class_names(data.classes, CLASSES)
     palette = class_palette(data.palette, len(classes), PALETTE)
-    table = id_table(len(classes), data.label_map, data.ignore)
-    trained = LabelDecoder(len(classes), table)
+    trained = label_decoder(data, len(classes))
     original_table = np.full(256, IGNORE, dtype=np.uint8)
-    original_table[list(LABEL_IDS)] = table[: len(LABEL_IDS)]
-    original = LabelDecoder(len(classes), original_table)
+    original_table[list(LABEL_IDS)] = trained.table[: len(LABEL_IDS)]
+    ambiguous = {
+        label_id: f"training id {training_id}, {trained.ambiguous[training_id]}"
+        for training_id, label_id in enumerate(LABEL_IDS)
+        if training_id in trained.ambiguous
+    }
+    original = LabelDecoder(len(classes), original_table, trained.colours, ambiguous)
     root = data_root(data)
     layout: _OfficialLayout | _FlatLayout
     if (root / "leftImg8bit").is_dir():
@@ -111,7 +115,7 @@ class _OfficialLayout:
 
     def _index(self, folder: str) -> dict[str, Path]:
         cities = [city for below in _SUBFOLDERS for city in _folders(self.root / folder / below)]
-        return {name: city / name for city in cities for name in files_below(city)}
+        return {name: path for city in cities for name, path in files_below(city).items()}
 
     def image(self, entry: Entry) -> Path | None:
         return self.images.get(f"{entry.name}{CITYSCAPES_SUFFIX}.png")
@@ -128,23 +132,25 @@ class _OfficialLayout:
         if city in TEST_CITIES:
             return f"{city} belongs to the test set, whose labels are not public"
         name = f"{entry.name}{CITYSCAPES_SUFFIX}.png"
-        return f"{name} is neither in {self.root / 'leftImg8bit'}/train/{city} nor in val/{city}"
+        places = ", ".join(f"{below}/{city}" for below in _SUBFOLDERS)
+        return f"{name} is in none of {places} in {self.root / 'leftImg8bit'}"
 
     def missing_label(self, entry: Entry) -> str:
         city = entry.name.partition("_")[0]
         kinds = " nor ".join(entry.name + suffix for suffix in self.decoders)
-        return f"neither {kinds} is in {self.root / 'gtFine'}, train/{city} or val/{city}"
+        extra = ""
+        if entry.name + f"{CITYSCAPES_SUFFIX}.png" in files_below(
+            self.root / "leftImg8bit" / "train_extra" / city
+        ):
+            extra = " (images of train_extra have coarse labels alone, which are not read)"
+        return f"neither {kinds} is in {self.root / 'gtFine'}, train/{city} or val/{city}{extra}"
 
 
 class _FlatLayout:
     def __init__(self, root: Path, trained: LabelDecoder) -> None:
         self.root, self.decoder = root, trained
         self.images, self.labels = (
-            {
-                name: root / kind / below / name
-                for below in _SUBFOLDERS
-                for name in files_below(root / kind / below)
-            }
+            {name: path for below in _SUBFOLDERS for name, path in files_below(root / kind / below).items()}
             for kind in ("images", "segmentation")
         )
 
@@ -156,11 +162,11 @@ class _FlatLayout:
         return None if path is None else LabelFile(path, self.decoder)
 
     def missing_image(self, entry: Entry) -> str:
-        return f"{entry.name}.png is neither in {self.root / 'images'}/train nor in val"
+        return f"{entry.name}.png is in none of {', '.join(_SUBFOLDERS)} in {self.root / 'images'}"
 
     def missing_label(self, entry: Entry) -> str:
         return f"{entry.name}_gtFine.png is neither in {self.root / 'segmentation'}/train nor in val"
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [folder / name for name in sorted(files_below(folder)) if (folder / name).is_dir()]
+    return [path for path in files_below(folder).values() if path.is_dir()]

@@ -14,16 +14,17 @@ import numpy as np
 from prcl_fast.config import DataConfig
 from prcl_fast.config.files import plain_path
 from prcl_fast.data.source import SUBSETS, Split
-from prcl_fast.data.sources.images import check_pair, image_size, read_image
-from prcl_fast.data.sources.labels import LabelDecoder
+from prcl_fast.data.sources.images import READING, Header, check_pair, read_header, read_image
+from prcl_fast.data.sources.labels import LabelContent, LabelDecoder
 from prcl_fast.data.sources.splits import (
     Entry,
     SplitFile,
     check_disjoint,
     make_split,
     read_split,
+    separator_hint,
 )
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, naming
 from prcl_fast.files.reading import read_text
 
 _MAX_BYTES = 2**20
@@ -63,6 +64,7 @@ class FileSource:
         splits: the subsets "labeled", "unlabeled" and "val".
         images: path of every image.
         labels: label of every labeled and validation image, and of unlabeled images if they have one.
+        max_pixels: bound on the pixels of one image or label.
     """
 
     classes: tuple[str, ...]
@@ -70,10 +72,15 @@ class FileSource:
     splits: Mapping[str, Split]
     images: Mapping[str, Path]
     labels: Mapping[str, LabelFile]
+    max_pixels: int
 
     def image(self, name: str) -> np.ndarray:
         """uint8 [H, W, 3], RGB. Raises InputError that names the file."""
-        return read_image(self.images[name])
+        return read_image(self.images[name], self.max_pixels)
+
+    def header(self, name: str) -> Header:
+        """Size and EXIF orientation of an image, undecoded. Raises InputError that names the file."""
+        return read_header(self.images[name], self.max_pixels)
 
     def label(self, name: str) -> np.ndarray:
         """Class ids uint8 [H, W], 255 where not labeled.
@@ -81,16 +88,30 @@ class FileSource:
         Raises:
             InputError: the label cannot be read, or differs in size from the image.
         """
+        file = self._label_file(name)
+        label = file.decoder.read(file.path, self.max_pixels)
+        check_pair(self.images[name], self.header(name), file.path, label.shape)
+        return label
+
+    def label_content(self, name: str) -> LabelContent:
+        """The ids in the file of a label. Raises InputError as `label` does."""
+        file = self._label_file(name)
+        size, content = file.decoder.read_content(file.path, self.max_pixels)
+        check_pair(self.images[name], self.header(name), file.path, size)
+        return content
+
+    def _label_file(self, name: str) -> LabelFile:
         file = self.labels.get(name)
         if file is None:
             raise InputError(f"{self.images[name]}: this unlabeled image has no label file")
-        label = file.decoder.read(file.path)
-        check_pair(self.images[name], image_size(self.images[name]), file.path, label.shape)
-        return label
+        return file
 
     def pixel_state(self, name: str, labeled: bool) -> str:
-        """Path, size and modification time of the image, and of its label with the decoder's fingerprint."""
-        state = _file_state(self.images[name])
+        """Path, size and times of change of the image, and of its label with the decoder's fingerprint.
+
+        Begins with the number of the way in which files are read.
+        """
+        state = f"{READING} {_file_state(self.images[name])}"
         if labeled:
             file = self.labels[name]
             state += f" {_file_state(file.path)} {file.decoder.fingerprint}"
@@ -120,11 +141,16 @@ def _file_content(path: Path, whole: bool) -> str:
 
 
 def _file_state(path: Path) -> str:
+    state = _state_of(path)
+    # Nobody can set the time of the last change of state, as `cp -p` sets that of the last modification.
+    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+
+
+def _state_of(path: Path) -> os.stat_result:
     try:
-        state = os.stat(path)
+        return os.stat(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
 
 
 def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, layout: Layout) -> FileSource:
@@ -135,7 +161,11 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
             missing; the message names the split file and its line.
     """
     paths = {"labeled": data.labeled, "unlabeled": data.unlabeled, "val": data.val}
-    files = {subset: read_split(path) for subset, path in paths.items() if path is not None}
+    files = {}
+    for subset, path in paths.items():
+        if path is not None:
+            with naming(f"data.{subset}"):
+                files[subset] = read_split(path)
     check_disjoint(list(files.values()))
     images: dict[str, Path] = {}
     labels: dict[str, LabelFile] = {}
@@ -146,6 +176,7 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
             image = layout.image(entry)
             if image is None:
                 missing.append(f"{where}: no image for {entry.name}: {layout.missing_image(entry)}")
+                missing[-1] += separator_hint(entry.text)
                 continue
             images[entry.name] = image
             label = layout.label(entry, image)
@@ -153,24 +184,37 @@ def locate_files(data: DataConfig, classes: Sequence[str], palette: np.ndarray, 
                 labels[entry.name] = label
             elif subset != "unlabeled":
                 missing.append(f"{where}: no label for {entry.name}: {layout.missing_label(entry)}")
+                missing[-1] += separator_hint(entry.text)
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise InputError(missing[0] + more)
     _check_no_image_twice(files, images)
     splits = {subset: files[subset].split if subset in files else make_split((), "ids") for subset in SUBSETS}
-    return FileSource(tuple(classes), palette, splits, images, labels)
+    return FileSource(tuple(classes), palette, splits, images, labels, data.max_pixels)
 
 
 def _check_no_image_twice(files: Mapping[str, SplitFile], images: Mapping[str, Path]) -> None:
-    # Different ids can lead to one file, such as "0001" and "train/0001".
+    # Different ids can lead to one file, such as "0001" and "train/0001", or by links. A link may repeat an
+    # image within a subset, but not lead from one subset into another.
     seen: dict[Path, str] = {}
-    for file in files.values():
+    linked: dict[tuple[int, int], tuple[str, Path, str]] = {}
+    for subset, file in files.items():
         for entry in file.entries:
             where = f"{file.path}:{entry.line}"
             image = images[entry.name]
             if image in seen:
                 raise InputError(f"{where}: {image} is already named by {seen[image]}")
             seen[image] = where
+            try:
+                state = os.stat(image)
+            except OSError:  # the decoder reports it
+                continue
+            inode = (state.st_dev, state.st_ino)
+            other_subset, other, other_where = linked.setdefault(inode, (subset, image, where))
+            if other_subset != subset and state.st_ino:  # some file systems number every file 0
+                raise InputError(
+                    f"{where}: {image} is by a link the same file as {other}, which {other_where} names"
+                )
 
 
 def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tuple[str, ...]:
@@ -181,11 +225,12 @@ def class_names(classes: list[str] | Path | None, default: Sequence[str]) -> tup
     """
     if classes is None:
         return tuple(default)
-    where = "data.classes" if isinstance(classes, list) else str(classes)
+    where = "data.classes" if isinstance(classes, list) else f"data.classes: {classes}"
     if isinstance(classes, list):
         names = [name.strip() for name in classes]
     else:
-        text = read_text(classes, "file of class names", _MAX_BYTES)
+        with naming("data.classes"):
+            text = read_text(classes, "file of class names", _MAX_BYTES)
         names = [line.strip() for line in text.split("\n") if line.strip()]
     if not 2 <= len(names) <= 255:
         raise InputError(f"{where}: {len(names)} classes; 2 to 255 are possible")
@@ -213,11 +258,3 @@ def data_root(data: DataConfig) -> Path:
     if not os.path.isdir(data.root):
         raise InputError(f"{data.root}: no such folder (data.root)")
     return plain_path(data.root)
-
-
-def files_below(folder: Path) -> set[str]:
-    """Names in a folder; empty if there is no such folder."""
-    try:
-        return {entry.name for entry in folder.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()

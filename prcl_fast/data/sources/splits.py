@@ -23,6 +23,7 @@ from typing import Literal
 
 from prcl_fast.data.source import Split
 from prcl_fast.data.sources.images import IMAGE_SUFFIXES
+from prcl_fast.data.sources.listing import composed
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import read_text
 
@@ -32,8 +33,9 @@ VOC_ID = re.compile(r"\d{4}_\d{6}")
 CITYSCAPES_ID = re.compile(r"[a-z-]+_\d{6}_\d{6}")
 CITYSCAPES_SUFFIX = "_leftImg8bit"
 
-_SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
-_PAIR = re.compile(rf"(\S.*?(?:{_SUFFIX}))\s+(\S.*(?:{_SUFFIX}))", re.IGNORECASE)
+_LABEL_SUFFIXES = (*IMAGE_SUFFIXES, ".gif")  # a GIF label is found, and refused with the reason
+_SUFFIX, _LABEL_SUFFIX = ("|".join(map(re.escape, some)) for some in (IMAGE_SUFFIXES, _LABEL_SUFFIXES))
+_PAIR = re.compile(rf"(\S.*?(?:{_SUFFIX}))\s+(\S.*(?:{_LABEL_SUFFIX}))", re.IGNORECASE)
 # C0, C1, line and paragraph separators: with one of them a message would have several lines.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _MAX_BYTES = 64 * 2**20
@@ -49,7 +51,10 @@ _WRITTEN_AS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a split file; its paths, if any, are relative to the data set's root."""
+    """One line of a split file; its paths, if any, are relative to the data set's root.
+
+    The name is composed (NFC), paths are in the form of the line.
+    """
 
     line: int
     text: str
@@ -87,15 +92,16 @@ def fingerprint(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
-def read_split(path: Path) -> SplitFile:
+def read_split(path: str | Path) -> SplitFile:
     """Reads a split file of any public form.
 
-    Blank lines, CRLF, a byte order mark and a missing last newline are tolerated.
+    Blank lines, CRLF, a byte order mark, backslashes for slashes and a missing last newline are tolerated.
 
     Raises:
         InputError: unreadable, empty, an id twice, mixed forms, a path outside the data set, or a file or
             line that is too long; names file and line.
     """
+    path = Path(path)
     text = read_text(path, "split file", _MAX_BYTES)
     entries: list[Entry] = []
     first_line: dict[str, int] = {}
@@ -112,7 +118,7 @@ def read_split(path: Path) -> SplitFile:
         if line_form != form:
             raise InputError(
                 f"{path}:{number}: written as {_WRITTEN_AS[line_form]}, "
-                f"the lines above as {_WRITTEN_AS[form]}"
+                f"the lines above as {_WRITTEN_AS[form]}{separator_hint(line)}"
             )
         if entry.name in first_line:
             raise InputError(
@@ -138,8 +144,15 @@ def check_disjoint(files: Sequence[SplitFile]) -> None:
                 )
 
 
-def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
+def separator_hint(line: str) -> str:
+    """The end of a message about a line that may be a row of a table."""
+    mark = next((mark for mark in ",;" if mark in line), None)
+    return "" if mark is None else f"; paths of image and label are separated by a space or tab, not {mark!r}"
+
+
+def _parse(text: str, where: str, number: int) -> tuple[Form, Entry]:
     form: Form
+    line = text.replace("\\", "/")
     image: str
     label: str | None = None
     if "\t" in line:
@@ -149,7 +162,7 @@ def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
         form = "tabs"
         image, label = (part.strip(" ") for part in paths)
     # Lines without a suffix at the end are excluded first, since the pattern is slow on them.
-    elif _has_suffix(line) and (pair := _PAIR.fullmatch(line)):
+    elif line.lower().endswith(_LABEL_SUFFIXES) and (pair := _PAIR.fullmatch(line)):
         form = "pairs"
         image, label = pair.groups()
     else:
@@ -159,12 +172,12 @@ def _parse(line: str, where: str, number: int) -> tuple[Form, Entry]:
         image, label = image.removeprefix("/"), label.removeprefix("/")
         _check_path(label, where)
     _check_path(image, where)
-    name = _name(image)
+    name = composed(_name(image))
     if label is None and _has_suffix(image):
         form = "paths"
-    elif label is None and image == name + CITYSCAPES_SUFFIX:
+    elif label is None and image == _name(image) + CITYSCAPES_SUFFIX:
         form = "stems"
-    return form, Entry(number, line, name, None if form in ("ids", "stems") else image, label)
+    return form, Entry(number, text, name, None if form in ("ids", "stems") else image, label)
 
 
 def check_inside(path: str, where: str) -> None:

@@ -72,7 +72,7 @@ class SyntheticSource:
         return _cached_scene(height, width, self.config.seed, subset, int(index))
 
 
-def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
+def write_synthetic(folder: str | Path, config: SyntheticConfig) -> None:
     """Writes the data set in VOC's layout, with split files and a `config.yaml` that is ready to train.
 
     Images are JPEG of quality 95 without chroma subsampling; unlabeled images get no mask. The folder appears
@@ -83,8 +83,6 @@ def write_synthetic(folder: Path, config: SyntheticConfig) -> None:
     """
     _check_size(config, "size")
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already and is not an empty folder")
     with replacing_folder(folder) as temporary:
         for subset in SUBSETS:
             _write_subset(temporary, config, subset)

@@ -13,10 +13,11 @@ from prcl_fast.data.sources.file_source import (
     class_names,
     class_palette,
     data_root,
-    files_below,
     locate_files,
 )
-from prcl_fast.data.sources.labels import LabelDecoder, id_table
+from prcl_fast.data.sources.images import IMAGE_SUFFIXES
+from prcl_fast.data.sources.labels import LabelDecoder, label_decoder
+from prcl_fast.data.sources.listing import files_below
 from prcl_fast.data.sources.splits import Entry
 from prcl_fast.errors import InputError
 
@@ -61,15 +62,15 @@ def voc_palette(num_classes: int) -> np.ndarray:
 def build_voc(data: DataConfig) -> FileSource:
     """A data set in VOC's layout below `data.root`, 21 classes unless `data.classes` says otherwise.
 
-    `JPEGImages/`, and `SegmentationClassAug/` or else `SegmentationClass/`, are in root itself, in VOC2012 or
-    in VOCdevkit/VOC2012.
+    `JPEGImages/`, with images of any suffix, and `SegmentationClassAug/` or else `SegmentationClass/`, are in
+    root itself, in VOC2012 or in VOCdevkit/VOC2012.
 
     Raises:
         InputError: naming the file, folder or key at fault.
     """
     classes = class_names(data.classes, CLASSES)
     palette = class_palette(data.palette, len(classes), voc_palette(len(classes)))
-    decoder = LabelDecoder(len(classes), id_table(len(classes), data.label_map, data.ignore))
+    decoder = label_decoder(data, len(classes))
     return locate_files(data, classes, palette, _VocLayout(data_root(data), decoder))
 
 
@@ -82,18 +83,18 @@ class _VocLayout:
             )
         masks = [bases[0] / name for name in (_AUGMENTED, _ORIGINAL) if (bases[0] / name).is_dir()]
         if not masks:
-            raise InputError(f"{bases[0]}: no folder {_AUGMENTED} or {_ORIGINAL}")
+            raise InputError(f"{bases[0]}: no folder {_AUGMENTED} or {_ORIGINAL} (data.root)")
         self.image_folder, self.label_folder = bases[0] / "JPEGImages", masks[0]
-        self.image_names, self.label_names = files_below(self.image_folder), files_below(self.label_folder)
+        self.images, self.labels = files_below(self.image_folder), files_below(self.label_folder)
         self.decoder = decoder
 
     def image(self, entry: Entry) -> Path | None:
-        file = f"{entry.name}.jpg"
-        return self.image_folder / file if file in self.image_names else None
+        names = (f"{entry.name}{suffix}" for suffix in IMAGE_SUFFIXES)
+        return next((self.images[name] for name in names if name in self.images), None)
 
     def label(self, entry: Entry, image: Path) -> LabelFile | None:
-        file = f"{entry.name}.png"
-        return LabelFile(self.label_folder / file, self.decoder) if file in self.label_names else None
+        path = self.labels.get(f"{entry.name}.png")
+        return None if path is None else LabelFile(path, self.decoder)
 
     def missing_image(self, entry: Entry) -> str:
         return f"{self.image_folder / entry.name}.jpg does not exist"

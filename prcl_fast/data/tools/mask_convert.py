@@ -1,4 +1,4 @@
-"""Conversion of RGB masks, or of masks with other ids, to masks of class ids."""
+"""Conversion of masks of colours, or of masks with other ids, to masks of class ids."""
 
 from __future__ import annotations
 
@@ -10,9 +10,25 @@ from pathlib import Path
 
 import numpy as np
 
+from prcl_fast.data.source import IGNORE
 from prcl_fast.data.sources.cityscapes import PALETTE as CITYSCAPES_PALETTE
-from prcl_fast.data.sources.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_mask, save_index_png
-from prcl_fast.data.sources.labels import check_colours, colour_positions, first_colour
+from prcl_fast.data.sources.images import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    MAX_PIXELS,
+    Mask,
+    decode_mask,
+    save_index_png,
+    why_unread,
+)
+from prcl_fast.data.sources.labels import (
+    check_colours,
+    check_opaque,
+    colour_positions,
+    first_colour,
+    index_positions,
+    only_greys,
+)
 from prcl_fast.data.sources.voc import CLASSES as VOC_CLASSES
 from prcl_fast.data.sources.voc import voc_palette
 from prcl_fast.errors import InputError
@@ -68,12 +84,13 @@ def read_colour_code(palette: str) -> ColourCode:
 
 
 def convert_masks(
-    masks: Path,
-    out: Path,
+    masks: str | Path,
+    out: str | Path,
     *,
     code: ColourCode | None,
     label_map: Mapping[int, int],
     other: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Writes every mask of a folder and its subfolders as a palette PNG of the same name.
@@ -81,9 +98,11 @@ def convert_masks(
     Args:
         masks: folder of masks.
         out: folder to write, new or empty; written whole or not at all.
-        code: ids of the colours of RGB masks; None refuses RGB masks.
+        code: ids of the colours of RGB and palette images, and of grey ones if all colours are greys; None
+            refuses RGB masks, and takes palette indices as ids.
         label_map: new id for each id, of the file or of the colour; ids that are not listed stay.
         other: id for colours that are not in `code`; None refuses them.
+        max_pixels: bound on the pixels of one mask.
         progress: called with (masks done, number of masks).
 
     Returns:
@@ -92,10 +111,9 @@ def convert_masks(
     Raises:
         InputError: naming the file and, for an unknown colour, the colour.
     """
+    masks, out = Path(masks), Path(out)
     if not masks.is_dir():
         raise InputError(f"{masks}: no such folder")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists already and is not an empty folder")
     targets = _targets(masks)
     table = np.arange(256, dtype=np.uint8)
     for source, target in label_map.items():
@@ -103,42 +121,82 @@ def convert_masks(
     palette = _palette(code, table)
     with replacing_folder(out) as temporary:
         for done, (target_name, path) in enumerate(targets.items(), start=1):
-            save_index_png(temporary / target_name, table[_ids(path, code, other)], palette)
+            ids = _ids(path, decode_mask(path, max_pixels), code, other)
+            _check_unambiguous(path, ids, label_map)
+            save_index_png(temporary / target_name, table[ids], palette)
             if progress is not None:
                 progress(done, len(targets))
     return len(targets)
 
 
-def _ids(path: Path, code: ColourCode | None, other: int | None) -> np.ndarray:
-    mask = read_mask(path)
-    if mask.ndim == 2:
-        return mask
-    if code is None:
-        raise InputError(f"{path}: an RGB mask; --palette says what its colours mean")
-    positions = colour_positions(mask, code.colours)
+def _ids(path: Path, mask: Mask, code: ColourCode | None, other: int | None) -> np.ndarray:
+    if mask.pixels.ndim == 3:
+        if code is None:
+            raise InputError(f"{path}: an RGB mask; --palette says what its colours mean")
+        check_opaque(path, mask)
+        positions = colour_positions(mask.pixels, code.colours)
+    elif code is None or mask.colours is None or (not mask.coloured and _grey_ids(path, mask, code)):
+        return mask.pixels
+    else:
+        positions = index_positions(mask.colours, code.colours).take(mask.pixels)
     unknown = positions < 0
     if not unknown.any():
         return code.ids[positions]
     if other is None:
         raise InputError(
-            f"{path}: colour {first_colour(mask, unknown)} is not in the palette "
+            f"{path}: colour {_first_colour(mask, unknown)} is not in the palette "
             "(--other gives such pixels an id)"
         )
     return np.where(unknown, np.uint8(other), code.ids[positions])
+
+
+def _check_unambiguous(path: Path, ids: np.ndarray, label_map: Mapping[int, int]) -> None:
+    """Raises InputError if an id that is not mapped would become one with an id that is mapped to it."""
+    for source, target in label_map.items():
+        if target not in (*label_map, IGNORE) and (ids == target).any():
+            raise InputError(
+                f"{path}: id {target}, which --map does not name, although it maps {source} to {target}; add "
+                f"--map {target}={target} to keep the id, or --map {target}={IGNORE} if it means not labeled"
+            )
+
+
+def _grey_ids(path: Path, mask: Mask, code: ColourCode) -> bool:
+    """Whether a grey mask is one of ids. Raises InputError where both ids and greys have a meaning."""
+    if only_greys(code.colours):
+        return False
+    assert mask.colours is not None
+    used = np.unique(mask.pixels)
+    positions = index_positions(mask.colours, code.colours)[used]
+    ids = code.ids[positions]
+    if (positions < 0).any() or (ids == used).all():
+        return True
+    value = int(used[ids != used][0])
+    colour = tuple(mask.colours[value].tolist())
+    raise InputError(
+        f"{path}: a grey mask, in which {value} can be an id or the colour {colour} of the palette; "
+        "without --palette (--map alone) it is an id"
+    )
+
+
+def _first_colour(mask: Mask, where: np.ndarray) -> tuple[int, ...]:
+    if mask.pixels.ndim == 3:
+        return first_colour(mask.pixels, where)
+    assert mask.colours is not None
+    index = int(mask.pixels[where][0])
+    return tuple(mask.colours[index].tolist()) if index < len(mask.colours) else ()
 
 
 def _targets(masks: Path) -> dict[Path, Path]:
     """Every mask by the path of its output, in the order of names."""
     targets: dict[Path, Path] = {}
     for path in sorted(masks.rglob("*")):
-        suffix = path.suffix.lower()
-        if path.name.startswith(".") or suffix not in IMAGE_SUFFIXES:
+        suffix, below = path.suffix.lower(), path.relative_to(masks)
+        hidden = any(part.startswith(".") for part in below.parts)
+        if hidden or suffix not in (*IMAGE_SUFFIXES, ".gif"):
             continue
         if suffix not in MASK_SUFFIXES:
-            raise InputError(
-                f"{path}: a lossy format alters ids and colours; masks are {', '.join(MASK_SUFFIXES)}"
-            )
-        target = path.relative_to(masks).with_suffix(".png")
+            raise InputError(f"{path}: {why_unread(path, MASK_SUFFIXES)}")
+        target = below.with_suffix(".png")
         if target in targets:
             raise InputError(f"{path}: becomes the same file as {targets[target]}")
         targets[target] = path

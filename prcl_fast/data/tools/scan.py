@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.data.sources.file_source import FileSource
-from prcl_fast.errors import InputError, WriteError
-from prcl_fast.files.writing import write_text
-
-_VERSION = 1
-_log = logging.getLogger(__name__)
+from prcl_fast.data.sources.labels import LabelContent
+from prcl_fast.data.tools.scan_cache import Entry, read_entries, write_entries
+from prcl_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -30,10 +25,12 @@ class LabelScan:
         pixels: for each subset int64 [images, C + 1] in the order of its split; the last column counts pixels
             that are not labeled. Zero for the labels with a problem.
         problems: one line for each label that is wrong.
+        contents: the ids in the file of each label without a problem; empty for generated labels.
     """
 
     pixels: Mapping[str, np.ndarray]
     problems: tuple[str, ...]
+    contents: Mapping[str, LabelContent]
 
     def check(self) -> LabelScan:
         """This scan. Raises InputError with the first problem and the number of further ones."""
@@ -62,36 +59,46 @@ def scan_labels(
         progress: called with (labels done, labels in all).
     """
     names = list(dict.fromkeys(name for subset in subsets for name in source.splits[subset].names))
-    states = _states(source, names) if cache is not None and isinstance(source, FileSource) else {}
-    kept = _read_cache(cache) if cache is not None else {}
     counts: dict[str, list[int]] = {}
-    for name, (key, stamp) in states.items():
-        if key in kept and kept[key][0] == stamp:
-            counts[name] = kept[key][1]
+    contents: dict[str, LabelContent] = {}
     problems: dict[str, str] = {}
-    todo = [name for name in names if name not in counts]
+    files = source if isinstance(source, FileSource) else None
+    states: dict[str, tuple[str, str]] = {}
+    kept: dict[str, Entry] = {}
+    if cache is not None and files is not None:
+        states, kept = _states(files, names), read_entries(cache)
+        for name, (key, stamp) in states.items():
+            entry = kept.get(key)
+            if entry and entry.stamp == stamp and files.labels[name].decoder.accepts(entry.content):
+                contents[name] = entry.content
 
-    def count(name: str) -> tuple[list[int] | None, str]:
+    def read(name: str) -> LabelContent | list[int] | str:
         try:
-            label = source.label(name)
+            return _count(source, name) if files is None else files.label_content(name)
         except InputError as error:
-            return None, str(error)
-        found = np.bincount(label.ravel(), minlength=256)
-        classes = len(source.classes)
-        return [*found[:classes].tolist(), int(found[IGNORE])], ""
+            return str(error)
 
+    todo = [name for name in names if name not in contents]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = pool.map(count, todo) if workers else map(count, todo)
-        for done, (name, (found, problem)) in enumerate(zip(todo, results, strict=True), start=1):
-            if found is None:
-                problems[name] = problem
+        results = pool.map(read, todo) if workers else map(read, todo)
+        for done, (name, found) in enumerate(zip(todo, results, strict=True), start=1):
+            if isinstance(found, str):
+                problems[name] = found
+            elif isinstance(found, LabelContent):
+                contents[name] = found
             else:
                 counts[name] = found
             if progress is not None:
                 progress(done, len(todo))
     if cache is not None and states and todo:
-        kept.update({key: [stamp, counts[name]] for name, (key, stamp) in states.items() if name in counts})
-        _write_cache(cache, kept)
+        kept |= {
+            key: Entry(stamp, contents[name]) for name, (key, stamp) in states.items() if name in contents
+        }
+        write_entries(cache, kept)
+    if files is not None:
+        counts = {
+            name: files.labels[name].decoder.class_pixels(content) for name, content in contents.items()
+        }
     nothing = [0] * (len(source.classes) + 1)
     pixels = {
         subset: np.array(
@@ -99,7 +106,17 @@ def scan_labels(
         ).reshape(-1, len(nothing))
         for subset in subsets
     }
-    return LabelScan(pixels, tuple(problems[name] for name in names if name in problems))
+    return LabelScan(
+        pixels,
+        tuple(problems[name] for name in names if name in problems),
+        {name: contents[name] for name in names if name in contents},
+    )
+
+
+def _count(source: Source, name: str) -> list[int]:
+    """The pixels of each class, then of those that are not labeled."""
+    found = np.bincount(source.label(name).ravel(), minlength=256)
+    return [*found[: len(source.classes)].tolist(), int(found[IGNORE])]
 
 
 def _states(source: FileSource, names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -116,19 +133,3 @@ def _states(source: FileSource, names: Sequence[str]) -> dict[str, tuple[str, st
         stamp = " ".join(f"{state.st_size}-{state.st_mtime_ns}" for state in found)
         states[name] = (f"{label.decoder.fingerprint} {label.path.absolute()}", stamp)
     return states
-
-
-def _read_cache(file: Path) -> dict[str, Any]:
-    """The stored counts; empty if the file is missing or damaged, since they can be counted again."""
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        return dict(tree["labels"]) if tree["version"] == _VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_cache(file: Path, kept: Mapping[str, Any]) -> None:
-    try:
-        write_text(file, json.dumps({"version": _VERSION, "labels": kept}))
-    except WriteError as error:  # a read-only home costs time, not the run
-        _log.warning("the scan of the labels cannot be kept: %s", error)

@@ -72,8 +72,9 @@ def choose_labeled(
     return set(chosen)
 
 
-def write_lines(path: Path, lines: Sequence[str]) -> None:
+def write_lines(path: str | Path, lines: Sequence[str]) -> None:
     """Writes a new split file, whole or not at all. Raises InputError if it exists."""
+    path = Path(path)
     if path.exists():
         raise InputError(f"{path}: exists already")
     write_text(path, "".join(f"{line}\n" for line in lines))

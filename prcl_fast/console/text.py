@@ -1,0 +1,26 @@
+"""Text for people: names with escaped control characters, durations."""
+
+from __future__ import annotations
+
+import re
+
+# C0, C1, line and paragraph separators, marks that change the direction, and halves of surrogate pairs.
+_ESCAPED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with each character that would end its line or control the terminal as Python's escape."""
+    return _ESCAPED.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def duration(seconds: float) -> str:
+    """A duration in the unit that suits it, such as 312 ms, 48.2 s, 4.5 min, 3 h 20 min or 2.5 days."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{seconds / 60:.3g} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours / 24:.1f} days"
