@@ -69,11 +69,7 @@ def arrival(launch: Launch, device: torch.device | Exception, command: str) -> A
 
 
 def misplaced(devices: Sequence[str]) -> str:
-<<<<<<< HEAD
-    """The reason why ranks on these devices cannot form a group; "" where they can."""
-=======
     """The reason for which ranks on these devices cannot form a group; "" where they can."""
->>>>>>> ranks
     if CPU in devices and len(set(devices)) > 1:
         cpu, gpu = devices.index(CPU), next(rank for rank, name in enumerate(devices) if name != CPU)
         return f"rank {cpu} computes on the CPU, but rank {gpu} on {devices[gpu]}"
