@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from test_evaluate import ArraySource, data_config, random_source
 from torch import Tensor, nn
 
 from prcl_fast.config import EvalConfig, parse_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.engine.evaluate import evaluate
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.engine.uncertainty import (
@@ -32,7 +32,7 @@ from prcl_fast.runs.checkpoint import load_run
 from support.tiny import tiny_tree
 
 CPU = torch.device("cpu")
-QUIET = Console(quiet=True)
+QUIET = PlainConsole(quiet=True)
 
 
 def pairwise_auroc(wrong: np.ndarray, right: np.ndarray) -> float:
@@ -263,7 +263,7 @@ def test_a_still_head_is_told_with_the_key_that_helps() -> None:
     assert explain_unlearned(math.nan, 0.0) is None
 
 
-def run_of(output: Path, console: Console = QUIET, method: Any = None, **optim: Any) -> Trainer:
+def run_of(output: Path, console: PlainConsole = QUIET, method: Any = None, **optim: Any) -> Trainer:
     tree = tiny_tree(output, **(method or {}))
     tree["optim"] = {"lr": 0.05} | optim
     return Trainer(parse_config(tree, "tiny"), console)
@@ -277,7 +277,7 @@ def evaluations(output: Path) -> list[dict[str, Any]]:
 def test_training_logs_what_sigma2_is_worth_and_says_once_that_it_stood_still(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = run_of(tmp_path / "run", Console(width=400), probability_lr=0.0)
+    trainer = run_of(tmp_path / "run", PlainConsole(width=400), probability_lr=0.0)
     summary = trainer.run()
     half, end = evaluations(tmp_path / "run")
     for record in (half, end):
