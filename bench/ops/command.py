@@ -15,13 +15,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from bench.ops import CANDIDATES, DTYPES, LABELS, OPS, SIZES
 from bench.ops.case import Options
 from bench.ops.compare import differences, pairs
 from bench.ops.run import broken_rows, label, read_result, run, write_result
 from prcl_fast.console import check_known, print_table
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.device import choose_device
 from prcl_fast.errors import InputError
 
@@ -215,7 +215,7 @@ def _number(value: float) -> str:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Progress on standard error: one changing line on a terminal, else a line for each step."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if not console.is_terminal:
         yield lambda text: print(text, file=sys.stderr, flush=True)
         return

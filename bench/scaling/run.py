@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from rich.console import Console
 
 from bench.ops.harness import percentile
 from bench.scaling.process_groups import Meter, joined, simulated
 from bench.scaling.traffic import NETWORKS, STATISTICS, Shape, gathering, shape_of
 from bench.step.data import size_config
 from prcl_fast.config import dump_config, parse_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.files.writing import write_text
 from prcl_fast.losses import ProbabilisticContrast
@@ -62,7 +62,7 @@ def simulate(count: int) -> list[dict[str, Any]]:
         batch = (f"train.batch_labeled={2 * count}", f"train.batch_unlabeled={2 * count}")
         config = size_config(_SMALL, folder, [*_HERE, *_SIMULATED, *batch])
         group = stack.enter_context(simulated(count))
-        trainer = Trainer(config, Console(quiet=True))
+        trainer = Trainer(config, PlainConsole(quiet=True))
         batches = stack.enter_context(contextlib.closing(trainer.batches()))
         instead = gathering(shape_of(config, len(trainer.source.classes)), (2, 2))
         for _ in range(WARMUP):
@@ -100,7 +100,7 @@ def _train(rank: int, count: int, folder: Path, tree: Mapping[str, Any]) -> None
     calls: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         meter = stack.enter_context(joined(rank, count, folder)) if count > 1 else None
-        trainer = Trainer(config, Console(quiet=True))
+        trainer = Trainer(config, PlainConsole(quiet=True))
         batches = stack.enter_context(contextlib.closing(trainer.batches()))
         for _ in range(WARMUP + STEPS):
             started = time.perf_counter()

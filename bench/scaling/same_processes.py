@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
 from torch import Tensor
 
 import prcl_fast.engine.evaluate as evaluation
 from bench.arguments import parser
 from bench.compared_runs import ComparedRuns
 from prcl_fast.config import Config, load_config, override_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.methods import Method
 from prcl_fast.processes.replicas import check_alike
@@ -107,7 +107,7 @@ def _train(rank: int, config: Config, world: int, steps: int, folder: str) -> No
     _compute_in_float64()
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    trainer = Trainer(config, Console(quiet=True))
+    trainer = Trainer(config, PlainConsole(quiet=True))
     losses, prototypes = [], []
     with contextlib.closing(trainer.batches()) as batches:
         for _ in range(steps):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
@@ -24,6 +23,7 @@ from bench import machine
 from bench.arguments import parser
 from bench.ops.run import write_result
 from bench.step.data import SIZES, size_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.data.batches import Batch
 from prcl_fast.engine.trainer import Trainer
 
@@ -53,7 +53,7 @@ def profile_step(
         InputError: the configuration is wrong.
     """
     with tempfile.TemporaryDirectory(prefix="prcl_step_profile_") as folder:
-        trainer = Trainer(size_config(size, Path(folder), overrides), Console(quiet=True))
+        trainer = Trainer(size_config(size, Path(folder), overrides), PlainConsole(quiet=True))
         cuda = trainer.device.type == "cuda"
         result: dict[str, Any] = {
             "kind": KIND,

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from bench.arguments import parser
 from bench.compared_runs import ComparedRuns
 from prcl_fast.config import Config, load_config, override_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.device import choose_device
 from prcl_fast.engine.trainer import Trainer
 
@@ -110,7 +110,7 @@ def losses(config: Config, steps: int, *, nudged: bool = False) -> Tensor:
     """
     with tempfile.TemporaryDirectory(prefix="prcl_losses_") as folder:
         config = override_config(config, [f"output={folder}/run", f"data.cache_dir={folder}"])
-        trainer = Trainer(config, Console(quiet=True))
+        trainer = Trainer(config, PlainConsole(quiet=True))
         if nudged:
             nudge(trainer)
         rows = []

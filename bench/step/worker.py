@@ -17,12 +17,12 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bench.step.plain import PlainTraining
 from bench.step.published import PublishedTraining
 from bench.step.setup import LOSSES, Training
 from prcl_fast.config import Config, dump_config, parse_config
+from prcl_fast.console.plain import PlainConsole
 from prcl_fast.data.sources import build_source
 from prcl_fast.device import choose_device
 from prcl_fast.engine.trainer import Trainer
@@ -39,7 +39,7 @@ class OurTraining:
     """The package's own trainer. Satisfies `bench.step.setup.Training`."""
 
     def __init__(self, config: Config) -> None:
-        self.trainer = Trainer(config, Console(quiet=True))
+        self.trainer = Trainer(config, PlainConsole(quiet=True))
         self.student = self.trainer.method.student
         self.batches = self.trainer.batches()
 

@@ -67,7 +67,7 @@ def convert(
         int, typer.Option(min=1, help="Largest number of pixels of one mask, as data.max_pixels.")
     ] = 89_478_485,
 ) -> None:
-    """Convert masks of colours to masks of ids, or change the ids of masks.
+    """Make masks of ids from masks of colours, or change their ids.
 
     OUT is complete or not there at all. Example: prcl data convert masks ids --palette voc
     """

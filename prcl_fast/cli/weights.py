@@ -14,9 +14,9 @@ def convert_weights(
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
-    """Write a trained network as a file for `model.weights`: that of a run, or of the authors' public code.
+    """Write the network of a run, or of the authors' code, as one file.
 
-    Of a run, the network that gives its mIoU. Of the authors' code, their averaged network; a key that is
+    The file is for `model.weights`. Of a run, the network that gives its mIoU. Of the authors' code, their averaged network; a key that is
     unknown or missing is an error.
     """
     from prcl_fast.console import note

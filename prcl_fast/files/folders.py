@@ -24,7 +24,7 @@ def check_subfolder(folder: Path) -> None:
     with write_errors(folder):
         try:
             mode = os.lstat(folder).st_mode
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
     if not stat.S_ISDIR(mode):
         kind = "a link" if stat.S_ISLNK(mode) else "no folder"

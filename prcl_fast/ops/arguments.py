@@ -96,8 +96,7 @@ def check_variance(name: str, value: Tensor) -> None:
 
     A nan passes: the trainer's guard reports a step that is not finite.
     """
-    readable = type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu"
-    if not readable or torch.compiler.is_compiling() or value.numel() == 0:
+    if not _is_readable_on_host(value) or value.numel() == 0:
         return
     smallest = float(value.detach().amin())
     if smallest <= 0:
@@ -132,6 +131,15 @@ def check_draws(names: str, draws: int) -> None:
     """A draw's position in the output is a 32-bit word of the generator's counter."""
     if draws >= _MAX_ELEMENTS:
         raise ValueError(f"{names} must be below 2^32, the number of draws in one step; got {draws}")
+
+
+def _is_readable_on_host(x: Tensor) -> bool:
+    """Whether the host can read the values of x without waiting for a device."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
 
 
 def reduction_is_mean(reduction: str) -> bool:

@@ -210,8 +210,10 @@ def test_maps_keep_their_size_at_the_start() -> None:
 def test_torchvisions_file_loads_strictly_without_its_classifier(tmp_path: Path) -> None:
     state = torchvision_file()
     torch.save(state, tmp_path / "mobilenet_v2.pth")
-    model = ModelConfig(backbone="mobilenet_v2", width=16, dim=8, weights=tmp_path / "mobilenet_v2.pth")
-    own = build_network(model, 4).backbone.state_dict()
+    model = ModelConfig(backbone="mobilenet_v2", width=16, dim=8)
+    network = build_network(model, 4)
+    load_backbone(network, tmp_path / "mobilenet_v2.pth")
+    own = network.backbone.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in own.items())
 
     del state["features.3.conv.1.0.weight"]

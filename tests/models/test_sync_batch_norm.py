@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from prcl_fast.config import parse_config
 from prcl_fast.engine import step
 from prcl_fast.engine.trainer import Trainer
-from prcl_fast.losses import contrast
 from prcl_fast.models import sync_batch_norm
 from prcl_fast.models.batch_norm import BatchNorm2d
 from prcl_fast.models.deeplab import ImagePooling
@@ -29,6 +28,7 @@ from prcl_fast.models.sync_batch_norm import (
     sum_for_backward,
     synchronize_batch_norm,
 )
+from prcl_fast.ops import arguments
 from support.cuda_batch_norm import cuda_batch_norm
 from support.processes import Pair, pair
 from support.recording import HostReadError, Recording
@@ -323,7 +323,7 @@ def _host_read(rank: int, config: dict[str, Any]) -> str | None:
             for _ in range(2):
                 trainer.step(batches)
             batch = next(batches)
-        patch.setattr(contrast, "_is_readable_on_host", lambda x: False)  # as on a device
+        patch.setattr(arguments, "_is_readable_on_host", lambda x: False)  # as on a device
         try:
             Recording(lambda: trainer.train_step([batch]))
         except HostReadError as error:

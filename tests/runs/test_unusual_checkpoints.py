@@ -21,6 +21,7 @@ from prcl_fast.data.sources.synthetic import write_synthetic
 from prcl_fast.data.tools.mask_convert import convert_masks
 from prcl_fast.data.tools.split_tools import write_lines
 from prcl_fast.engine.predict import predict_files
+from prcl_fast.engine.predict_inputs import find_images
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.methods import build_method
@@ -153,7 +154,7 @@ def test_paths_may_be_strings(tmp_path: Path) -> None:
     save_checkpoint(f"{folder}/copy.pt", load_checkpoint(str(run.path)))
     write_synthetic(data, SyntheticConfig(labeled=1, unlabeled=1, val=1))
     assert read_split(f"{data}/splits/val.txt").names == ("val_0000",)
-    assert len(list(predict_files(run, None, [f"{data}/JPEGImages"], out, CPU))) == 3
+    assert len(list(predict_files(run, None, find_images([f"{data}/JPEGImages"]), out, CPU))) == 3
     assert convert_masks(f"{data}/SegmentationClass", f"{out}/masks", code=None, label_map={}) == 2
     write_lines(f"{out}/list.txt", ["a"])
     assert read_metrics(f"{folder}/metrics.jsonl").evaluations
