@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
+
+# Of a machine that lacks room, open files, processes, or a disk that works.
+_LIMITS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EMFILE, errno.ENFILE, errno.EAGAIN),
+    *(errno.EIO, errno.EROFS, errno.ESTALE),
+)
 
 
 class InputError(Exception):
@@ -28,6 +36,17 @@ class WriteError(InputError):
 
 class RunError(RuntimeError):
     """A run cannot go on. The message is one line; the command line prints it and exits with status 1."""
+
+
+def fault_of_system(error: Exception) -> str | None:
+    """One line about an error of the system that names a file, or tells of a limit of the machine.
+
+    None for any other error: without its traceback nobody could find its origin.
+    """
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in _LIMITS):
+        return None
+    named = "" if error.filename is None else f"{error.filename}: "
+    return f"{named}{error.strerror or error}"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,5 @@ comparison.py        `prcl compare`: groups over seeds; comparison_files.py, see
 embedding_report.py  `prcl analyse`: embedding.py, prototypes.py, prototype_path.py, cluster_quality.py,
                      embedding_figures.py
 step_time.py         the bars of `prcl profile` and `bench step`
-duration.py          durations as text
 style.py             the style of all figures
 """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from prcl_fast.console.streams import standard_streams, status_of
 from prcl_fast.console.text import printable
-from prcl_fast.errors import InputError, RunError
+from prcl_fast.errors import InputError, RunError, fault_of_system
 from prcl_fast.machine.memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ _INTERRUPTED = 128 + 2
 def run(command: Callable[[], int | None], name: str) -> int:
     """Runs a command and returns its exit status.
 
-    InputError, RunError, errors of the system and a failed allocation of memory become one line on standard
-    error, begun with `name`, and status 2 for the first, else 1. Ctrl-C gives status 130, the shell's.
+    InputError, RunError, faults of the system and a failed allocation of memory become one line on standard
+    error, begun with `name`, and status 2 for the first, else 1. Ctrl-C gives status 130, the shell's. Any
+    other exception passes, and Python prints its traceback.
     """
     with standard_streams() as output:
         try:
@@ -35,10 +36,6 @@ def run(command: Callable[[], int | None], name: str) -> int:
         except (InputError, RunError) as error:
             note(f"{name}: {error}")
             status = 2 if isinstance(error, InputError) else 1
-        except OSError as error:
-            named = f"{error.filename}: " if error.filename else ""
-            note(f"{name}: {named}{error.strerror or error}")
-            status = 1
         except KeyboardInterrupt:
             status = _INTERRUPTED
         except SystemExit as end:
@@ -46,7 +43,7 @@ def run(command: Callable[[], int | None], name: str) -> int:
                 raise
             status = _INTERRUPTED if _after_interrupt(end) else end.code or 0
         except Exception as error:
-            line = out_of_memory(error)
+            line = out_of_memory(error) or fault_of_system(error)
             if line is None:
                 raise
             note(f"{name}: {line}")

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -23,7 +23,6 @@ from prcl_fast.errors import InputError, RunError
 from prcl_fast.step_parts import part
 
 _AHEAD = 2  # micro-steps that each worker decodes before they are asked for
-_PARENT_CHECK_S = 5.0
 _DEATH_S = 10.0  # for the system to end a worker whose connection is closed
 _REMEDY = "if memory ran out, lower data.workers"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -120,40 +119,39 @@ def _started(steps: MicroSteps, number: int) -> Iterator[list[_Worker]]:
     """Worker processes that live until the block ends."""
     workers: list[_Worker] = []
     try:
-        for _ in range(number):
+        for position in range(1, number + 1):
             try:
-                workers.append(_start(steps))
+                _start(steps, workers)
             except OSError as error:
                 raise RunError(
-                    f"data.workers: worker {len(workers) + 1} of {number} cannot be started: "
+                    f"data.workers: worker {position} of {number} cannot be started: "
                     f"{error.strerror or error}; lower data.workers (0 decodes in the main process)"
                 ) from None
         yield workers
     finally:
         # They hold nothing that must be saved; an image may take long to decode.
+        begun = [worker.process for worker in workers if worker.process.pid is not None]
+        for process in begun:
+            process.kill()
+        for process in begun:
+            process.join()
         for worker in workers:
-            worker.process.kill()
-        for worker in workers:
-            worker.process.join()
             worker.connection.close()
 
 
-def _start(steps: MicroSteps) -> _Worker:
+def _start(steps: MicroSteps, workers: list[_Worker]) -> None:
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=_work, args=(there, steps), daemon=True)
-    try:
+    with there:
+        process = multiprocessing.Process(target=_work, args=(there, steps), daemon=True)
+        # Listed before its start: a signal may end this function in between, and the exit of the main process
+        # would wait for a worker that nobody ends.
+        workers.append(_Worker(process, here))
         # The worker inherits the mask: a signal to the whole job does not reach it before it ignores them.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
-    except BaseException:
-        here.close()
-        raise
-    finally:
-        there.close()
-    return _Worker(process, here)
 
 
 def _work(connection: Connection, steps: MicroSteps) -> None:
@@ -163,12 +161,11 @@ def _work(connection: Connection, steps: MicroSteps) -> None:
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    parent = os.getppid()
+    # The connection alone would not tell: this process holds a copy of its other end.
+    main = multiprocessing.parent_process()
+    assert main is not None
     with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            while not connection.poll(_PARENT_CHECK_S):
-                if os.getppid() != parent:
-                    return
+        while main.sentinel not in wait([connection, main.sentinel]):
             _answer(connection, steps, connection.recv())
 
 

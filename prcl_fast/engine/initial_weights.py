@@ -30,7 +30,8 @@ def load_initial_weights(
 
     A file with torchvision's key names initialises the backbone. A run folder, a checkpoint or a network file
     initialises backbone and decoder, and each head that agrees in shape; the classifier only for the same
-    classes in the same order.
+    classes in the same order. Of two networks that supervise each other, the second takes its backbone alone:
+    two equal networks would stay equal.
 
     Args:
         classes: names of the data's classes.
@@ -42,33 +43,39 @@ def load_initial_weights(
     path = config.model.weights
     if path is None:
         return
-    networks = [module for module in method.modules() if isinstance(module, SegmentationNetwork)]
     with naming(_KEY):
         if is_run(path):
             trained = network_of_run(path)
         else:
             content = read_file(path)
             if not is_network(content):
-                for network in networks:
+                for network in _networks(method):
                     load_backbone_state(network, content, path)
                 return
             trained = network_of_file(content, path)
-        line = _loaded(networks, trained, config, classes)
+        line = _loaded(method, trained, config, classes)
     if not has_begun(config.output):  # else the run's own checkpoint replaces these weights
         say(line)
 
 
-def _loaded(
-    networks: Sequence[SegmentationNetwork], trained: TrainedNetwork, config: Config, classes: Sequence[str]
-) -> str:
-    """Loads a trained network into all `networks`, which are built alike; returns a line about it."""
+def _networks(method: Method) -> list[SegmentationNetwork]:
+    """All networks of a method, which are built alike."""
+    return [module for module in method.modules() if isinstance(module, SegmentationNetwork)]
+
+
+def _loaded(method: Method, trained: TrainedNetwork, config: Config, classes: Sequence[str]) -> str:
+    """Loads a trained network into those of a method; returns a line about it."""
     if trained.model is not None:
         other = other_architecture(trained.model, config.model, _SHAPES)
         if other is not None:
             raise InputError(f"{trained.path}: {other}")
     difference = trained.other_classes(classes)
-    for network in networks:
-        anew = load_trained(network, trained.state, trained.path, same_classes=difference is None)
+    first, *others = method.learners()
+    for network in _networks(method):
+        if network not in others:
+            anew = load_trained(network, trained.state, trained.path, same_classes=difference is None)
+    for network in others:
+        network.backbone.load_state_dict(first.backbone.state_dict())
     parts = []
     if "classifier" in anew:
         anew.remove("classifier")
@@ -77,4 +84,7 @@ def _loaded(
         names = " and ".join(anew)
         starts = "it starts" if len(anew) == 1 else "they start"
         parts.append(f"no {names} of these shapes there: {starts} anew")
-    return f"{_KEY}: {trained.path}: {'; '.join(parts) or f'{trained.origin}, with its heads'}"
+    line = f"{_KEY}: {trained.path}: {'; '.join(parts) or f'{trained.origin}, with its heads'}"
+    return (
+        f"{line}; the second network takes the backbone alone, to differ from the first" if others else line
+    )

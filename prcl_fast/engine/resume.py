@@ -1,4 +1,4 @@
-"""Resume of a run: its newest checkpoint, compared with the configuration and the data, and loaded."""
+"""Resume of a run: its newest checkpoint, compared with the configuration and the data, then loaded."""
 
 from __future__ import annotations
 
@@ -51,15 +51,25 @@ class Before:
     starts: list[dict[str, Any]]
 
 
-def resume(
-    config: Config,
-    data: Mapping[str, str],
-    method: Method,
-    train_step: TrainStep,
-    allowed: AllowedChanges,
-    say: Callable[[str], None],
-) -> Before:
-    """Loads the newest checkpoint of the run's folder, if there is one, into `method` and `train_step`.
+@dataclass(frozen=True)
+class Former:
+    """The newest checkpoint of a run.
+
+    Attributes:
+        path: its file.
+        state: its content.
+        config: the configuration with which it was written.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    config: Config
+
+
+def former_state(
+    config: Config, data: Mapping[str, str], allowed: AllowedChanges, say: Callable[[str], None]
+) -> Former | None:
+    """The newest checkpoint in the run's folder, from which it may go on; None where there is none.
 
     A collective: every rank must call it.
 
@@ -73,7 +83,7 @@ def resume(
     """
     found = newest_state(config.output, say)
     if found is None:
-        return Before(0, Progress(), config.train.iterations, [])
+        return None
     path, state = found
     former = parse_stored_config(state["config"], str(path))
     # A folder's config.yaml has been compared already; its paths may have been edited after a move of data.
@@ -89,12 +99,30 @@ def resume(
         say(f"note: the data has changed since {path} was written: {changed}")
     elif "data" not in state:
         say(f"note: {path} is of a former version and does not say which lists and images it was trained on")
+    return Former(path, state, former)
+
+
+def resume(
+    former: Former | None,
+    config: Config,
+    method: Method,
+    train_step: TrainStep,
+    say: Callable[[str], None],
+) -> Before:
+    """Loads a checkpoint into `method` and `train_step`; without one the run is new.
+
+    Raises:
+        InputError: the networks or the optimiser have other parameters.
+    """
+    if former is None:
+        return Before(0, Progress(), config.train.iterations, [])
+    path, state = former.path, former.state
     restore(method, state["method"], path)
     optimizer = train_step.optimizer
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     check_optimizer(state["optimizer"], optimizer.state_dict(), shapes, path)
     train_step.load_state_dict(state, state["iteration"])
-    iteration, total, longer = state["iteration"], former.train.iterations, config.train.iterations
+    iteration, total, longer = state["iteration"], former.config.train.iterations, config.train.iterations
     say(f"{path}: going on from iteration {iteration}")
     if longer > total:
         say(f"extended from {total} to {longer} iterations; the schedules go on as those of {longer}")

@@ -12,23 +12,14 @@ from torch import Tensor
 
 from prcl_fast.config import Config, dump_config
 from prcl_fast.console.plain import PlainConsole
-from prcl_fast.data.batches import (
-    Batch,
-    check_batches,
-    images_of_step,
-    training_batches,
-    training_cache,
-)
-from prcl_fast.data.identity import data_identity
+from prcl_fast.data.batches import Batch, images_of_step, training_batches, training_cache
 from prcl_fast.data.micro_steps import named_images
-from prcl_fast.data.sources import build_source
-from prcl_fast.data.tools.label_check import check_labels
-from prcl_fast.device import choose_device, prepare_device
+from prcl_fast.device import choose_device
 from prcl_fast.engine.evaluate import evaluate
-from prcl_fast.engine.graph import CapturedStep, check_capture, host_syncs_refused, on_stream, warm_up_steps
-from prcl_fast.engine.initial_prototypes import initialize_prototypes, trained_network
+from prcl_fast.engine.graph import CapturedStep, host_syncs_refused, on_stream, warm_up_steps
+from prcl_fast.engine.initial_prototypes import initialize_prototypes
 from prcl_fast.engine.initial_weights import load_initial_weights
-from prcl_fast.engine.rank_facts import check_same_settings, check_same_start
+from prcl_fast.engine.preparation import prepare
 from prcl_fast.engine.report import evaluation_record, opening_lines, run_summary
 from prcl_fast.engine.resume import NO_CHANGES, AllowedChanges, resume
 from prcl_fast.engine.step import TrainStep
@@ -41,7 +32,7 @@ from prcl_fast.processes.replicas import check_alike
 from prcl_fast.processes.signals import StopRequest
 from prcl_fast.processes.watchdog import Watchdog
 from prcl_fast.runs.checkpoint import save_checkpoint, save_last
-from prcl_fast.runs.folder import check_output, claim_output, label_scan_cache, store_config
+from prcl_fast.runs.folder import claim_output, store_config
 from prcl_fast.runs.log import RunLog
 from prcl_fast.runs.provenance import add_record, start_record
 from prcl_fast.runs.text_log import TextLog
@@ -79,26 +70,15 @@ class Trainer:
     ) -> None:
         self.config, self.output, self.lines = config, config.output, TextLog.of(console)
         self.device = choose_device(config.train.device) if device is None else device
-        check_same_settings(config, {"--extend": allowed.extend, "--accept-data": allowed.data})
-        if rank() == 0:
-            check_output(config, extend=allowed.extend)  # before the work that takes time
-        check_capture(config, self.device)
-        prepare_device(self.device, threads=config.train.threads, tf32=config.train.tf32)
-        self.source = build_source(config.data)
-        check_batches(self.source, config, world_size())
-        if config.data.scan and rank() == 0:
-            for note in check_labels(self.source, cache=label_scan_cache()):
-                self._say(f"note: {note}")
-        prototypes_from = trained_network(config, self.source.classes, self.device)
+        prepared = prepare(config, self.device, allowed, self._say)
+        self.source, self.data = prepared.source, prepared.data
         torch.manual_seed(config.seed)
         self.method = build_method(config, len(self.source.classes))
-        load_initial_weights(self.method, config, self.source.classes, self._say)
-        self.data = data_identity(self.source)
-        check_same_start(config, self.data, prototypes_from)
         self.method.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Before the checkpoint is loaded: the seed and the file of weights give a resumed run the same start.
+        # Of the random weights, which the seed gives a resumed run again.
         head = self.method.student.probability
         self._head = None if head is None else HeadMovement(head)
+        load_initial_weights(self.method, config, self.source.classes, self._say)
         if world_size() > 1 and config.train.sync_bn:
             synchronize_batch_norm(self.method)
         self.method.lay_out()
@@ -109,22 +89,20 @@ class Trainer:
         if stream is not None:
             self._run_step = CapturedStep(self.train_step, stream)
         self._warm_up = warm_up_steps()
-        self.iteration = 0
+        before = resume(prepared.former, config, self.method, self.train_step, self._say)
+        self.iteration, self.progress = before.iteration, before.progress
+        self._former_total, self.starts = before.total, before.starts
         self.stop = StopRequest()
         self.watchdog = watchdog or Watchdog()  # inactive unless entered
         self.watchdog.details = lambda: named_images(self._images(self.iteration))
         self.cache = training_cache(self.source, config, say=self._say)
         if rank() == 0:
             self.lines.open(claim_output(config, extend=allowed.extend))
-        before = resume(config, self.data, self.method, self.train_step, allowed, self._say)
-        self.iteration, self.progress = before.iteration, before.progress
-        self._former_total, self.starts = before.total, before.starts
-        if rank() == 0:
             store_config(config)
-        if prototypes_from is not None and self.iteration == 0:
+        if prepared.prototypes_from is not None and self.iteration == 0:
             self.watchdog.at("making prototypes")
             initialize_prototypes(
-                self.method, prototypes_from, self.source, config, self.device,
+                self.method, prepared.prototypes_from, self.source, config, self.device,
                 say=self._say, alive=self.watchdog.alive,
             )  # fmt: skip
         if config.train.compile:

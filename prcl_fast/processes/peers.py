@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
+from prcl_fast.processes.failures import first_line
 from prcl_fast.processes.heartbeat import Heartbeat
 
 
@@ -59,6 +61,31 @@ class Peers:
         if max(self._heartbeat.heard_at[rank] for rank in ranks) <= paused_at + 2 * self._beat_s:
             return f"rank {names} ended while rank {self._heartbeat.rank} was stopped for {paused_s:.0f} s"
         return f"rank {names} is gone (killed, out of memory, or its machine lost)"
+
+    def cause(self, error: BaseException, activity: str) -> str | None:
+        """The cause of an error of a collective in one line, or None where another rank prints it.
+
+        Args:
+            activity: of this rank.
+        """
+        heartbeat, beat_s = self._heartbeat, self._beat_s
+        heartbeat.read_all = True
+        until = time.monotonic() + 2.5 * beat_s
+        while time.monotonic() < until and not heartbeat.store_lost and heartbeat.report is None:
+            heartbeat.exchange(beat_s)
+            time.sleep(beat_s / 10)
+        if heartbeat.report is not None:
+            return None
+        if not self.store_answers(2 * beat_s):
+            time.sleep(beat_s / 2)  # until the watching thread has noticed a pause of this process
+            return self.lost_store()
+        silent = self.silent(2 * beat_s)
+        if silent:
+            return self.gone(silent)
+        last, alike = self.furthest_behind()
+        if last != heartbeat.rank and not alike:
+            return f"a collective timed out, waiting for rank {last}, which is {self.doing(last)}"
+        return f"rank {heartbeat.rank}: a collective failed while {activity}: {first_line(error)}"
 
     def lost_store(self) -> str | None:
         """The message about a store that does not answer; None where another rank prints it.

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from prcl_fast.errors import InputError, RunError
 from prcl_fast.processes.agreement import DifferenceError, first_difference
 from prcl_fast.processes.arrival import Arrival, arrival, misplaced
+from prcl_fast.processes.failures import first_line
 from prcl_fast.processes.launch import Launch
 
 # A server that answers no request of PyTorch's store for so long is another program's.
@@ -98,11 +99,6 @@ def join(
             raise
         raise RunError(f"{rendezvous.place}: rank {launch.rank}: {first_line(error)}") from None
     return Group(dist.PrefixStore("watchdog", store))
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an error without the C++ stack that PyTorch adds."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Rendezvous:

@@ -25,19 +25,17 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
-from prcl_fast.errors import InputError, RunError
-from prcl_fast.machine.memory import out_of_memory
-from prcl_fast.processes.agreement import DifferenceError
+from prcl_fast.console.text import printable
+from prcl_fast.errors import InputError
+from prcl_fast.processes.failures import first_line, is_collective_failure, report_of
 from prcl_fast.processes.heartbeat import Heartbeat, Report
 from prcl_fast.processes.peers import Peers
-from prcl_fast.processes.rendezvous import first_line
 
 _OUTPUT_S = 5.0  # timeout of printing to a blocked stream, and of `details`
 
@@ -123,29 +121,6 @@ class Watchdog:
         """Prints `message` if it is the run's first report; returns whether it is. All other ranks end."""
         return self._report(Report(self.rank, f"prcl: {message}", 1, everywhere=False))
 
-    def collective_failure(self, error: BaseException) -> str | None:
-        """The cause of an error of a collective in one line, or None where another rank prints it."""
-        heartbeat, peers = self._heartbeat, self._peers
-        if heartbeat is None or peers is None:
-            return first_line(error)
-        heartbeat.read_all = True
-        until = time.monotonic() + 2.5 * self._beat_s
-        while time.monotonic() < until and not heartbeat.store_lost and heartbeat.report is None:
-            heartbeat.exchange(self._beat_s)
-            time.sleep(self._beat_s / 10)
-        if heartbeat.report is not None:
-            return None
-        if not peers.store_answers(2 * self._beat_s):
-            time.sleep(self._beat_s / 2)  # until the watching thread has noticed a pause of this process
-            return peers.lost_store()
-        silent = peers.silent(2 * self._beat_s)
-        if silent:
-            return peers.gone(silent)
-        last, alike = peers.furthest_behind()
-        if last != self.rank and not alike:
-            return f"a collective timed out, waiting for rank {last}, which is {peers.doing(last)}"
-        return f"rank {self.rank}: a collective failed while {self._activity}: {first_line(error)}"
-
     def __enter__(self) -> Watchdog:
         if self._heartbeat is not None:
             self._heartbeat.start()
@@ -174,19 +149,13 @@ class Watchdog:
         heartbeat.stop()
 
     def _report_error(self, error: Exception) -> None:
-        if _is_collective_failure(error):
-            message = self.collective_failure(error)
+        if is_collective_failure(error):
+            peers = self._peers
+            message = first_line(error) if peers is None else peers.cause(error, self._activity)
             if message is not None:
                 self.report(message)
             return
-        if isinstance(error, (InputError, RunError)):
-            text = f"prcl: {error}"
-        elif (shortage := out_of_memory(error)) is not None:
-            text = f"prcl: rank {self.rank}: {shortage}"
-        else:
-            text = "".join(traceback.format_exception(error)).rstrip()
-        status, everywhere = 2 if isinstance(error, InputError) else 1, isinstance(error, DifferenceError)
-        self._report(Report(self.rank, text, status, everywhere))
+        self._report(report_of(error, self.rank))
 
     def _report(self, report: Report) -> bool:
         first = self._heartbeat is None or self._heartbeat.claim_report(report, 2 * self._beat_s)
@@ -265,7 +234,7 @@ class Watchdog:
             # A launcher kills all ranks when one ends: the report must be printed before.
             time.sleep(min(1.0, self._beat_s))
             if report.everywhere:
-                self._print("".join(c if c.isprintable() else " " for c in report.message))
+                self._print(printable(report.message))
             return True
         if not peers.store_answers(self._gone_s):
             if 0 in heartbeat.statuses and heartbeat.statuses[0].left:
@@ -306,10 +275,6 @@ class Watchdog:
             text += f", {who}{self._activity}" + (f" ({more})" if more else "")
         self.report(f"{text}; train.stall_timeout sets how long that may take")
         return True
-
-
-def _is_collective_failure(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:

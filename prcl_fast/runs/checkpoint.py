@@ -188,7 +188,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _last(folder: Path) -> list[Path]:
     try:
         return last_checkpoints(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter is reported where the folder is made
         return []
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error.strerror or error}") from None

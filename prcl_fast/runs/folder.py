@@ -70,9 +70,9 @@ def claim_output(config: Config, *, extend: bool = False) -> Path:
     """
     folder = config.output
     check_output(config, extend=extend)
+    make_folder(folder, "output")
     for name in ("tensorboard", "figures"):
         check_subfolder(folder / name)
-    make_folder(folder, "output")
     remove_leftovers(folder)
     return folder
 

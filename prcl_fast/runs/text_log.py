@@ -30,7 +30,7 @@ class TextLog:
     def __init__(self, console: PlainConsole) -> None:
         self.console = console
         self._path: Path | None = None
-        self._waiting: list[bytes] = []
+        self._waiting: list[bytes] | None = []  # None once they are written, or cannot be
         self._error = ""
 
     @classmethod
@@ -42,8 +42,8 @@ class TextLog:
         """Appends to folder/log.txt from now on; the command comes first. Raises WriteError."""
         path = folder / LOG
         command = _entry("info", f"command: {shlex.join(sys.argv)}")
-        append(path, command + b"".join(self._waiting))
-        self._path, self._waiting = path, []
+        append(path, command + b"".join(self._waiting or ()))
+        self._path, self._waiting = path, None
 
     def say(self, line: str, *, level: Level = "info", shown: bool = True) -> None:
         """Prints and records a line.
@@ -55,7 +55,8 @@ class TextLog:
             self.console.print(line)
         entry = _entry(level, line)
         if self._path is None:
-            self._waiting.append(entry)
+            if self._waiting is not None:
+                self._waiting.append(entry)
             return
         try:
             append(self._path, entry)

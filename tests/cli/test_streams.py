@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -76,6 +77,28 @@ def test_an_error_of_the_system_is_one_line(capsys: pytest.CaptureFixture[str], 
 
     assert run(command, "prcl") == 1
     assert capsys.readouterr().err == f"prcl: {tmp_path}/none: No such file or directory\n"
+
+
+def test_a_full_disk_and_a_lack_of_memory_are_one_line_without_a_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for number, line in (
+        (errno.ENOSPC, "No space left on device"),
+        (errno.ENOMEM, "out of memory; lower train.batch_labeled"),
+    ):
+
+        def command(number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        assert run(command, "prcl") == 1
+        assert capsys.readouterr().err.startswith(f"prcl: {line}")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    result = program("import socket; socket.socket().getpeername()")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback")
+    assert "Transport endpoint is not connected" in result.stderr
 
 
 def test_the_streams_are_the_former_ones_afterwards(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -38,8 +39,8 @@ def put(path: Path, pixels: np.ndarray, orientation: int | None = None, **option
 
 
 def shown(path: Path) -> np.ndarray:
-    """The picture as a viewer shows it."""
-    with Image.open(path) as image:
+    """The picture as a viewer shows it; Pillow scrambles some TIFF files that it opens by name."""
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
         return np.array(ImageOps.exif_transpose(image))
 
 
@@ -59,6 +60,19 @@ def test_images_are_read_as_viewers_show_them(tmp_path: Path, name: str, orienta
 def test_masks_are_turned_as_images_are(tmp_path: Path, name: str, orientation: int) -> None:
     path = put(tmp_path / name, IDS, orientation)
     np.testing.assert_array_equal(read_mask(path), shown(path))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "CMYK"])
+def test_a_raw_tiff_is_turned_as_a_png_is(tmp_path: Path, mode: str, orientation: int) -> None:
+    image, exif = Image.fromarray(PIXELS).convert(mode), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.tif", exif=exif)
+    (image if mode != "CMYK" else image.convert("RGB")).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), read_image(tmp_path / "a.png"))
+    assert read_header(tmp_path / "a.tif") == read_header(tmp_path / "a.png")
+    if mode in ("L", "P"):
+        np.testing.assert_array_equal(read_mask(tmp_path / "a.tif"), read_mask(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -73,10 +73,21 @@ def test_images_without_a_labeled_pixel_are_refused(check: Check) -> None:
         check([0, 1, 2, 3], [1, 2, 3, 3], [0, 0], [0, 0], ignore=0, label_map={1: 0, 2: 1, 3: 2})
 
 
-def test_a_missing_class_beside_mostly_unlabeled_pixels_is_refused(check: Check) -> None:
+def test_a_class_that_is_nowhere_beside_mostly_unlabeled_pixels_is_refused(check: Check) -> None:
     mask = [0, 1, 255, 255, 255]
     with pytest.raises(InputError, match=r"has class c, and 60\.0 % .*data\.label_map: \{255: 2\}"):
-        check(mask, mask, WHOLE, WHOLE)
+        check(mask, mask, mask, mask)
+
+
+def test_sparse_labels_may_lack_classes(check: Check) -> None:
+    mask = [0, 1, 255, 255, 255]
+    (note,) = check(mask, mask, WHOLE, WHOLE)  # the validation images have class c, so it is read
+    assert note.startswith(
+        "data.labeled: no pixel of these images has class c, and 60.0 % of the pixels are not labeled, "
+        "although those of data.val have class c"
+    )
+    notes = check(mask, mask, mask, mask, classes="abcdef")
+    assert [note.partition(":")[0] for note in notes] == ["data.labeled", "data.val"]
 
 
 def test_mostly_unlabeled_pixels_of_all_classes_are_a_note(check: Check) -> None:

@@ -121,6 +121,17 @@ def test_other_classes_or_another_label_map_are_another_reading(data: DataConfig
     assert scan_and_count(build_source(data), cache) == 0  # the first reading is still known
 
 
+def test_labels_are_read_again_when_files_are_read_in_another_way(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = build_source(data), tmp_path / "cache" / "scan.json"
+    with monkeypatch.context() as former:
+        former.setattr("prcl_fast.data.tools.scan_cache.READING", 1)  # the orientation was not applied
+        assert scan_and_count(source, cache) == 4
+    assert scan_and_count(source, cache) == 4
+    assert scan_and_count(source, cache) == 0
+
+
 def test_a_bad_label_is_never_remembered_as_good(data: DataConfig, tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "scan.json"
     save_label(data.root / "labels/l1.png", 7)

@@ -101,6 +101,22 @@ def test_a_worker_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyP
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
+def test_a_signal_within_the_start_of_a_worker_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = multiprocessing.Process.start
+
+    def interrupted(process: multiprocessing.Process) -> None:
+        start(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multiprocessing.Process, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        numbers(2, Numbers(), 2)
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()
+    assert left == []
+
+
 def test_an_error_of_the_code_comes_with_its_traceback() -> None:
     def fail(micro_step: int) -> None:
         raise ZeroDivisionError("in the worker")
@@ -179,16 +195,42 @@ def test_workers_need_no_room_in_dev_shm(options: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_workers_end_when_the_main_process_is_killed() -> None:
-    script = textwrap.dedent(SCRIPT) + "import time\ntime.sleep(600)\n"
+# The main process is killed between steps, or while its workers are still at their beginning.
+BETWEEN = "import time\ntime.sleep(600)\n"
+BEGINNING = """
+import os, time, torch
+from prcl_fast.data import workers
+main, set_threads, start = os.getpid(), torch.set_num_threads, workers._start
+def slow(number):
+    while os.getppid() == main:
+        time.sleep(0.01)
+    set_threads(number)
+def started(steps, found):
+    start(steps, found)
+    if len(found) == 2:
+        print(*(worker.process.pid for worker in found), flush=True)
+        time.sleep(600)
+torch.set_num_threads, workers._start = slow, started
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [textwrap.dedent(SCRIPT) + BETWEEN, BEGINNING + textwrap.dedent(SCRIPT)],
+    ids=["between", "beginning"],
+)
+def test_workers_end_when_the_main_process_is_killed(script: str) -> None:
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         pids = [int(word) for word in process.stdout.readline().split()]
         process.kill()
     assert len(pids) == 2
     deadline = time.monotonic() + 60
-    while any(running(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker outlives the main process"
+    while left := [pid for pid in pids if running(pid)]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError("a worker outlives the main process")
         time.sleep(0.1)
 
 

@@ -126,10 +126,35 @@ def test_heads_of_other_shapes_start_anew(parent: Path, tmp_path: Path) -> None:
     assert lines[0].endswith("no representation and probability of these shapes there: they start anew")
     pps = tiny_tree(tmp_path / "pps", name="pps", prototypes=2, layers=1, heads=2, anchors=4, negatives=4)
     method, lines = begun(pps, parent)
-    assert len(networks_of(method)) == 2
-    for network in networks_of(method):
-        assert loaded_parts(network, teacher_of(parent)) == {"backbone", "decoder"}
-    assert lines[0].endswith("best.pt: a classifier of another kind: the classifier starts anew")
+    first, second = networks_of(method)
+    assert loaded_parts(first, teacher_of(parent)) == {"backbone", "decoder"}
+    assert loaded_parts(second, teacher_of(parent)) == {"backbone"}
+    assert "best.pt: a classifier of another kind: the classifier starts anew; the second" in lines[0]
+
+
+def test_networks_that_supervise_each_other_do_not_become_equal(parent: Path, tmp_path: Path) -> None:
+    method, lines = begun(tiny_tree(tmp_path / "run", name="cps"), parent)
+    first, second = networks_of(method)
+    assert loaded_parts(first, teacher_of(parent)) == {"backbone", "decoder", "classifier"}
+    assert loaded_parts(second, teacher_of(parent)) == {"backbone"}
+    assert lines[0].endswith(
+        ", with its heads; the second network takes the backbone alone, to differ from the first"
+    )
+
+
+def test_the_movement_of_sigma2_counts_from_the_random_head(parent: Path, tmp_path: Path) -> None:
+    """A trained head that stays as it is has learned before; its file may change until the run resumes."""
+    trainers = []
+    for name, weights in (("random", None), ("trained", str(parent))):
+        tree = tiny_tree(tmp_path / name)
+        tree["model"]["weights"] = weights
+        trainers.append(Trainer(parse_config(tree, "tiny"), Console(quiet=True)))
+    random, trained = (trainer._head for trainer in trainers)
+    assert random is not None
+    assert trained is not None
+    heads = [head._start.state_dict() for head in (random, trained)]
+    assert all(torch.equal(value, heads[1][key]) for key, value in heads[0].items())
+    assert loaded_parts(trainers[1].method.student, teacher_of(parent)) == WHOLE
 
 
 def test_another_architecture_is_refused_with_all_keys(parent: Path, tmp_path: Path) -> None:

@@ -59,15 +59,15 @@ def records(config: Config) -> list[dict]:
 
 
 def refused(config: Config, allowed: AllowedChanges = NO_CHANGES) -> str:
-    """The message of a start that changes no file of the run but log.txt."""
-    files = {
-        path: path.read_bytes()
-        for path in config.output.rglob("*")
-        if path.is_file() and path.name != "log.txt"
-    }
+    """The message of a start that changes no file of the run and leaves none."""
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+
+    before = files()
     with pytest.raises(InputError) as caught:
         trainer(config, allowed)
-    assert {path: path.read_bytes() for path in files} == files
+    assert files() == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -237,6 +237,17 @@ def test_a_run_goes_on_with_its_own_data_alone(
         run = trainer(on_disk, allowed)
         assert f"note: the data has changed since {on_disk.output / 'last.pt'} was written" in said(run)
         assert run.iteration == 6
+
+
+def test_data_that_has_changed_is_refused_before_the_cache_of_images_is_filled(
+    on_disk: Config, tmp_path: Path
+) -> None:
+    _shuffled(on_disk.data.root / "splits/labeled.txt")
+    cached = override_config(on_disk, ["data.cache=disk", f"data.cache_dir={tmp_path / 'cache'}"])
+    assert "was trained on other data" in refused(cached)
+    assert not (tmp_path / "cache").exists()
+    trainer(cached, AllowedChanges(data=True))
+    assert (tmp_path / "cache").exists()
 
 
 def test_data_that_was_moved_is_the_same_data(on_disk: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from bench.scaling import same_processes
 from prcl_fast.config import parse_config
 from prcl_fast.data.sources import build_source
 from prcl_fast.engine.evaluate import evaluate
+from prcl_fast.engine.resume import AllowedChanges
 from prcl_fast.engine.trainer import InterruptedRunError, Trainer
 from prcl_fast.errors import InputError
 from prcl_fast.files.locking import FolderLock
@@ -35,9 +37,9 @@ CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
 
 
-def _run(rank: int, config: dict[str, Any], stop_on: int | None) -> dict[str, Any]:
+def _run(rank: int, config: dict[str, Any], stop_on: int | None, extend: bool = False) -> dict[str, Any]:
     with small_backbones():
-        trainer = Trainer(parse_config(config, "tiny"), QUIET)
+        trainer = Trainer(parse_config(config, "tiny"), QUIET, allowed=AllowedChanges(extend=extend))
     start = trainer.iteration
     trainer.stop.asked = rank == stop_on
     try:
@@ -84,6 +86,19 @@ def test_a_stop_on_one_process_stops_all_and_any_number_of_processes_goes_on(
     network = _evaluate(0, str(tmp_path / "whole"))
     assert torch.equal(found[0], network)
     assert torch.equal(found[1], network)
+
+
+def test_an_extension_that_is_interrupted_ends_as_one_that_is_not(two: Pair, tmp_path: Path) -> None:
+    whole, halves = (_small_tree(tmp_path / name, iterations=2) for name in ("whole", "halves"))
+    two(_run, whole, None)
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    for config in (whole, halves):
+        config["train"]["iterations"] = 5
+    assert [result["start"] for result in two(_run, whole, None, True)] == [2, 2]
+    for result in two(_run, halves, 1, True):
+        assert "stopped at iteration 4 of 5" in result["stopped"]
+    assert [result["start"] for result in two(_run, halves, None, True)] == [4, 4]
+    assert _same(_weights(tmp_path / "whole"), _weights(tmp_path / "halves"))
 
 
 def _evaluate(rank: int, run: str) -> Tensor:

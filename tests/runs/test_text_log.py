@@ -118,6 +118,7 @@ def test_a_full_disk_is_said_once_and_does_not_end_the_run(tmp_path: Path) -> No
         "two",
         "three",
     ]
+    assert log._waiting is None  # nothing is kept for a file that is not written
 
 
 def test_a_link_in_the_place_of_the_log_is_refused_and_its_target_left_alone(tmp_path: Path) -> None:

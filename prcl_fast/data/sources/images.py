@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ UNREAD_SUFFIXES = (
 )
 MAX_PIXELS = 89_478_485  # Pillow's bound, too
 # To be raised with every change of what `read_image` or `read_mask` make of a file: caches are then renewed.
-READING = 2
+READING = 3
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "TIFF")
@@ -236,7 +235,9 @@ def _recognised(file: BinaryIO, path: Path, formats: tuple[str, ...]) -> Image.I
         if accepted and not isinstance(accepted, str):  # a text says why Pillow cannot read the format
             file.seek(0)
             with suppress(SyntaxError, IndexError, TypeError, struct.error):
-                return factory(file, os.fspath(path))
+                # With a file name, Pillow maps raw pixels into memory. There a TIFF that is turned by 90
+                # degrees has the wrong width, and a file that becomes shorter ends the process.
+                return factory(file, "")
     kind = next((kind for first, kind in _NO_MASKS.items() if start.startswith(first)), None)
     if kind is not None and formats == _MASK_FORMATS:
         reason = _GIF if kind == "GIF" else _LOSSY

@@ -55,10 +55,10 @@ def judge_labels(source: Source, scan: LabelScan) -> Verdict:
     """The verdict on labels that were read without a problem.
 
     Refused: labeled or validation images without a labeled pixel; labeled pixels of a single class beside
-    pixels that are not labeled, as in a binary mask of 0 and 255; a class that is missing where most pixels
-    are not labeled; labeled images of a single class; palettes in another order from file to file; grey masks
-    whose ids `data.palette` would make other classes. Any other class that is missing is a note, because a
-    small set of labeled images can lack a rare class.
+    pixels that are not labeled, as in a binary mask of 0 and 255; a single class that no image has, where
+    most pixels are not labeled and all of these have one id; labeled images of a single class; palettes in
+    another order from file to file; grey masks whose ids `data.palette` would make other classes. Any other
+    class that is missing is a note, because a small set of labeled images can lack a rare class.
     """
     refusals: list[str] = []
     notes: list[str] = []
@@ -86,17 +86,21 @@ def _judge_subset(
         )
         return
     lacks = f"data.{subset}: no pixel of these images has {_names(source, missing)}"
+    remedy = _remedy(source, scan, subset, missing)
     one_class = len(missing) == len(counts) - 1
-    if missing and unlabeled and (one_class or share > 0.5):
-        refusals.append(f"{lacks}, and {of_all}{found}{_remedy(source, scan, subset, missing)}")
+    # Sparse labels lack classes, too, but not one alone that the other images lack as well.
+    nowhere = len(missing) == 1 and not any(rows[:, missing].any() for rows in scan.pixels.values())
+    if unlabeled and (one_class or (nowhere and share > 0.5 and remedy)):
+        refusals.append(f"{lacks}, and {of_all}{found}{remedy}")
     elif one_class and subset == "labeled":
         refusals.append(f"{lacks}, so there is nothing to tell it from{found}")
     elif missing and (subset == "labeled" or one_class):
+        sparse = f", and {of_all}" if share > 0.5 else ""
         elsewhere = ""
         if subset == "labeled" and (measured := scan.pixels["val"][:, missing].sum(axis=0)).any():
             held = [index for index, count in zip(missing, measured, strict=True) if count]
             elsewhere = f", although those of data.val have {_names(source, held)}"
-        notes.append(lacks + elsewhere + _remedy(source, scan, subset, missing))
+        notes.append(lacks + sparse + elsewhere + remedy)
     elif share > 0.5:
         notes.append(f"data.{subset}: {of_all}{found}")
 

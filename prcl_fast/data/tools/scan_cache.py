@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from prcl_fast.data.sources.images import READING
 from prcl_fast.data.sources.labels import LabelContent, Reading
 from prcl_fast.errors import InputError, WriteError
 from prcl_fast.files.reading import read_text
 from prcl_fast.files.writing import write_text
 
-_VERSION = 2
+_VERSION = 3
 _MAX_BYTES = 2**28  # a million label files
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def read_entries(file: Path) -> dict[str, Entry]:
         if state.st_uid not in (os.geteuid(), 0) or state.st_mode & 0o002:
             return {}
         tree = json.loads(read_text(file, "cache of labels", _MAX_BYTES))
-        if tree["version"] != _VERSION:
+        if (tree["version"], tree["reading"]) != (_VERSION, READING):
             return {}
         labels = dict(tree["labels"])
     except (OSError, InputError, ValueError, KeyError, TypeError, RecursionError):
@@ -56,7 +57,7 @@ def write_entries(file: Path, entries: Mapping[str, Entry]) -> None:
     """Writes the entries, whole or not at all; a file that cannot be written is reported in the log."""
     labels = {key: [entry.stamp, _text(entry.content)] for key, entry in entries.items()}
     try:
-        write_text(file, json.dumps({"version": _VERSION, "labels": labels}))
+        write_text(file, json.dumps({"version": _VERSION, "reading": READING, "labels": labels}))
     except WriteError as error:  # a read-only home costs time, not the run
         _log.warning("the scan of the labels cannot be kept: %s", error)
 
