@@ -16,8 +16,8 @@ def convert_weights(
 ) -> None:
     """Write the network of a run, or of the authors' code, as one file.
 
-    The file is for `model.weights`. Of a run, the network that gives its mIoU. Of the authors' code, their averaged network; a key that is
-    unknown or missing is an error.
+    The file is for `model.weights`. Of a run, the network that gives its mIoU. Of the authors' code, their
+    averaged network; a key that is unknown or missing is an error.
     """
     from prcl_fast.console import note
     from prcl_fast.models.convert import convert_authors_checkpoint
