@@ -1,6 +1,7 @@
 """`prcl`: the command line, one module a command.
 
-Exit status: 0 done, 2 a mistake in the input (one line on standard error), 1 any other failure.
+Exit status: 0 done, 2 a mistake in the input (one line on standard error), 130 Ctrl-C, 141 a reader of the
+output that has gone, 1 any other failure.
 """
 
 from __future__ import annotations

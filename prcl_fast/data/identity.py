@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from prcl_fast.console.text import excerpts
 from prcl_fast.data.source import SUBSETS, Source
 
 _WHOLE = 16  # images of a subset whose bytes are read, evenly spaced over its list
@@ -35,6 +36,7 @@ def changed_data(former: Mapping[str, str], now: Mapping[str, str]) -> str:
     for part in [*now, *former]:
         there, here = former.get(part, "not there"), now.get(part, "not there")
         if there != here:
+            there, here = excerpts(there, here)
             return f"{part}: {there} there, {here} here"
     return ""
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from prcl_fast.console.text import excerpts, value_text
 from prcl_fast.errors import InputError
 from prcl_fast.processes.collectives import gathered, gathered_texts, world_size
-
-_SHOWN = 120  # characters of a value in a message
-_BEFORE = 20  # of them before the first character that differs
 
 
 class DifferenceError(InputError):
@@ -50,10 +47,10 @@ def first_difference(facts: Sequence[Mapping[str, object]]) -> str:
     keys = dict.fromkeys(key for one in facts for key in one)
     # Facts that some ranks lack come last: they follow from others, as the keys of a method from its name.
     for key in sorted(keys, key=lambda key: not all(key in one for one in facts)):
-        texts = [_text(one[key]) if key in one else None for one in facts]
+        texts = [value_text(one[key]) if key in one else None for one in facts]
         for rank, text in enumerate(texts):
             if text != texts[0]:
-                own, other = _excerpts(text or "", texts[0] or "")
+                own, other = excerpts(text or "", texts[0] or "")
                 own = f"no {key}" if text is None else f"{key} {own}"
                 other = "none" if texts[0] is None else other
                 return (
@@ -61,23 +58,3 @@ def first_difference(facts: Sequence[Mapping[str, object]]) -> str:
                     "of a run"
                 )
     return ""
-
-
-def _text(value: object) -> str:
-    """A value as messages show it: in one line, a text without quotation marks."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return "".join(c if c.isprintable() else "?" for c in text) or "''"
-
-
-def _excerpts(text: str, other: str) -> tuple[str, str]:
-    """Both texts, cut to the part around their first difference where one is long."""
-    if max(len(text), len(other)) <= _SHOWN:
-        return text, other
-    alike = len(os.path.commonprefix([text, other]))
-    start = max(0, alike - _BEFORE)
-
-    def cut(whole: str) -> str:
-        end = start + _SHOWN
-        return f"{'...' if start else ''}{whole[start:end]}{'...' if len(whole) > end else ''}"
-
-    return cut(text), cut(other)

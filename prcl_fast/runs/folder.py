@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from prcl_fast.config import NEUTRAL_KEYS, Config, dump_config, flat_config, load_stored_config
+from prcl_fast.console.text import excerpts, value_text
 from prcl_fast.errors import InputError
 from prcl_fast.files.folders import check_subfolder
 from prcl_fast.files.writing import make_folder, remove_leftovers, user_cache, write_text
@@ -19,7 +19,6 @@ from prcl_fast.runs.metrics import METRICS, newest_records
 
 CONFIGURATION = "config.yaml"
 EXTENDABLE = "train.iterations"  # the key that may grow in a run that exists
-_SHOWN = 120  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def check_same_run(former: Config, now: Config, *, extend: bool = False) -> None
     longer = keys == [EXTENDABLE] and here[EXTENDABLE] > there[EXTENDABLE]
     if not keys or (longer and extend):
         return
-    named = ", ".join(f"{key} is {_shown(there, key)} there and {_shown(here, key)} here" for key in keys[:3])
+    named = ", ".join(_difference(there, here, key) for key in keys[:3])
     more = f" ({len(keys)} keys differ)" if len(keys) > 3 else ""
     if longer:
         remedy = (
@@ -155,12 +154,10 @@ def _stored_config(folder: Path) -> Config | None:
     return load_stored_config(path) if os.path.exists(path) else None
 
 
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    if key not in values:
-        return "not set"
-    value = values[key]
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> str:
+    texts = (value_text(values[key]) if key in values else "not set" for values in (there, here))
+    former, now = excerpts(*texts)
+    return f"{key} is {former} there and {now} here"
 
 
 def label_scan_cache() -> Path | None:

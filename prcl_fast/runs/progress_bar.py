@@ -56,9 +56,10 @@ class Speed:
     @property
     def per_second(self) -> float | None:
         """None until two steps are finished."""
-        if len(self._marks) < 2 or self._marks[-1][0] <= self._marks[0][0]:
+        marks = self._marks.copy()  # the thread that draws reads while the training changes them
+        if len(marks) < 2 or marks[-1][0] <= marks[0][0]:
             return self._former
-        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        (start, first), (end, last) = marks[0], marks[-1]
         return (last - first) / (end - start)
 
 

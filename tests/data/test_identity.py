@@ -98,3 +98,12 @@ def test_a_file_that_is_gone_is_named(folder: Path) -> None:
     next((folder / "JPEGImages").glob(f"{name}.*")).unlink()
     with pytest.raises(InputError, match=name):
         data_identity(source)
+
+
+def test_long_lists_of_classes_are_shown_around_their_difference() -> None:
+    names = [f"class{index}" for index in range(150)]
+    former, now = ({"data.classes": ", ".join(listed)} for listed in (names, [*names[:120], "other"]))
+    message = changed_data(former, now)
+    assert "class120, class121" in message
+    assert "other here" in message
+    assert len(message) < 400

@@ -38,7 +38,7 @@ _REST = "; it must be the same in all processes of a run"
         ([{"a": 1}, {}], "process 1 has no a, process 0 has 1"),
         ([{}, {"a": ""}], "process 1 has a '', process 0 has none"),
         ([{"old": 1, "name": "x"}, {"name": "y"}], "process 1 has name y, process 0 has x"),
-        ([{"a": "\x1b[31m"}, {"a": "b"}], "process 1 has a b, process 0 has ?[31m"),
+        ([{"a": "\x1b[31m"}, {"a": "b"}], r"process 1 has a b, process 0 has \x1b[31m"),
     ],
 )
 def test_the_first_difference_is_told_with_both_values(facts: list[dict[str, Any]], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,25 @@ def bar_after(width: int, clock: Clock, file: io.StringIO, **more: float) -> Pro
         bar.advance(iteration)
     bar.record({**LOSSES, "lr": 0.00641, **more})
     return bar
+
+
+def test_an_evaluation_may_begin_while_the_thread_that_draws_reads_the_speed() -> None:
+    class Cleared(deque[tuple[float, int]]):
+        """Emptied by the other thread right after it was read for the first time."""
+
+        def __len__(self) -> int:
+            length = super().__len__()
+            self.clear()
+            return length
+
+        def copy(self) -> deque[tuple[float, int]]:
+            found = deque(iter(self))
+            self.clear()
+            return found
+
+    speed = Speed()
+    speed._marks = Cleared([(0.0, 1), (1.0, 2)])
+    assert speed.per_second == 1.0
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
