@@ -186,7 +186,7 @@ def _failure(error: Exception, where: str) -> _Failure:
     if isinstance(error, InputError):
         return _Failure(InputError, str(error))
     if isinstance(error, (OSError, MemoryError)):
-        why = getattr(error, "strerror", None) or "not enough memory"
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else "not enough memory"
         return _Failure(
             RunError,
             f"data.workers: a worker cannot hand over micro-step {where}: {why}; lower data.workers "

@@ -66,6 +66,7 @@ def test_micro_steps_come_in_order(workers: int) -> None:
         ("memfd_create", OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files"),
         ("pwrite", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
         ("ftruncate", MemoryError(), "not enough memory"),
+        ("ftruncate", OSError("no reason with a number"), "no reason with a number"),
     ],
 )
 def test_a_worker_without_room_is_one_line_that_names_the_remedies(

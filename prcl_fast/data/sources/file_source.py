@@ -127,11 +127,11 @@ class FileSource:
 
 
 def _file_content(path: Path, whole: bool) -> str:
+    size = _state_of(path).st_size
+    if not whole:
+        return str(size)
+    checksum = 0
     try:
-        size = os.stat(path).st_size
-        if not whole:
-            return str(size)
-        checksum = 0
         with path.open("rb") as file:
             while block := file.read(_MAX_BYTES):
                 checksum = zlib.crc32(block, checksum)
