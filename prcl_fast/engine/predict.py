@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from prcl_fast.data.sources.images import read_image, save_index_png, save_png
 from prcl_fast.engine.inference import inference, inference_settings, segmentation_of
 from prcl_fast.engine.predict_inputs import MARK, InputImage, Inputs, check_outputs
 from prcl_fast.engine.rank_facts import check_same_prediction
-from prcl_fast.errors import InputError, RunError
+from prcl_fast.errors import InputError, RunError, WriteError
 from prcl_fast.files.writing import replacing
 from prcl_fast.processes.collectives import broadcast_text, rank, summed, world_size
 from prcl_fast.processes.output import locked_output
@@ -140,10 +141,22 @@ def _predict(
                 found = Unreadable(image.path, str(error))
             else:
                 prediction = predict_image(network, pixels, run.config, device)
-                found = write_prediction(out, image, pixels, prediction, run.palette, raw=raw)
+                found = _written(out, image, pixels, prediction, run.palette, raw=raw)
             if progress is not None:
                 progress(done, len(images))
             yield found
+
+
+def _written(
+    out: Path, image: InputImage, pixels: np.ndarray, found: Prediction, palette: np.ndarray, *, raw: bool
+) -> Written | Unreadable:
+    """Writes one prediction; a name that is too long with the outputs' endings is the image's own fault."""
+    try:
+        return write_prediction(out, image, pixels, found, palette, raw=raw)
+    except WriteError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return Unreadable(image.path, f"{image.path}: its outputs cannot be written: the name is too long")
 
 
 def check_all_predicted(unreadable: int, inputs: Inputs, device: torch.device) -> None:
@@ -157,7 +170,7 @@ def check_all_predicted(unreadable: int, inputs: Inputs, device: torch.device) -
     """
     count = int(summed(torch.tensor(unreadable, device=device)))
     if count:
-        raise RunError(f"{count} of {len(inputs.images)} images could not be read; they are named above")
+        raise RunError(f"{count} of {len(inputs.images)} images have no prediction; they are named above")
 
 
 def write_prediction(
@@ -169,21 +182,22 @@ def write_prediction(
     *,
     raw: bool,
 ) -> Written:
-    """Writes the files of one image, each whole or not at all. Raises WriteError."""
+    """Writes the files of one image, each whole or not at all, the longest names first. Raises WriteError."""
     index, overlay, variance, numbers = image.outputs(out)
-    save_index_png(index, prediction.label, palette, MARK)
+    files, limits = [index, overlay], None
+    if prediction.variance is not None:
+        low, high = limits = float(prediction.variance.min()), float(prediction.variance.max())
+        texts = MARK | {"variance_min": f"{low:.9g}", "variance_max": f"{high:.9g}"}
+        save_png(variance, Image.fromarray(colour_variance(prediction.variance, low, high)), texts)
+        files.append(variance)
+        if raw:
+            with replacing(numbers) as file:
+                np.save(file, prediction.variance)
+            files.append(numbers)
     blend = (pixels.astype(np.uint16) + palette[prediction.label] + 1) // 2
     save_png(overlay, Image.fromarray(blend.astype(np.uint8)), MARK)
-    if prediction.variance is None:
-        return Written(image.path, (index, overlay), None)
-    low, high = float(prediction.variance.min()), float(prediction.variance.max())
-    texts = MARK | {"variance_min": f"{low:.9g}", "variance_max": f"{high:.9g}"}
-    save_png(variance, Image.fromarray(colour_variance(prediction.variance, low, high)), texts)
-    if not raw:
-        return Written(image.path, (index, overlay, variance), (low, high))
-    with replacing(numbers) as file:
-        np.save(file, prediction.variance)
-    return Written(image.path, (index, overlay, variance, numbers), (low, high))
+    save_index_png(index, prediction.label, palette, MARK)
+    return Written(image.path, tuple(files), limits)
 
 
 def colour_variance(variance: np.ndarray, low: float, high: float) -> np.ndarray:

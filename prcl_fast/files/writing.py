@@ -23,6 +23,7 @@ from prcl_fast.files.reading import special_kind
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 # To open a pipe would wait for its reader.
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK
+_LONGEST_NAME = 255  # bytes; on every usual file system
 _TEMPORARY = re.compile(r"\.(.+)\.prcl-[0-9a-f]{16}\.tmp")
 
 
@@ -213,7 +214,10 @@ def _empty_or_missing(path: Path) -> Path:
 
 
 def _temporary(path: Path) -> Path:
-    return path.parent / f".{path.name}.prcl-{secrets.token_hex(8)}.tmp"
+    ending = f".prcl-{secrets.token_hex(8)}.tmp"
+    # A name may be as long as the file system allows: the temporary one has only its beginning.
+    start = os.fsdecode(os.fsencode(path.name)[: _LONGEST_NAME - len(ending) - 1])
+    return path.parent / f".{start}{ending}"
 
 
 def _refuse_special(path: Path, state: os.stat_result) -> None:

@@ -54,7 +54,7 @@ def test_bad_files_are_named_at_the_end_and_the_status_is_1(
     ]
     assert lines[4] == "predictions are in out"
     assert lines[5].startswith("prcl: photos/b.jpg: cannot be decoded")
-    assert lines[6:] == ["prcl: 1 of 4 images could not be read; they are named above"]
+    assert lines[6:] == ["prcl: 1 of 4 images have no prediction; they are named above"]
     assert len(list(Path("out").rglob("*.png"))) == 9
 
 
@@ -85,6 +85,6 @@ def test_every_rank_names_its_bad_files_and_all_end_with_status_1(photos: Path) 
     text = "\n".join(errors)
     assert "photos/b.jpg: cannot be decoded" in errors[1]
     assert "photos/sub/d.jpg: cannot be decoded" in errors[1]
-    assert text.count("2 of 4 images could not be read") == 1
+    assert text.count("2 of 4 images have no prediction") == 1
     assert "Traceback" not in text
     assert len(list(Path("out").rglob("*.png"))) == 6

@@ -215,8 +215,18 @@ def test_damaged_images_are_named_and_the_others_predicted(loaded, tmp_path, by_
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["a.png", "a_overlay.png", "c.png", "c_overlay.png"]
     check_all_predicted(0, inputs, CPU)
-    with pytest.raises(RunError, match=r"2 of 4 images could not be read"):
+    with pytest.raises(RunError, match=r"2 of 4 images have no prediction"):
         check_all_predicted(2, inputs, CPU)
+
+
+def test_a_name_too_long_for_the_outputs_is_named_and_nothing_of_it_written(loaded, tmp_path):
+    for name in ("a" * 246, "b" * 241, "c"):
+        save_image(tmp_path / f"in/{name}.png", 64, 64)
+    found = list(predict_files(loaded, "student", find_images([tmp_path / "in"]), tmp_path / "out", CPU))
+    assert [type(item) is Unreadable for item in found] == [True, False, False]
+    assert found[0].reason.endswith("its outputs cannot be written: the name is too long")
+    written = {path.name.strip(".") for path in (tmp_path / "out").iterdir()}
+    assert written == {"b" * 241 + ".png", "b" * 241 + "_overlay.png", "c.png", "c_overlay.png"}
 
 
 def test_an_image_beyond_the_bound_of_the_run_is_named_with_the_key(loaded, tmp_path):

@@ -257,3 +257,9 @@ def test_the_package_writes_files_with_this_module_alone() -> None:
 )
 def test_a_write_by_name_is_found(source: str) -> None:
     assert writes_by_name(source)
+
+
+def test_a_name_of_the_largest_length_is_written(tmp_path: Path) -> None:
+    path = tmp_path / ("\u00e9" * 127 + "x")  # 255 bytes
+    write_text(path, "all of it")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -86,7 +86,7 @@ _VALUES: dict[str, list[Any]] = {
     "method.name": ["supervised", "mean_teacher", "prcl", "pcr", "pps", "cps", "[red]"],
     "method.anchors": [1, 10**9],
     "method.negatives": [1, 10**12],
-    "output": ["[/x]", ":skull:", "out", "a,b", "-x", "~", "victim"],
+    "output": ["[/x]", ":skull:", "out", "a,b", "-x", "victim/x"],
     "data.classes": ["supervised", "[a,b]", "[[/x],b,c,d,e,f]"],
     "data.max_pixels": [1, 10**12],
     "lr": [0.1],
@@ -102,6 +102,5 @@ def settings(rng: random.Random, folder: Path) -> Case:
     keys = rng.sample(list(_VALUES), rng.randint(1, 4))
     overrides = [f"{key}={rng.choice(_VALUES[key])}" for key in keys]
     extend = ["--extend"] if rng.random() < 0.1 else []
-    return Case(
-        ["train", "config.yaml", *overrides, *extend], (*keys, "data.", "method.", "train.", "run"), ("out",)
-    )
+    named = (*keys, "data.", "method.", "train.", "run", "output", "victim")
+    return Case(["train", "config.yaml", *overrides, *extend], named, ("out", *_VALUES["output"][:-1]))
