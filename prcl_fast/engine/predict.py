@@ -99,6 +99,7 @@ def predict_files(
     Raises:
         InputError: no such network, two inputs with one output, an output that would replace an input or a
             foreign file, or one that cannot be written. Names are checked before anything is written.
+        RunError: the output of the network is not finite.
     """
     name = next(iter(run.networks)) if network is None else network
     if name not in run.networks:
@@ -141,6 +142,7 @@ def _predict(
                 found = Unreadable(image.path, str(error))
             else:
                 prediction = predict_image(network, pixels, run.config, device)
+                _check_finite(prediction, run, image)
                 found = _written(out, image, pixels, prediction, run.palette, raw=raw)
             if progress is not None:
                 progress(done, len(images))
@@ -157,6 +159,15 @@ def _written(
         if error.errno != errno.ENAMETOOLONG:
             raise
         return Unreadable(image.path, f"{image.path}: its outputs cannot be written: the name is too long")
+
+
+def _check_finite(prediction: Prediction, run: LoadedRun, image: InputImage) -> None:
+    values = [prediction.confidence] + ([] if prediction.variance is None else [prediction.variance])
+    if not all(np.isfinite(value).all() for value in values):
+        raise RunError(
+            f"{run.path}: the output of this network for {image.path} is not finite, as after training that "
+            "diverged; take another checkpoint"
+        )
 
 
 def check_all_predicted(unreadable: int, inputs: Inputs, device: torch.device) -> None:

@@ -105,6 +105,24 @@ def test_without_probability_head_there_is_no_variance_map(loaded, tmp_path):
     assert written.variance_range is None
 
 
+@pytest.mark.parametrize("wrong", ["logits", "features"])
+def test_an_output_that_is_not_finite_is_refused_and_not_written(loaded, tmp_path, wrong):
+    class Diverged(RedIsTheClass):
+        def forward(self, x, representations=True):
+            output = super().forward(x, representations)
+            getattr(output, wrong).mul_(float("nan"))
+            return output
+
+    save_image(tmp_path / "a.png", 8, 8)
+    run = dataclasses.replace(loaded, networks={"teacher": Diverged(loaded.config.data)})
+    out = tmp_path / "out"
+    with pytest.raises(
+        RunError, match=r"run/best\.pt: the output of this network for .*a\.png is not finite"
+    ):
+        list(predict_files(run, None, find_images([tmp_path / "a.png"]), out, CPU))
+    assert not out.exists()
+
+
 def test_variance_colours_run_from_dark_blue_to_yellow_and_a_flat_map_is_dark():
     colours = colour_variance(np.array([[0.2, 0.4]]), 0.2, 0.4)
     assert colours.tolist() == [[[68, 1, 84], [253, 231, 36]]]
