@@ -96,15 +96,15 @@ class Trainer:
         self.watchdog = watchdog or Watchdog()  # inactive unless entered
         self.watchdog.details = lambda: named_images(self._images(self.iteration))
         self.cache = training_cache(self.source, config, say=self._say)
-        if rank() == 0:
-            self.lines.open(claim_output(config, extend=allowed.extend))
-            store_config(config)
         if prepared.prototypes_from is not None and self.iteration == 0:
             self.watchdog.at("making prototypes")
             initialize_prototypes(
                 self.method, prepared.prototypes_from, self.source, config, self.device,
                 say=self._say, alive=self.watchdog.alive,
             )  # fmt: skip
+        if rank() == 0:  # nothing was written into the output before
+            self.lines.open(claim_output(config, extend=allowed.extend))
+            store_config(config)
         if config.train.compile:
             for network in self.method.networks().values():
                 network.compile()
