@@ -78,7 +78,8 @@ class Trainer:
         # Of the random weights, which the seed gives a resumed run again.
         head = self.method.student.probability
         self._head = None if head is None else HeadMovement(head)
-        load_initial_weights(self.method, config, self.source.classes, self._say)
+        if prepared.former is None:
+            load_initial_weights(self.method, config, self.source.classes, self._say)
         if world_size() > 1 and config.train.sync_bn:
             synchronize_batch_norm(self.method)
         self.method.lay_out()
