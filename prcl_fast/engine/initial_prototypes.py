@@ -25,7 +25,7 @@ from prcl_fast.errors import InputError, naming
 from prcl_fast.methods import PCR, Method
 from prcl_fast.methods.pcr import SAMPLES, prototype_features
 from prcl_fast.processes.collectives import rank, summed, world_size
-from prcl_fast.runs.checkpoint import LoadedRun, has_begun, load_run
+from prcl_fast.runs.checkpoint import LoadedRun, load_run
 from prcl_fast.runs.trained_network import other_architecture
 
 _KEY = "method.prototypes_from"
@@ -36,15 +36,15 @@ _ARCHITECTURE = ("backbone", "stem", "output_stride", "base_width", "width")
 def trained_network(config: Config, classes: Sequence[str], device: torch.device) -> LoadedRun | None:
     """The run of Algorithm 2, step 1, that `method.prototypes_from` names; None where none is needed.
 
-    None is needed by another method, without the key, and by a run with a checkpoint of its own, which holds
-    its prototypes. For a run folder, last.pt is used; it must be of the last iteration.
+    None is needed by another method, and without the key. For a run folder, last.pt is used; it must be of
+    the last iteration.
 
     Raises:
         InputError: the run or checkpoint is missing, damaged or unfinished, or has another method than
             supervised, other classes, another architecture or other labeled images.
     """
     method = config.method
-    if not isinstance(method, PCRConfig) or method.prototypes_from is None or has_begun(config.output):
+    if not isinstance(method, PCRConfig) or method.prototypes_from is None:
         return None
     path = method.prototypes_from
     folder = path.is_dir()

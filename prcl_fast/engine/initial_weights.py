@@ -9,7 +9,6 @@ from prcl_fast.errors import InputError, naming
 from prcl_fast.methods import Method
 from prcl_fast.models.network import SegmentationNetwork
 from prcl_fast.models.weights import is_network, load_backbone_state, load_trained, read_file
-from prcl_fast.runs.checkpoint import has_begun
 from prcl_fast.runs.trained_network import (
     TrainedNetwork,
     is_run,
@@ -53,9 +52,7 @@ def load_initial_weights(
                     load_backbone_state(network, content, path)
                 return
             trained = network_of_file(content, path)
-        line = _loaded(method, trained, config, classes)
-    if not has_begun(config.output):  # else the run's own checkpoint replaces these weights
-        say(line)
+        say(_loaded(method, trained, config, classes))
 
 
 def _networks(method: Method) -> list[SegmentationNetwork]:

@@ -16,8 +16,9 @@ from prcl_fast.data.tools.label_check import check_labels
 from prcl_fast.device import prepare_device
 from prcl_fast.engine.graph import check_capture
 from prcl_fast.engine.initial_prototypes import trained_network
-from prcl_fast.engine.rank_facts import check_same_settings, check_same_start
+from prcl_fast.engine.rank_facts import check_same_settings, check_same_weights
 from prcl_fast.engine.resume import AllowedChanges, Former, former_state
+from prcl_fast.processes.agreement import check_same
 from prcl_fast.processes.collectives import rank, world_size
 from prcl_fast.runs.checkpoint import LoadedRun
 from prcl_fast.runs.folder import check_output, label_scan_cache
@@ -30,7 +31,7 @@ class Prepared:
     Attributes:
         source: the data set.
         data: its identity.
-        prototypes_from: the run of `method.prototypes_from`, if it is needed.
+        prototypes_from: the run of `method.prototypes_from`, if a new run needs it.
         former: the checkpoint to go on from; None in a new run.
     """
 
@@ -46,7 +47,8 @@ def prepare(
     """Sets up the device, reads the data set's lists and the checkpoint, and checks all of them.
 
     First come comparisons that take no time, then those of files, and last the labels, which are all read. A
-    damaged checkpoint is renamed. A collective: every rank must call it.
+    run with a checkpoint has its weights and prototypes there: the files of a new run are not read. A damaged
+    checkpoint is renamed. A collective: every rank must call it.
 
     Args:
         allowed: changes with which the run in the output folder may go on.
@@ -65,9 +67,12 @@ def prepare(
     source = build_source(config.data)
     check_batches(source, config, world_size())
     data = data_identity(source)
-    prototypes_from = trained_network(config, source.classes, device)
-    check_same_start(config, data, prototypes_from)
+    check_same(data)
     former = former_state(config, data, allowed, say)
+    prototypes_from = None
+    if former is None:
+        prototypes_from = trained_network(config, source.classes, device)
+        check_same_weights(config, prototypes_from)
     if config.data.scan and rank() == 0:
         for note in check_labels(source, cache=label_scan_cache()):
             say(f"note: {note}")

@@ -11,6 +11,7 @@ from prcl_fast.config.files import plain_path
 from prcl_fast.data.identity import data_identity
 from prcl_fast.data.source import Source
 from prcl_fast.engine.predict_inputs import InputImage
+from prcl_fast.errors import naming
 from prcl_fast.files.reading import file_digest
 from prcl_fast.processes.agreement import check_same
 from prcl_fast.processes.collectives import world_size
@@ -25,13 +26,12 @@ def check_same_settings(config: Config, options: Mapping[str, bool]) -> None:
     check_same({**options, **flat_config(config, PROCESS_KEYS)})
 
 
-def check_same_start(config: Config, data: Mapping[str, str], prototypes_from: LoadedRun | None) -> None:
-    """Compares what a training begins with: the data set and the content of `model.weights` and others.
+def check_same_weights(config: Config, prototypes_from: LoadedRun | None) -> None:
+    """Compares the files that a new run begins with, of `model.weights` and `method.prototypes_from`.
 
     A collective.
 
     Args:
-        data: the identity of the data set.
         prototypes_from: the run of `method.prototypes_from`, if it is used.
 
     Raises:
@@ -40,16 +40,12 @@ def check_same_start(config: Config, data: Mapping[str, str], prototypes_from: L
     """
     if world_size() == 1:
         return
-    weights = config.model.weights
-    check_same(
-        {
-            **data,
-            "model.weights": "null"
-            if weights is None
-            else _content(find_checkpoint(weights), "weights file"),
-            "method.prototypes_from": "null" if prototypes_from is None else _checkpoint(prototypes_from),
-        }
-    )
+    weights, content = config.model.weights, "null"
+    if weights is not None:
+        with naming("model.weights"):
+            content = _content(find_checkpoint(weights), "weights file")
+    prototypes = "null" if prototypes_from is None else _checkpoint(prototypes_from)
+    check_same({"model.weights": content, "method.prototypes_from": prototypes})
 
 
 def check_same_evaluation(run: LoadedRun, config: Config, source: Source, subset: str) -> None:

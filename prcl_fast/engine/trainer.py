@@ -78,7 +78,8 @@ class Trainer:
         # Of the random weights, which the seed gives a resumed run again.
         head = self.method.student.probability
         self._head = None if head is None else HeadMovement(head)
-        load_initial_weights(self.method, config, self.source.classes, self._say)
+        if prepared.former is None:
+            load_initial_weights(self.method, config, self.source.classes, self._say)
         if world_size() > 1 and config.train.sync_bn:
             synchronize_batch_norm(self.method)
         self.method.lay_out()
@@ -96,15 +97,15 @@ class Trainer:
         self.watchdog = watchdog or Watchdog()  # inactive unless entered
         self.watchdog.details = lambda: named_images(self._images(self.iteration))
         self.cache = training_cache(self.source, config, say=self._say)
-        if rank() == 0:
-            self.lines.open(claim_output(config, extend=allowed.extend))
-            store_config(config)
         if prepared.prototypes_from is not None and self.iteration == 0:
             self.watchdog.at("making prototypes")
             initialize_prototypes(
                 self.method, prepared.prototypes_from, self.source, config, self.device,
                 say=self._say, alive=self.watchdog.alive,
             )  # fmt: skip
+        if rank() == 0:  # nothing was written into the output before
+            self.lines.open(claim_output(config, extend=allowed.extend))
+            store_config(config)
         if config.train.compile:
             for network in self.method.networks().values():
                 network.compile()

@@ -19,7 +19,7 @@ def build_network(
     initial_variance: float = 0.5,
     queries: PPSConfig | None = None,
 ) -> SegmentationNetwork:
-    """The network of a configuration, with random weights: `model.weights` is the trainer's matter.
+    """The network of a configuration, with random weights. The trainer loads `model.weights`.
 
     Args:
         model: the configuration's `model` section.

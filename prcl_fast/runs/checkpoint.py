@@ -111,14 +111,6 @@ def last_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in paths if _age(path) >= 0), key=_age)
 
 
-def has_begun(output: Path) -> bool:
-    """Whether the run in a folder has a checkpoint to resume from."""
-    try:
-        return bool(last_checkpoints(output))
-    except OSError:  # reported where the run's checkpoint is read
-        return False
-
-
 def find_checkpoint(path: str | Path) -> Path:
     """`path` itself where it is a file; best.pt of the run folder `path`, else its newest last.pt.
 

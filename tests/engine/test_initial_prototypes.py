@@ -285,3 +285,15 @@ def test_features_between_the_networks_pixels_are_interpolated(monkeypatch: pyte
     found = initial_prototypes._features_at(Fixed(), method, image, drawn, rows >= 0, config, CPU)
     expected = F.interpolate(maps.double(), (13, 21), mode="bilinear", align_corners=True)[0].flatten(1).T
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_prototypes_that_cannot_be_made_leave_no_run_behind(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def label(name: str) -> np.ndarray:
+        raise InputError(f"{name}: cannot be read")
+
+    monkeypatch.setattr(initial_prototypes, "draw_pixels", lambda *_: label("labeled_0000"))
+    with pytest.raises(InputError, match="cannot be read"):
+        made(pcr_tree(tmp_path, trained))
+    assert not (tmp_path / "run").exists()

@@ -233,6 +233,9 @@ def test_a_resumed_run_has_its_own_weights(parent: Path, tmp_path: Path) -> None
     tree["model"]["weights"] = str(parent)
     Trainer(parse_config(tree, "tiny"), Console(quiet=True)).run()
     own = load_checkpoint(tmp_path / "run/last.pt")["method"]
+    shutil.copytree(parent, tmp_path / "kept")
+    shutil.rmtree(parent)  # no longer needed
     again = Trainer(parse_config(tree, "tiny"), Console(quiet=True)).method.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in again.items())
-    assert not torch.equal(own["student.classifier.0.weight"], teacher_of(parent)["classifier.0.weight"])
+    former = teacher_of(tmp_path / "kept")["classifier.0.weight"]
+    assert not torch.equal(own["student.classifier.0.weight"], former)

@@ -13,11 +13,9 @@ import torch
 from rich.console import Console
 
 from prcl_fast.config import PROCESS_KEYS, SyntheticConfig, flat_config, load_config, parse_config
-from prcl_fast.data.identity import data_identity
-from prcl_fast.data.sources import build_source
 from prcl_fast.data.sources.synthetic import write_synthetic
 from prcl_fast.engine.progress import newest_state
-from prcl_fast.engine.rank_facts import check_same_start
+from prcl_fast.engine.rank_facts import check_same_weights
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.files.reading import file_digest
 from prcl_fast.processes.agreement import DifferenceError, check_same, first_difference
@@ -154,7 +152,7 @@ def _start(rank: int, folder: str, weights: list[str]) -> str:
         tiny_tree(Path(folder)) | {"model": {"weights": f"{folder}/{weights[rank]}"}}, "tiny"
     )
     try:
-        check_same_start(config, data_identity(build_source(config.data)), None)
+        check_same_weights(config, None)
     except DifferenceError as error:
         return str(error)
     return ""
