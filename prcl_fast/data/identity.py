@@ -34,7 +34,7 @@ def data_identity(source: Source) -> dict[str, str]:
 def changed_data(former: Mapping[str, str], now: Mapping[str, str]) -> str:
     """The first part in which two identities differ, in words; "" where all are equal."""
     for part in [*now, *former]:
-        there, here = former.get(part, "not there"), now.get(part, "not there")
+        there, here = former.get(part, "nothing"), now.get(part, "nothing")
         if there != here:
             there, here = excerpts(there, here)
             return f"{part}: {there} there, {here} here"

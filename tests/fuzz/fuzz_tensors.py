@@ -37,7 +37,7 @@ def checkpoint(rng: random.Random, folder: Path) -> Case:
     else:
         _spoil_tensor_file(rng, path)
     commands = [["eval", "run"], ["eval", "run/last.pt"], ["train", "run.yaml"], ["train", "run.yaml"]]
-    return Case(rng.choice(commands), ("last.pt",))
+    return Case(rng.choice(commands), ("last.pt", "output: run"))
 
 
 def weights(rng: random.Random, folder: Path) -> Case:
