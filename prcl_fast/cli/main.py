@@ -100,7 +100,8 @@ def _command() -> int | None:
     except click.UsageError as error:
         if error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":  # has printed the help
             return 2
-        path, message = error.ctx.command_path, error.format_message().rstrip(".")
+        path = error.ctx.command_path
+        message = error.format_message().rstrip(".").replace(" Did you mean", "; did you mean")
         command = "".join(f"{name}: " for name in path.split()[1:])
         raise InputError(f"{command}{message[0].lower()}{message[1:]}; see {path} --help") from None
     return status
