@@ -18,7 +18,7 @@ from prcl_fast.data.augment import normalize
 from prcl_fast.data.source import IGNORE, Source
 from prcl_fast.engine.inference import has_variance, inference, inference_settings, segmentation_of
 from prcl_fast.engine.uncertainty import BINS, ErrorDetector, Uncertainty, histogram_by_error
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, RunError
 from prcl_fast.processes.collectives import rank, summed, world_size
 
 # Images of equal size share a batch if they lie in one run of this many batches. Ranks take such runs in
@@ -91,6 +91,7 @@ def evaluate(
     Raises:
         InputError: an empty subset, a label that does not fit its image, a network of other classes than
             the data, or a file that the source cannot read.
+        RunError: on every rank: the output of a network is not finite.
     """
     if not source.splits[subset].names:
         raise InputError(f"data.{subset}: no image to evaluate on")
@@ -103,6 +104,7 @@ def evaluate(
         for name, network in networks.items()
         if has_variance(network)
     }
+    unknown = {name: torch.zeros((), dtype=torch.int64, device=device) for name in networks}
     done = 0
     with inference(networks.values(), device, amp):
         for images, labels in _equal_batches(source, runs, settings, data.workers):
@@ -116,6 +118,7 @@ def evaluate(
                         f"network {name}: it has {found.num_classes} classes, the data have {classes}"
                     )
                 counts[name] += _confusion(truth, found.label, classes)
+                unknown[name] += found.confidence.isfinite().logical_not().sum()
                 if found.variance is not None:
                     for sums, values in zip(
                         histograms[name], (found.variance, 1 - found.confidence), strict=True
@@ -125,6 +128,7 @@ def evaluate(
             if progress is not None:
                 progress(done, sum(map(len, runs)))
     total = summed(torch.stack(list(counts.values()))).cpu().numpy()
+    _check_finite(dict(zip(unknown, summed(torch.stack(list(unknown.values()))).tolist(), strict=True)))
     uncertainty = {
         name: Uncertainty(*map(ErrorDetector, summed(found).cpu().numpy()))
         for name, found in histograms.items()
@@ -144,6 +148,15 @@ def format_table(results: Mapping[str, Evaluation], classes: Sequence[str]) -> T
         table.add_row(name, f"{pixels[index]:.2f}", *cells, end_section=index == len(classes) - 1)
     table.add_row("mean", "", *(f"{result.miou:.2f}" for result in results.values()), style="bold")
     return table
+
+
+def _check_finite(unknown: Mapping[str, int]) -> None:
+    """Raises RunError for a network with pixels whose output is not finite: they have no class."""
+    for name, pixels in unknown.items():
+        if pixels:
+            raise RunError(
+                f"network {name}: its output is not finite at {pixels} pixels, as after training that diverged"
+            )
 
 
 def _confusion(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:

@@ -21,7 +21,7 @@ from prcl_fast.engine.inference import (
     segmentation_of,
     window_starts,
 )
-from prcl_fast.errors import InputError
+from prcl_fast.errors import InputError, RunError
 
 CPU = torch.device("cpu")
 CLASSES = ("road", "car", "sky", "tree")
@@ -105,6 +105,16 @@ def test_confusion_rows_are_truth_and_columns_prediction():
     confusion = evaluate({"a": Pointwise(data)}, source, data, EvalConfig(), CPU)["a"].confusion
     assert confusion[1, 2] == 64
     assert confusion.sum() == 64
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_whose_output_is_not_finite_gets_no_iou(value):
+    source, data = random_source(SIZES), data_config()
+    broken = Pointwise(data)
+    broken.mean = value
+    message = r"^network b: its output is not finite at \d+ pixels"
+    with pytest.raises(RunError, match=message):
+        evaluate({"a": Pointwise(data), "b": broken}, source, data, EvalConfig(batch=2), CPU)
 
 
 def test_sliding_equals_whole_for_a_pointwise_network():
