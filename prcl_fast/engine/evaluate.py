@@ -155,7 +155,8 @@ def _check_finite(unknown: Mapping[str, int]) -> None:
     for name, pixels in unknown.items():
         if pixels:
             raise RunError(
-                f"network {name}: its output is not finite at {pixels} pixels, as after training that diverged"
+                f"network {name}: its output is not finite at {pixels} pixels, as after a training that "
+                "diverged"
             )
 
 

@@ -13,7 +13,7 @@ class Case:
 
     arguments: list[str]
     named: tuple[str, ...]
-    written: tuple[str, ...] = ("out", "run/config.yaml")
+    written: tuple[str, ...] = ("out", "run/config.yaml", "run/log.txt")
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
