@@ -60,12 +60,11 @@ def photos(rng: random.Random, folder: Path) -> Case:
     names = ["photos"]
     for _ in range(rng.randint(0, 4)):
         below = place / rng.choice(_PLACES)
-        below.mkdir(parents=True, exist_ok=True)
         path = below / (rng.choice(["", "", "", ".", "._"]) + rng.choice(_NAMES) + rng.choice(_SUFFIXES))
-        path.parent.mkdir(parents=True, exist_ok=True)  # a name may hold a separator
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # a name may hold a separator
             _one_file(rng, path, folder)
-        except FileExistsError:
+        except (FileExistsError, NotADirectoryError):  # by a former one of these files
             continue
         if rng.random() < 0.2:
             names.append(str(path.relative_to(folder)))
