@@ -119,7 +119,8 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
                 f"{path}: damaged checkpoint: {key} is {list(value.shape)}, the file has {stored} bytes of it"
             )
     whole = {
-        "classes": all(isinstance(name, str) for name in state["classes"]),
+        "classes": 2 <= len(state["classes"]) <= 255
+        and all(isinstance(name, str) for name in state["classes"]),
         "palette": all(_is_colour(colour) for colour in state["palette"])
         and len(state["palette"]) == len(state["classes"]),
         "iteration": state["iteration"] >= 0 and not isinstance(state["iteration"], bool),

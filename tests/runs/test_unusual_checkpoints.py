@@ -92,6 +92,14 @@ def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path, change: 
         load_run(path, CPU)
 
 
+@pytest.mark.parametrize("names", [[], ["a"], ["a"] * 256])
+def test_a_number_of_classes_that_no_data_set_has_is_refused(tmp_path: Path, names: list[str]) -> None:
+    palette = [[0, 0, 0]] * len(names)
+    path = changed(tmp_path, lambda state: state.update(classes=names, palette=palette))
+    with pytest.raises(InputError, match=r"best\.pt: .*classes"):
+        load_run(path, CPU)
+
+
 def test_a_run_does_not_resume_from_weights_that_are_not_finite(tmp_path: Path) -> None:
     config = parse_config(tiny_tree(tmp_path / "run", name="supervised"), "tiny")
     Trainer(config, Console(quiet=True)).run()
