@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from prcl_fast.config.types import Fraction, PathString, Positive, Rgb, Section, Size
 
+MAX_PIXELS = 89_478_485  # of one image, by default: Pillow's bound, too
+
 Images = Annotated[int, Field(ge=1, le=100_000)]
 
 
@@ -124,7 +126,7 @@ class DataConfig(Section):
         description="Standard deviation by which normalisation divides red, green and blue; ImageNet's.",
     )
     max_pixels: int = Field(
-        89_478_485,
+        MAX_PIXELS,
         ge=1,
         le=2_000_000_000,
         description="Largest number of pixels of one image or label; larger files are refused before they "

@@ -33,7 +33,7 @@ from prcl_fast.errors import InputError
 # paper gives no rate.
 PAPER_PROBABILITY_LR = 5.0e-5
 PAPER_ITERATIONS = 40000
-MAX_PIXELS = 2**31  # of a pass: the ops have 32-bit indices of pixels
+MAX_PASS_PIXELS = 2**31  # the ops have 32-bit indices of pixels
 
 
 class Config(Section):
@@ -84,7 +84,7 @@ class Config(Section):
         method.check_dim(self.model.dim)
         images = -(-train.batch_labeled // train.accumulate) + -(-train.batch_unlabeled // train.accumulate)
         pixels = images * self.data.crop[0] * self.data.crop[1]
-        if pixels >= MAX_PIXELS:
+        if pixels >= MAX_PASS_PIXELS:
             raise ValueError(
                 f"data.crop: {images} crops of {self.data.crop} in one pass have {pixels} pixels, at most "
                 "2^31 - 1 are possible; lower it or train.batch_labeled, or raise train.accumulate"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from prcl_fast.cli.main import main
 from prcl_fast.config import SyntheticConfig, load_config, parse_config
 from prcl_fast.data.sources.synthetic import write_synthetic
 from prcl_fast.engine.trainer import Trainer
 from prcl_fast.errors import InputError
+from support.commands import prcl
 from support.tiny import tiny_tree
 
 
@@ -43,14 +42,9 @@ def data(tmp_path: Path, data_set: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Runs `prcl ARGUMENTS`, which must end with status 2; returns its one line."""
-    argv, sys.argv = sys.argv, ["prcl", *arguments]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main()
-    finally:
-        sys.argv = argv
+    status = prcl(*arguments)
     said = capsys.readouterr()
-    assert caught.value.code == 2, said.err
+    assert status == 2, said.err
     assert said.out == ""
     line = said.err.strip().splitlines()[-1]
     assert line.startswith("prcl: ")

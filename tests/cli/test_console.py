@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from prcl_fast.cli.main import main
 from prcl_fast.console import counting, print_table, say
 from prcl_fast.console.plain import PlainConsole
 from prcl_fast.console.text import duration, printable
 from prcl_fast.engine.evaluate import Evaluation, format_table
+from support.commands import prcl
 from support.paths import PACKAGE
 from support.tiny import tiny_tree
 
 # Rich would read each of them as something else, or raise MarkupError.
 NAMES = ("[red]", "[/road]", "[/]", ":skull:", "a[b]c", "http://x", "\\[x]", "[link=a]")
-
-
-def prcl(*arguments: str) -> int:
-    argv, sys.argv = sys.argv, ["prcl", *arguments]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main()
-    finally:
-        sys.argv = argv
-    return int(caught.value.code or 0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from prcl_fast.cli.main import main
 from prcl_fast.files.locking import LOCK, FolderLock
+from support.commands import prcl
 from support.tiny import tiny_tree
 
 
@@ -40,18 +39,6 @@ def locks() -> Iterator[list[FolderLock]]:
     yield held
     for lock in held:
         lock.release()
-
-
-def prcl(*arguments: str) -> int:
-    """The exit status of a command."""
-    argv, sys.argv = sys.argv, ["prcl", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = argv
-    raise AssertionError
 
 
 def content(folder: Path) -> dict[str, bytes | None]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from prcl_fast.cli.main import main
 from prcl_fast.config import SyntheticConfig
 from prcl_fast.data.sources.synthetic import write_synthetic
+from support.commands import prcl
 from support.stub_networks import small_backbones
 from support.tiny import tiny_tree
 
@@ -49,18 +48,6 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def _small_networks() -> Iterator[None]:
     with small_backbones():
         yield
-
-
-def prcl(*arguments: str) -> int:
-    """The exit status of `prcl ARGUMENTS`."""
-    argv, sys.argv = sys.argv, ["prcl", *arguments]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main()
-    finally:
-        sys.argv = argv
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def test_the_log_holds_the_lines_of_standard_error_and_the_command(

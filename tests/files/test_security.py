@@ -9,7 +9,6 @@ import pickle
 import shutil
 import signal
 import socket
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from prcl_fast.cli.main import main
 from prcl_fast.config import load_config
 from prcl_fast.data.sources.images import read_image, read_mask
 from prcl_fast.data.sources.splits import read_split
 from prcl_fast.errors import InputError
 from prcl_fast.files.torch_file import check_torch_file
 from prcl_fast.models.weights import read_file
+from support.commands import prcl
 from support.paths import PACKAGE, TESTS
 
 CORPUS = TESTS / "fuzz" / "corpus" / "data"
@@ -100,17 +99,6 @@ def awake() -> Iterator[None]:
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, former)
-
-
-def run(*arguments: str) -> int:
-    argv, sys.argv = sys.argv, ["prcl", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 def bomb(first: str, line: str) -> str:
@@ -213,7 +201,7 @@ def test_a_special_file_is_named_and_not_opened(
         pytest.skip("a folder is a run there")
     (data / place).unlink(missing_ok=True)
     SPECIAL[kind](data / place)
-    assert run(*PLACES[place]) == 2
+    assert prcl(*PLACES[place]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("prcl: ")
     assert Path(place).name in said[-1]
@@ -246,7 +234,7 @@ def test_folders_of_images_and_labels_stay_in_the_data_set(
     data: Path, capsys: pytest.CaptureFixture[str], key: str, place: str
 ) -> None:
     folders = ["data.kind=folder", "data.images=JPEGImages", "data.labels=SegmentationClass"]
-    assert run("data", "check", "config.yaml", *folders, f"{key}='{place}'") == 2
+    assert prcl("data", "check", "config.yaml", *folders, f"{key}='{place}'") == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert key in line
     assert "leaves the data set" in line
@@ -341,8 +329,8 @@ def test_code_in_a_file_of_tensors_is_not_run(data: Path, zipped: bool) -> None:
         )
     for name in ("weights.pth", "run.pt"):
         Path(name).write_bytes(content)
-    assert run("train", "config.yaml", "model.weights=weights.pth") == 2
-    assert run("eval", "run.pt") == 2
+    assert prcl("train", "config.yaml", "model.weights=weights.pth") == 2
+    assert prcl("eval", "run.pt") == 2
     assert not (data / "intruded").exists()
 
 
@@ -355,7 +343,7 @@ def test_no_command_uses_the_network(data: Path, monkeypatch: pytest.MonkeyPatch
 
     for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
         monkeypatch.setattr(owner, name, refuse)
-    assert run("data", "check", "config.yaml") == 0
-    assert run("train", "config.yaml") == 0
-    assert run("eval", "out") == 0
+    assert prcl("data", "check", "config.yaml") == 0
+    assert prcl("train", "config.yaml") == 0
+    assert prcl("eval", "out") == 0
     assert asked == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from prcl_fast.data.sources.splits import (
     separator_hint,
 )
 from prcl_fast.errors import InputError, naming
-from prcl_fast.files.reading import read_text
+from prcl_fast.files.reading import file_digest, read_text
 
 _MAX_BYTES = 2**20
 
@@ -118,7 +117,7 @@ class FileSource:
         return state
 
     def content(self, name: str, labeled: bool, *, whole: bool) -> str:
-        """Size of the image file, and of the label file with the decoder's fingerprint; CRCs with `whole`."""
+        """Size of the image file, and of the label file with its decoder; with `whole` digests, too."""
         if not labeled:
             return _file_content(self.images[name], whole)
         file = self.labels[name]
@@ -127,17 +126,8 @@ class FileSource:
 
 
 def _file_content(path: Path, whole: bool) -> str:
-    size = _state_of(path).st_size
-    if not whole:
-        return str(size)
-    checksum = 0
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_MAX_BYTES):
-                checksum = zlib.crc32(block, checksum)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return f"{size} {checksum:08x}"
+    size = str(_state_of(path).st_size)
+    return f"{size} {file_digest(path, 'file')}" if whole else size
 
 
 def _file_state(path: Path) -> str:

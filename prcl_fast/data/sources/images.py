@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from prcl_fast.config.data import MAX_PIXELS
 from prcl_fast.data.sources.orientation import orientation_of, stored_size, turn_of, upright_size
 from prcl_fast.errors import InputError
 from prcl_fast.files.reading import check_regular
@@ -25,7 +26,6 @@ UNREAD_SUFFIXES = (
     *(".gif", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".psd", ".svg", ".tga", ".exr", ".hdr"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2"),
 )
-MAX_PIXELS = 89_478_485  # Pillow's bound, too
 # To be raised with every change of what `read_image` or `read_mask` make of a file: caches are then renewed.
 READING = 3
 

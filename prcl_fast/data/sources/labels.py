@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 
 from prcl_fast.config import DataConfig
+from prcl_fast.config.data import MAX_PIXELS
 from prcl_fast.data.source import IGNORE
-from prcl_fast.data.sources.images import MAX_PIXELS, Mask, decode_mask
+from prcl_fast.data.sources.images import Mask, decode_mask
 from prcl_fast.errors import InputError
 
 Reading = Literal["grey", "indices", "colours"]

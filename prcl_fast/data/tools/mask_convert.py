@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from prcl_fast.config.data import MAX_PIXELS
 from prcl_fast.data.source import IGNORE
 from prcl_fast.data.sources.cityscapes import PALETTE as CITYSCAPES_PALETTE
 from prcl_fast.data.sources.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
-    MAX_PIXELS,
     Mask,
     decode_mask,
     save_index_png,
